@@ -1,0 +1,73 @@
+"""What every test runs under: fixed seeds, poisoned memory, no network, hypothesis profiles."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=40, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--hub", action="store_true", help="run the tests that use the network")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("--hub"):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if config.getoption("--hypothesis-profile") is None:
+        hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    unmet = {}
+    if not torch.cuda.is_available():
+        unmet["gpu"] = "needs a CUDA device"
+    if not config.getoption("--hub"):
+        unmet["hub"] = "needs --hub"
+    for item in items:
+        for marker, reason in unmet.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`allocate`, but what arkcache allocates holds NaN (or the largest integer) until written."""
+
+    def allocate_poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = allocate(*args, **kwargs)
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("arkcache."):
+            poison(tensor)
+        return tensor
+
+    return allocate_poisoned
+
+
+def poison(tensor: torch.Tensor) -> None:
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        tensor.fill_(float("nan"))
+    else:
+        tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _poison_uninitialised_memory() -> Iterator[None]:
+    """A kernel that reads what nobody wrote must fail its test, not pass by luck."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", poisoned(torch.empty))
+        patch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+        patch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
+        yield

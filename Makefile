@@ -1,0 +1,89 @@
+# Every target sets up what it needs; the second run finds it ready. `make help` lists them.
+#
+# PYTHON        the interpreter the environments are made with (3.11 or newer)
+# PYTEST_ARGS   more arguments for pytest, as in: make test PYTEST_ARGS="-k layout -x"
+# BENCH_ARGS    more arguments for the benchmark
+# TORCH_INDEX   where the small CPU build of torch comes from; where it is out of reach, or empty,
+#               torch comes from pip's own index (on Linux the CUDA build: gigabytes)
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+VENV := .venv
+BIN := $(VENV)/bin
+VENV_OLDEST := .venv-5.17
+OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-5.17 lint format bench dist clean
+.DELETE_ON_ERROR:
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.ready ## a small model answers from far back in a long context
+	$(BIN)/arkcache demo
+
+test: $(VENV)/.ready ## the tests, without the slow ones
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.ready ## the slow tests
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-5.17: $(VENV_OLDEST)/.ready ## the integration tests, with the oldest transformers supported
+	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS) \
+		tests/test_architectures.py $(wildcard tests/test_huggingface*.py)
+
+lint: $(VENV)/.ready ## style, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.ready ## apply what lint can mend itself
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.ready ## decode speed here, against the full cache
+	$(BIN)/python benchmarks/bench_decode.py $(BENCH_ARGS)
+
+dist: $(VENV)/.ready ## the sdist and the wheel, in dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove environments, caches and build products
+	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# make_venv FOLDER: a new environment with this interpreter, or a line that says what is missing
+define make_venv
+	$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit( \
+		"ArkCache needs Python 3.11 or newer, this is " + sys.version.split()[0] \
+		+ ": make PYTHON=/path/to/python3.11")'
+	$(PYTHON) -m venv --clear $(1)
+endef
+
+# install FOLDER CONSTRAINTS EXTRAS: torch first, so that nothing else pulls in a larger build
+define install
+	@test -z "$(TORCH_INDEX)" || $(1)/bin/python -m pip install --quiet --retries 0 --timeout 15 \
+		--no-deps --index-url $(TORCH_INDEX) --constraint $(2) torch \
+		|| echo "No CPU build of torch at $(TORCH_INDEX): taking what pip's own index has."
+	$(1)/bin/python -m pip install --quiet --constraint $(2) setuptools torch
+	$(1)/bin/python -m pip install --quiet --constraint $(2) --no-build-isolation -e ".[$(3)]"
+	touch $(1)/.ready
+endef
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV))
+	$(call install,$(VENV),constraints.txt,cli$(comma)dev)
+
+$(VENV_OLDEST)/.ready: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV_OLDEST))
+	sed -E '/^(transformers|huggingface_hub)==/d' constraints.txt > $(VENV_OLDEST)/constraints.txt
+	printf '%s\n' $(OLDEST) >> $(VENV_OLDEST)/constraints.txt
+	$(call install,$(VENV_OLDEST),$(VENV_OLDEST)/constraints.txt,cli$(comma)test)
+
+comma := ,

@@ -23,6 +23,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hub"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel module is imported
     if config.getoption("--hypothesis-profile") is None:
         hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 

@@ -1,0 +1,1 @@
+"""A small model that retrieves facts from long texts, and the facts it is asked about."""

@@ -1,0 +1,51 @@
+"""ArkCache: the KV cache of long contexts in two tiers, with recallable eviction.
+
+Importing this module touches neither CUDA nor transformers; `ArkCache` and `detach` load the
+Hugging Face integration when they are first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from arkcache.config import CacheConfig
+from arkcache.errors import (
+    ArkCacheError,
+    ConfigError,
+    HostTierFullError,
+    InputError,
+    IntegrityError,
+    UnconsumedStepError,
+    UnsupportedModelError,
+)
+from arkcache.manager import KVCacheManager
+from arkcache.stats import CacheStats
+
+if TYPE_CHECKING:
+    from arkcache.huggingface import ArkCache, detach
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArkCache",
+    "ArkCacheError",
+    "CacheConfig",
+    "CacheStats",
+    "ConfigError",
+    "HostTierFullError",
+    "InputError",
+    "IntegrityError",
+    "KVCacheManager",
+    "UnconsumedStepError",
+    "UnsupportedModelError",
+    "__version__",
+    "detach",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("ArkCache", "detach"):
+        from arkcache import huggingface
+
+        return getattr(huggingface, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

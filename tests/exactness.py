@@ -6,15 +6,30 @@ so that the reference is the same mode with a `DynamicCache`.
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    PreTrainedModel,
+)
 
+import arkcache
 from tests.families import VOCAB
 
 NUM_NEW_TOKENS = 12
+
+# Small enough that the prompts fill many pages, and outgrow sinks and recent window several times.
+SMALL = {"num_sink_tokens": 4, "num_recent_tokens": 8, "num_dense_layers": 0}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "unlimited": {"budget_tokens": None},
+    "pages": {"budget_tokens": 256, "page_size": 4, **SMALL},
+}
 
 Inputs = dict[str, torch.Tensor]
 MakeCache = Callable[[PreTrainedModel], Cache]
@@ -32,6 +47,23 @@ def full_cache(model: PreTrainedModel) -> Cache:
     return for_decoder(model, DynamicCache(config=model.config))
 
 
+def ark_cache(**settings: Any) -> MakeCache:
+    """Makes `ArkCache`s, each in the place where its model expects a decoder's cache."""
+
+    def make(model: PreTrainedModel) -> Cache:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it fell back, which its `mode` says as well
+            ark = arkcache.ArkCache(model, **settings)
+        return for_decoder(model, ark)
+
+    return make
+
+
+def decoder_cache(cache: Cache) -> Cache:
+    """The half that is under test."""
+    return cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+
+
 def for_decoder(model: PreTrainedModel, cache: Cache) -> Cache:
     """`cache`, as the self-attention half of a pair if the model has an encoder."""
     if model.config.is_encoder_decoder:
@@ -44,8 +76,9 @@ def generate(model: PreTrainedModel, inputs: Inputs, cache: Cache, **options: An
     # The pure state space models have another name for it.
     name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
     defaults = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, name: cache}
-    out = model.generate(
-        **inputs, **(defaults | options), return_dict_in_generate=True, output_logits=True
+    # Not `model.generate`: Whisper's own splits what is returned, the cache too, by rows.
+    out = GenerationMixin.generate(
+        model, **inputs, **(defaults | options), return_dict_in_generate=True, output_logits=True
     )
     return Outcome(out.sequences, torch.stack(out.logits, dim=1))
 

@@ -68,8 +68,11 @@ ZAMBA = {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_la
 TEXT = {"head": "AutoModelForSeq2SeqLM"}
 SPEECH = {"head": "AutoModelForSpeechSeq2Seq"}
 
-OWN_ATTENTION = "computes attention itself, not through the attention interface"
-KEY_LENGTH = "derives the length of the context from the keys it gets back"
+# What `ArkCache` is expected to make of families that it does not page, and why.
+OWN_ATTENTION = {"mode": "compat", "note": "attends by itself, not through the interface"}
+FULL_KEYS = {"mode": "compat", "note": "needs all keys or values back from the cache"}
+NOTHING_TO_PAGE = {"mode": "compat", "note": "no layer of the plain kind"}
+NO_CACHE = {"mode": "none", "note": "takes no DynamicCache with keys and values"}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -90,8 +93,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**EXPERTS, **DELTA_NET, **HALF_LINEAR, "shared_expert_intermediate_size": 32},
     "qwen3_5": {"model_type": "qwen3_5_text", **DELTA_NET, **HALF_LINEAR},
     "mistral": {"sliding_window": None},
-    "mistral-window": {"model_type": "mistral", **WINDOW},
-    "ministral": {**WINDOW},
+    "mistral-window": {**NOTHING_TO_PAGE, "model_type": "mistral", **WINDOW},
+    "ministral": {**NOTHING_TO_PAGE, **WINDOW},
     "mixtral": {**LOCAL_EXPERTS},
     "gemma": {},
     "gemma2": {**HALF_WINDOW, **SOFTCAP, "final_logit_softcapping": 10.0},
@@ -115,18 +118,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "global_head_dim": 16,
     },
     "vaultgemma": {**HALF_WINDOW, **SOFTCAP},
-    "recurrent_gemma": {"attention_window_size": 16, "lru_width": 64, "num_hidden_layers": 3},
+    "recurrent_gemma": {
+        **NOTHING_TO_PAGE,
+        "attention_window_size": 16,
+        "lru_width": 64,
+        "num_hidden_layers": 3,
+    },
     "phi": {},
     "phi3": {"sliding_window": None},
     "phimoe": {**LOCAL_EXPERTS, "sliding_window": None},
     "gpt2": {},
     "gpt_bigcode": {},
     "gpt_neox": {},
-    "gpt_neox_japanese": {"note": OWN_ATTENTION},
-    "gptj": {"note": OWN_ATTENTION, "rotary_dim": 8},
-    "codegen": {"note": OWN_ATTENTION, "rotary_dim": 8},
+    "gpt_neox_japanese": {**OWN_ATTENTION},
+    "gptj": {**OWN_ATTENTION, "rotary_dim": 8},
+    "codegen": {**OWN_ATTENTION, "rotary_dim": 8},
     "gpt_neo": {
-        "note": OWN_ATTENTION,
+        **OWN_ATTENTION,
         "num_layers": 2,
         "attention_types": [[["global", "local"], 1]],
         "window_size": 16,
@@ -134,18 +142,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_oss": {**HALF_WINDOW, **LOCAL_EXPERTS},
     "opt": {"ffn_dim": 96, "word_embed_proj_dim": 64},
     "biogpt": {},
-    "xglm": {"note": OWN_ATTENTION, "ffn_dim": 96},
+    "xglm": {**OWN_ATTENTION, "ffn_dim": 96},
     "ctrl": {"dff": 96},
-    "falcon": {"note": OWN_ATTENTION, "new_decoder_architecture": True, "num_kv_heads": 2},
-    "falcon-multi-query": {"model_type": "falcon", "note": OWN_ATTENTION},
+    "falcon": {**OWN_ATTENTION, "new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon-multi-query": {"model_type": "falcon", **OWN_ATTENTION},
     "falcon-alibi": {
         "model_type": "falcon",
-        "note": OWN_ATTENTION,
+        **OWN_ATTENTION,
         "alibi": True,
         "multi_query": False,
     },
-    "bloom": {"note": OWN_ATTENTION},
-    "mpt": {"note": OWN_ATTENTION, "max_seq_len": 512, "expansion_ratio": 2},
+    "bloom": {**OWN_ATTENTION},
+    "mpt": {**OWN_ATTENTION, "max_seq_len": 512, "expansion_ratio": 2},
     "cohere": {},
     "cohere2": {**HALF_WINDOW},
     "cwm": {**HALF_WINDOW},
@@ -157,6 +165,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {**LATENT, **ROUTED},
     "deepseek_v3": {**LATENT, **ROUTED},
     "deepseek_v32": {
+        **NOTHING_TO_PAGE,
         **LATENT,
         **ROUTED,
         "index_head_dim": 16,
@@ -184,7 +193,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "bamba": {"attn_layer_indices": [1], **MAMBA2},
-    "falcon_h1": {"mamba_d_ssm": 64, **MAMBA2 | {"mamba_n_heads": 4}},
+    "falcon_h1": {**NOTHING_TO_PAGE, "mamba_d_ssm": 64, **MAMBA2 | {"mamba_n_heads": 4}},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],
         **MAMBA2,
@@ -203,6 +212,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_shared_expert_intermediate_size": 32,
     },
     "zamba": {
+        **NOTHING_TO_PAGE,
         **ZAMBA,
         "num_key_value_heads": 4,
         "mamba_d_state": 8,
@@ -212,6 +222,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_mamba_kernels": False,
     },
     "zamba2": {
+        **NOTHING_TO_PAGE,
         **ZAMBA,
         "num_key_value_heads": 4,
         "mamba_d_state": 8,
@@ -223,7 +234,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "lfm2": {**HALF_CONV},
     "lfm2_moe": {**HALF_CONV, **EXPERTS, "num_dense_layers": 1},
-    "minimax": {**HALF_LINEAR, **LOCAL_EXPERTS, "block_size": 16},
+    "minimax": {**NO_CACHE, **HALF_LINEAR, **LOCAL_EXPERTS, "block_size": 16},
     "minimax_m2": {**LOCAL_EXPERTS},
     "granite": {},
     "granitemoe": {**LOCAL_EXPERTS},
@@ -257,12 +268,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {**HALF_WINDOW},
     "afmoe": {**HALF_WINDOW, **EXPERTS, "num_dense_layers": 1},
     "modernbert-decoder": {**HALF_WINDOW},
-    "jetmoe": {"kv_channels": 16, **LOCAL_EXPERTS},
-    "diffllama": {},
-    "doge": {},
-    "mamba": {"state_size": 8, "time_step_rank": 4},
-    "mamba2": {"num_heads": 8, "state_size": 8, "chunk_size": 16, "n_groups": 1},
-    "t5": {**TEXT, "d_kv": 16, "d_ff": 96, "num_decoder_layers": 2, "note": KEY_LENGTH},
+    "jetmoe": {**FULL_KEYS, "kv_channels": 16, **LOCAL_EXPERTS},
+    "diffllama": {
+        **FULL_KEYS,
+    },
+    "doge": {
+        **FULL_KEYS,
+    },
+    "mamba": {**NO_CACHE, "state_size": 8, "time_step_rank": 4},
+    "mamba2": {**NO_CACHE, "num_heads": 8, "state_size": 8, "chunk_size": 16, "n_groups": 1},
+    "t5": {**TEXT, "d_kv": 16, "d_ff": 96, "num_decoder_layers": 2, **FULL_KEYS},
     "bart": {**TEXT, **SIDES},
     "whisper": {
         **SPEECH,

@@ -72,6 +72,8 @@ class Architecture:
         tokens[mask == 0] = GENERATION["pad_token_id"]
         if not self.is_encoder_decoder:
             return {"input_ids": tokens, "attention_mask": mask}
+        # Else `generate` puts one before the first prompt, which no longer fits the mask then.
+        tokens[:, 0] = GENERATION["decoder_start_token_id"]
         source = self._source(batch, generator)
         return source | {"decoder_input_ids": tokens, "decoder_attention_mask": mask}
 

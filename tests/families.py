@@ -9,7 +9,12 @@ from typing import Any
 VOCAB = 128
 
 # No end-of-sequence token: every generation has the length asked for.
-GENERATION: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
+GENERATION: dict[str, Any] = {
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "decoder_start_token_id": 0,
+}
 
 BASE: dict[str, Any] = {
     "vocab_size": VOCAB,

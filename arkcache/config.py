@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 from arkcache.errors import ConfigError
@@ -23,7 +24,7 @@ INDEXES = (
 GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
 """How the query heads of one KV head agree on pages; "raw-mean" is ArkVale's released code."""
 
-Budget = int | None | tuple[int, ...] | tuple[tuple[int, ...], ...]
+Budget = int | tuple[int | tuple[int, ...] | None, ...] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +67,8 @@ class CacheConfig:
     host_bytes: int | None = None
     stream_block_tokens: int = 1024
 
-    def __new__(cls, *args: Any, **settings: Any) -> CacheConfig:
+    def __new__(cls, **settings: Any) -> CacheConfig:
+        """Refuse unknown names."""
         # The generated __init__ would answer an unknown name with a bare TypeError.
         known = [field.name for field in fields(cls)]
         for name in settings:
@@ -77,7 +79,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_choices()
-        for budget in _flatten(self.budget_tokens):
+        for budget in _flatten(self.budget_tokens, depth=2):
             self._check_budget(budget)
         if isinstance(self.budget_tokens, Sequence):
             object.__setattr__(self, "budget_tokens", _as_tuple(self.budget_tokens))
@@ -122,7 +124,9 @@ class CacheConfig:
         if not isinstance(budget, tuple):
             return
         if len(budget) != num_layers:
-            raise ConfigError(f"budget_tokens has {len(budget)} entries: expected {num_layers} layers")
+            raise ConfigError(
+                f"budget_tokens has {len(budget)} entries: expected {num_layers} layers"
+            )
         for entry in budget:
             if isinstance(entry, tuple) and len(entry) != num_kv_heads:
                 raise ConfigError(
@@ -146,7 +150,7 @@ class CacheConfig:
             if not _is_int(value) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
         factor = self.device_pool_factor
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
+        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < inf:
             raise ConfigError(f"device_pool_factor={factor!r}: expected a number of at least 1")
 
     def _check_choices(self) -> None:
@@ -158,7 +162,7 @@ class CacheConfig:
             ("group_reduction", GROUP_REDUCTIONS),
         ):
             value = getattr(self, name)
-            if isinstance(value, bool) or value not in choices:
+            if type(value) is not type(choices[0]) or value not in choices:
                 expected = ", ".join(map(repr, choices))
                 raise ConfigError(f"{name}={value!r}: expected one of {expected}")
 
@@ -184,9 +188,10 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _flatten(budget: Any) -> list[Any]:
-    if isinstance(budget, Sequence) and not isinstance(budget, str):
-        return [leaf for item in budget for leaf in _flatten(item)]
+def _flatten(budget: Any, depth: int) -> list[Any]:
+    """The entries of a budget: per layer, then per KV head."""
+    if depth and isinstance(budget, Sequence) and not isinstance(budget, str):
+        return [leaf for item in budget for leaf in _flatten(item, depth - 1)]
     return [budget]
 
 

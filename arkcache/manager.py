@@ -1,12 +1,14 @@
 """The cache of one decoder: `append` keys and values, `attend` queries, layer by layer.
 
 Knows nothing of any model library. Start reading at `KVCacheManager.attend`, then
-`PagedLayer.attend_one` in `layers.py`, which is the decode step.
+`PagedLayer.attend_one` in `paged.py`, which is the decode step.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,13 +16,25 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.dense import DenseLayer
 from arkcache.errors import InputError
 from arkcache.kernels.torch_attention import block_attention
-from arkcache.layers import DenseLayer, Expand, PagedLayer, Step, causal_blocks
+from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
 from arkcache.stats import CacheStats
+from arkcache.step import Expand, Step, causal_blocks
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.host import HostTier
+from arkcache.validate import (
+    check_layer,
+    check_mask,
+    check_new_tokens,
+    check_padding,
+    check_query,
+    check_sinks,
+    check_sizes,
+    sequence_order,
+)
 
 
 class KVCacheManager:
@@ -55,17 +69,22 @@ class KVCacheManager:
         value_dim: int | None = None,
         latent: bool = False,
     ) -> None:
-        sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-        for name, size in sizes.items():
-            if size < 1:
-                raise InputError(f"{name}={size}: expected at least 1")
-        if not dtype.is_floating_point:
-            raise InputError(f"dtype={dtype}: expected a floating-point type")
-        self.config = CacheConfig() if config is None else config
+        config = CacheConfig() if config is None else config
+        value_dim = head_dim if value_dim is None else value_dim
+        check_sizes(
+            config,
+            dtype,
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+        )
+        self.config = config
         self.config.check_layers(num_layers, num_kv_heads)
-        self.num_layers, self.num_kv_heads, self.head_dim = num_layers, num_kv_heads, head_dim
-        self.value_dim = head_dim if value_dim is None else value_dim
+        self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
+        self.head_dim, self.value_dim = head_dim, value_dim
         self.device, self.dtype, self.latent = torch.device(device), dtype, latent
+        self._like = torch.empty(0, dtype=dtype, device=self.device)
         self._clear()
 
     def _clear(self) -> None:
@@ -94,7 +113,8 @@ class KVCacheManager:
         state, new_tokens = self._layers[layer], key.shape[2]
         stop = state.columns + new_tokens
         if stop > self._log.num_columns:
-            self._extend(stop - self._log.num_columns, mask)
+            unknown = stop - self._log.num_columns
+            self._extend(unknown, None if mask is None else mask[:, -unknown:])
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():
@@ -104,8 +124,10 @@ class KVCacheManager:
                 rows = slice(sequence, sequence + 1)
                 own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
                 if len(own):
-                    state.append(rows, key[rows].index_select(2, own), value[rows].index_select(2, own))
-            state.lengths.__post_init__()
+                    state.append(
+                        rows, key[rows].index_select(2, own), value[rows].index_select(2, own)
+                    )
+            state.lengths.settle()
         state.columns = stop
 
     def attend(
@@ -137,7 +159,11 @@ class KVCacheManager:
         Returns [batch, num_heads, new_tokens, value_dim] in the query's dtype. Raises `InputError`
         for what does not fit.
         """
-        self._check_attend(layer, query, expand)
+        self._check_attend(layer, query, expand is not None)
+        if mask is not None:
+            check_mask(mask, (*query.shape[:3], self._layers[layer].columns))
+        if sinks is not None:
+            check_sinks(sinks, query.shape[1])
         state = self._layers[layer]
         new_tokens = query.shape[2]
         step = Step(
@@ -154,17 +180,17 @@ class KVCacheManager:
         return self._attend_many(state, step)
 
     def _attend_many(self, state: DenseLayer | PagedLayer, step: Step) -> Tensor:
-        last_visible = self._log.last_visible(state.columns, step.query.shape[2])
-        blocks = causal_blocks(state, step, last_visible)
         num_heads = step.query.shape[1]
         # With latents every query head has expanded keys of its own.
         num_kv_heads = self.num_kv_heads if step.expand is None else num_heads
         query = step.query.unflatten(1, (num_kv_heads, -1))
         sinks = None if step.sinks is None else step.sinks.reshape(num_kv_heads, -1)
+        last_visible = self._log.last_visible(state.columns, step.query.shape[2])
+        blocks = causal_blocks(state.blocks(), step, last_visible)
         output = block_attention(query, blocks, scale=step.scale, softcap=step.softcap, sinks=sinks)
         return output.flatten(1, 2)
 
-    def _bias(self, mask: Tensor, query: Tensor) -> Any:
+    def _bias(self, mask: Tensor, query: Tensor) -> Callable[[Ids], Tensor]:
         """The user's mask as a function of token numbers; see `Step.bias`."""
         batch, num_heads, new_tokens, _ = query.shape
         if mask.dtype == torch.bool:
@@ -214,10 +240,10 @@ class KVCacheManager:
 
     def crop(self, num_columns: int) -> None:
         """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry)."""
-        if not 0 <= num_columns <= self._log.num_columns:
-            raise InputError(
-                f"crop({num_columns}): the cache holds {self._log.num_columns} columns"
-            )
+        held = self._log.num_columns
+        whole = isinstance(num_columns, int) and not isinstance(num_columns, bool)
+        if not (whole and 0 <= num_columns <= held):
+            raise InputError(f"crop({num_columns!r}): expected 0 to the {held} columns held")
         for state in self._layers:
             if state.columns > num_columns:
                 state.crop(self._log.lengths(num_columns))
@@ -228,28 +254,13 @@ class KVCacheManager:
         """Make sequence i what sequence `index[i]` was (beams, repeats, finished sequences)."""
         if not self._layers:
             return
-        order = np.asarray(index.cpu() if isinstance(index, Tensor) else index, dtype=np.int64)
-        batch = self._geometry.batch
-        if order.ndim != 1 or len(order) == 0 or order.min() < -batch or order.max() >= batch:
-            raise InputError(f"sequences {order.tolist()}: the cache holds sequences 0..{batch - 1}")
-        order = order % batch
-        if np.array_equal(order, np.arange(batch)):
+        order = sequence_order(index, self.batch)
+        if np.array_equal(order, np.arange(self.batch)):
             return
-        old = self._device_tier
-        assert old is not None
-        self._make_device_tier(len(order))
-        tier, on_device = self._device_tier, torch.from_numpy(order).to(self.device)
-        assert tier is not None
-        sets = iter(zip(tier.working_sets, old.working_sets, strict=True))
+        tier = self._make_device_tier(len(order))
         for state in self._layers:
-            if isinstance(state, DenseLayer):
-                state.keep_sequences(order, self._geometry)
-                continue
-            new_set, old_set = next(sets)
-            new_set.copy_sequences(old_set, on_device)
-            state.keep_sequences(
-                order, self._geometry, new_set, (tier.stream_key, tier.stream_value)
-            )
+            state.keep_sequences(order, tier)
+        self._device_tier = tier
         self._log.keep_sequences(order)
 
     def reset(self) -> None:
@@ -262,7 +273,7 @@ class KVCacheManager:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
             device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=sum(state.held_blocks().size for state in self._layers) * self._block_bytes,
+            host_bytes=0 if self._host is None else self._host.used_bytes,
         )
         for state in self._layers:
             total += state.stats()
@@ -280,54 +291,49 @@ class KVCacheManager:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheManager:
         """A copy that shares the sealed pages (they are immutable) and owns everything else."""
         host = self._host
-        clone = copy.copy(self)
-        memo[id(self)] = clone
         if host is not None:
             memo[id(host)] = host
-            for state in self._layers:
-                host.retain(state.held_blocks())
-        for name, value in vars(self).items():
-            setattr(clone, name, copy.deepcopy(value, memo))
+        state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        clone = object.__new__(KVCacheManager)
+        memo[id(self)] = clone
+        vars(clone).update(state)
+        if host is not None:
+            for layer in self._layers:
+                host.retain(layer.held_blocks())
         return clone
+
+    def __copy__(self) -> KVCacheManager:
+        return copy.deepcopy(self)
 
     def __del__(self) -> None:
         # A copy may live on and share the host tier: give back this one's references.
-        for state in getattr(self, "_layers", ()):
-            state.release()
+        if not sys.is_finalizing():
+            for state in getattr(self, "_layers", ()):
+                state.release()
 
     # -- allocation and checks --------------------------------------------------------------------
 
     def _allocate(self, batch: int) -> None:
         config = self.config
-        paged = [i for i in range(self.num_layers) if config.budget_of(i) is not None]
-        if paged and self._host is None:
+        tier = self._make_device_tier(batch)
+        if tier.working_sets:
             width = config.page_size * (self.head_dim + self.value_dim)
             self._host = HostTier((self.num_kv_heads, width), self.dtype, config.host_bytes)
-        self._make_device_tier(batch)
-        tier = self._device_tier
-        assert tier is not None
-        self._log = TokenLog(batch)
-        sets = iter(tier.working_sets)
+        numbers = iter(range(self.num_layers))
         for layer in range(self.num_layers):
-            if layer not in paged:
-                self._layers.append(DenseLayer(self._geometry))
+            if config.budget_of(layer) is None:
+                self._layers.append(DenseLayer(tier.geometry))
                 continue
             assert self._host is not None
+            pages = self._num_selected(layer)
             self._layers.append(
-                PagedLayer(
-                    config,
-                    self._num_selected(layer),
-                    self._geometry,
-                    next(sets),
-                    self._host,
-                    (tier.stream_key, tier.stream_value),
-                    self.latent,
-                )
+                PagedLayer(config, pages, tier, next(numbers), self._host, self.latent)
             )
+        self._device_tier, self._log = tier, TokenLog(batch)
 
-    def _make_device_tier(self, batch: int) -> None:
+    def _make_device_tier(self, batch: int) -> DeviceTier:
         config = self.config
-        self._geometry = Geometry(
+        geometry = Geometry(
             batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
         )
         slots = [
@@ -336,18 +342,12 @@ class KVCacheManager:
             for layer in range(self.num_layers)
             if config.budget_of(layer) is not None
         ]
-        self._device_tier = DeviceTier(
-            self._geometry, slots, config.page_size, config.window_tokens,
-            config.stream_block_tokens // config.page_size * config.page_size,
-        )
+        block_tokens = config.stream_block_tokens // config.page_size * config.page_size
+        return DeviceTier(geometry, slots, config.page_size, config.window_tokens, block_tokens)
 
     def _num_selected(self, layer: int) -> Ids:
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
         return np.array(pages, dtype=np.int64)
-
-    @property
-    def _block_bytes(self) -> int:
-        return 0 if self._host is None else self._host.block_bytes
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""
@@ -359,43 +359,18 @@ class KVCacheManager:
         self._log = log
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise InputError(f"layer {layer}: this cache has layers 0..{self.num_layers - 1}")
-        batch = self._geometry.batch if self._layers else (key.shape[0] if key.ndim == 4 else -1)
-        new_tokens = key.shape[2] if key.ndim == 4 else -1
-        for name, tensor, dim in (("key", key, self.head_dim), ("value", value, self.value_dim)):
-            expected = (batch, self.num_kv_heads, new_tokens, dim)
-            if tuple(tensor.shape) != expected or new_tokens == 0 or batch < 1:
-                raise InputError(
-                    f"{name} of shape {tuple(tensor.shape)}: expected [batch"
-                    f"{f'={batch}' if self._layers else ''}, num_kv_heads={self.num_kv_heads}, "
-                    f"new_tokens >= 1, {dim}], the same new_tokens for key and value"
-                )
-            if tensor.dtype != self.dtype or tensor.device != self.device:
-                raise InputError(
-                    f"{name} is {tensor.dtype} on {tensor.device}: this cache holds {self.dtype} "
-                    f"on {self.device}; convert it or build the cache with its dtype and device"
-                )
-        if mask is not None and tuple(mask.shape) != (batch, new_tokens):
-            raise InputError(
-                f"mask of shape {tuple(mask.shape)}: expected [batch, new_tokens] = "
-                f"{[batch, new_tokens]}, False where a column is padding"
-            )
+        check_layer(layer, self.num_layers)
+        batch, new_tokens = (key.shape[0], key.shape[2]) if key.ndim == 4 else (0, 0)
+        shape = (self.batch if self._layers else batch, self.num_kv_heads, new_tokens)
+        check_new_tokens("key", key, (*shape, self.head_dim), self._like)
+        check_new_tokens("value", value, (*shape, self.value_dim), self._like)
+        if mask is not None:
+            check_padding(mask, batch, new_tokens)
 
-    def _check_attend(self, layer: int, query: Tensor, expand: Expand | None) -> None:
-        if not 0 <= layer < self.num_layers:
-            raise InputError(f"layer {layer}: this cache has layers 0..{self.num_layers - 1}")
-        if not self._layers or self._layers[layer].columns == 0:
+    def _check_attend(self, layer: int, query: Tensor, expanded: bool) -> None:
+        check_layer(layer, self.num_layers)
+        columns = self.columns_of(layer)
+        if columns == 0:
             raise InputError(f"layer {layer} holds no tokens yet: append before attend")
-        fits = query.ndim == 4 and query.shape[0] == self._geometry.batch
-        fits = fits and query.shape[1] % self.num_kv_heads == 0
-        fits = fits and (expand is not None or query.shape[3] == self.head_dim)
-        fits = fits and 1 <= query.shape[2] <= self._layers[layer].columns
-        if not fits:
-            raise InputError(
-                f"query of shape {tuple(query.shape)}: expected [batch={self._geometry.batch}, "
-                f"a multiple of {self.num_kv_heads} heads, 1 to {self._layers[layer].columns} new "
-                f"tokens, head_dim={self.head_dim}]"
-            )
-        if query.device != self.device:
-            raise InputError(f"query is on {query.device}: this cache is on {self.device}")
+        head_dim = None if expanded else self.head_dim
+        check_query(query, (self.batch, self.num_kv_heads, columns, head_dim), self._like)

@@ -4,14 +4,14 @@ Knows nothing of tensors on a device, of tiers or of models. A row is a (sequenc
 Of a sequence of L tokens
 
     [0, sealed * page_size)      sealed pages, immutable, in the host tier
-    [sealed * page_size, L)      the window: at least `recent`, less than `recent + page_size` tokens
+    [sealed * page_size, L)      the window: `recent` tokens to less than `recent + page_size`
 
 so everything follows from L alone, however the tokens arrived.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,8 @@ def sealed_pages(length: int, recent: int, page_size: int) -> int:
     return max(0, (length - recent) // page_size)
 
 
-@dataclass(frozen=True)
-class Moves:
-    """What a selection asks for: `pages[i]` of `rows[i]` goes into place `places[i]` of that row."""
+class Moves(NamedTuple):
+    """What a selection asks for: `pages[i]` goes into place `places[i]` of row `rows[i]`."""
 
     rows: Ids
     places: Ids
@@ -49,41 +48,54 @@ class Residency:
 
     def __init__(self, num_rows: int, num_places: int) -> None:
         self.page_of: Ids = np.full((num_rows, num_places), -1, dtype=np.int64)
-        self._wanted = np.zeros((num_rows, 1), dtype=np.bool_)
+        self._resize(0)
 
-    def place(self, rows: slice, place: int, page: int) -> None:
-        """Put `page` into an empty place of several rows."""
-        self.page_of[rows, place] = page
+    def place(self, rows: slice, place: int, page: int, may_hold: Ids) -> None:
+        """Put `page` into an empty place of those of `rows` that `may_hold` more than `place`."""
+        self.page_of[rows, place] = np.where(may_hold[rows] > place, page, -1)
 
-    def fetch(self, selected: Ids, num_selected: Ids, num_pages: int, spare_score: None | Ids) -> Moves:
+    def fetch(
+        self,
+        selected: Ids,
+        num_pages: int,
+        num_selected: Ids | None = None,
+        keep_score: NDArray[np.floating[Any]] | None = None,
+    ) -> Moves:
         """Make `selected` resident: fill empty places, then those of pages nobody wants.
 
         Args:
-            selected: pages [rows, most]; row r wants its first `num_selected[r]`.
-            num_selected: [rows].
-            num_pages: one more than the largest page id.
-            spare_score: [rows, places], the higher the sooner a page that is not selected stays;
-                None evicts in any order.
+            selected: pages [rows, most], no page twice in a row.
+            num_pages: more than the largest page number.
+            num_selected: [rows], row r wants its first `num_selected[r]`; None is all.
+            keep_score: [rows, places], how much each resident page deserves to stay, where there
+                are more places than selected pages.
 
-        Returns the moves, already entered in the books. With as many places as selected pages the
-        residents of a row are then exactly its selection, in its first places.
+        Returns the moves, already entered in the books. Without `keep_score` the residents of a
+        row are then exactly its selection, in its first places.
         """
-        num_rows, num_places = self.page_of.shape
-        wanted = self._scratch(num_pages + 1)
-        valid = np.arange(selected.shape[1]) < num_selected[:, None]
-        row_index = np.arange(num_rows)[:, None]
-        wanted[row_index, np.where(valid, selected, -1)] = True
-        wanted[:, -1] = False
-        kept = wanted[row_index, self.page_of]
-        wanted[row_index, np.where(kept, self.page_of, -1)] = False
-        missing = wanted[row_index, selected] & valid
-        wanted[row_index, selected] = False
-        free = self._choose_places(~kept, missing.sum(axis=1), num_selected, spare_score)
-        rows, columns = np.nonzero(missing)
-        places = np.nonzero(free)[1]
-        pages = selected[rows, columns]
-        num_evicted = int(np.count_nonzero(self.page_of[rows, places] >= 0))
-        self.page_of[rows, places] = pages
+        # Page numbers of all rows in one line, a spare column for "none" at the end of each row.
+        if num_pages >= self._width:
+            self._resize(2 * num_pages)
+        wanted, flat = self._wanted, selected + self._row_start
+        if num_selected is not None:
+            valid = np.arange(selected.shape[1]) < num_selected[:, None]
+            flat = np.where(valid, flat, self._row_start - 1)
+        wanted[flat] = True
+        wanted[self._spare_columns] = False
+        residents = self.page_of + self._row_start
+        kept = wanted[residents]
+        wanted[residents] = False
+        missing = np.flatnonzero(wanted[flat])
+        wanted[flat] = False
+        if num_selected is None and keep_score is None:
+            places = np.flatnonzero(~kept)
+        else:
+            places = self._choose_places(kept, selected, missing, num_selected, keep_score)
+        pages = selected.reshape(-1)[missing]
+        held = self.page_of.reshape(-1)
+        num_evicted = int(np.count_nonzero(held[places] >= 0))
+        held[places] = pages
+        rows, places = np.divmod(places, max(1, self.page_of.shape[1]))
         return Moves(rows, places, pages, num_evicted)
 
     def drop_from(self, rows: slice, page: int, num_left: int) -> None:
@@ -99,7 +111,7 @@ class Residency:
     def keep_rows(self, rows: Ids) -> None:
         """Make row i what row `rows[i]` was."""
         self.page_of = self.page_of[rows]
-        self._wanted = np.zeros((len(rows), 1), dtype=np.bool_)
+        self._resize(self._width)
 
     def check(self) -> None:
         """Raise `IntegrityError` if a row holds a page twice."""
@@ -109,25 +121,32 @@ class Residency:
                 raise IntegrityError(f"row {row} holds a page in two places: {held.tolist()}")
 
     def _choose_places(
-        self, candidates: NDArray[np.bool_], num_needed: Ids, num_selected: Ids,
-        spare_score: None | Ids,
-    ) -> NDArray[np.bool_]:
+        self,
+        kept: NDArray[np.bool_],
+        selected: Ids,
+        missing: Ids,
+        num_selected: Ids | None,
+        keep_score: NDArray[np.floating[Any]] | None,
+    ) -> Ids:
+        """The places [flat] that take the missing pages, row by row as `missing` lists them."""
         num_places = self.page_of.shape[1]
-        if spare_score is None:
-            # Without spare places the first `num_selected` must end up being the selection.
-            return candidates & (np.arange(num_places) < num_selected[:, None])
-        rank = np.where(self.page_of < 0, -np.inf, spare_score)
-        rank = np.where(candidates, rank, np.inf)
-        order = np.argsort(rank, axis=1, kind="stable")
-        chosen = np.zeros_like(candidates)
-        takes = np.arange(num_places) < num_needed[:, None]
-        np.put_along_axis(chosen, order, takes, axis=1)
-        return chosen
+        if keep_score is None:
+            assert num_selected is not None
+            return np.flatnonzero(~kept & (np.arange(num_places) < num_selected[:, None]))
+        num_missing = np.bincount(missing // selected.shape[1], minlength=len(kept))
+        rank = np.where(self.page_of < 0, -np.inf, keep_score)
+        order = np.argsort(np.where(kept, np.inf, rank), axis=1, kind="stable")
+        chosen = np.zeros_like(kept)
+        np.put_along_axis(chosen, order, np.arange(num_places) < num_missing[:, None], axis=1)
+        return np.flatnonzero(chosen)
 
-    def _scratch(self, num_columns: int) -> NDArray[np.bool_]:
-        if self._wanted.shape[1] < num_columns:
-            self._wanted = np.zeros((len(self.page_of), 2 * num_columns), dtype=np.bool_)
-        return self._wanted
+    def _resize(self, width: int) -> None:
+        self._width = width + 1
+        num_rows = len(self.page_of)
+        self._wanted = np.zeros(num_rows * self._width, dtype=np.bool_)
+        self._row_start = (np.arange(num_rows) * self._width)[:, None]
+        # Page -1 of a row is the spare column of the row before; of the last row for the first.
+        self._spare_columns = np.arange(1, num_rows + 1) * self._width - 1
 
 
 class TokenLog:
@@ -168,11 +187,11 @@ class TokenLog:
 
     def last_visible(self, num_columns: int, num_new: int) -> Ids:
         """Number of the last token that each of the newest columns attends [batch, num_new]."""
+        first = num_columns - num_new
         if self._real is None:
-            newest = np.arange(num_columns - num_new, num_columns)
-            return np.broadcast_to(newest, (self.batch, num_new)).copy()
-        counts = np.cumsum(self._real[:, :num_columns], axis=1)
-        return counts[:, num_columns - num_new :].astype(np.int64) - 1
+            return np.tile(np.arange(first, num_columns, dtype=np.int64), (self.batch, 1))
+        counts: Ids = np.cumsum(self._real[:, :num_columns], axis=1, dtype=np.int64)
+        return counts[:, first:] - 1
 
     def columns_of(self, tokens: Ids) -> Ids:
         """Columns of token numbers [batch, ...]; a number beyond the last token gives the last."""

@@ -24,7 +24,7 @@ def aggregate(score: Tensor, reduction: str) -> Tensor:
 
 
 def top_pages(score: Tensor, num_selected: int) -> Ids:
-    """The `num_selected` best pages of each row of `score` [rows, pages], in no particular order."""
+    """The `num_selected` best pages of each row of `score` [rows, pages], in any order."""
     if score.device.type == "cpu" and score.dtype == torch.float32:
         # Four times faster than torch.topk at 2048 pages.
         split = score.shape[1] - num_selected

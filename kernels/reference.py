@@ -89,7 +89,7 @@ def attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Dense attention: query [batch, heads, new, dim], key and value [batch, kv_heads, tokens, dim].
+    """Dense attention of query [batch, heads, new, dim] over [batch, kv_heads, tokens, dim].
 
     mask, broadcast to [batch, heads, new, tokens], is True where a token may be attended or is
     added to the logits. sinks [heads] are extra logits that take probability and give nothing. A

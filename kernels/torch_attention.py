@@ -49,8 +49,12 @@ def decode_attention(
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale
         )
-    whole = Block(key, value, mask=None if mask is None else lambda _start, _stop: mask[:, :, :, None])
-    output = block_attention(query[:, :, :, None], [whole], scale=scale, softcap=softcap, sinks=sinks)
+    whole = Block(
+        key, value, mask=None if mask is None else lambda _start, _stop: mask[:, :, :, None]
+    )
+    output = block_attention(
+        query[:, :, :, None], [whole], scale=scale, softcap=softcap, sinks=sinks
+    )
     return output[:, :, :, 0]
 
 
@@ -75,11 +79,15 @@ def block_attention(
             peak = query.new_full((*query.shape[:4], 1), float("-inf"), dtype=torch.float32)
             mass = torch.zeros_like(peak)
             total = peak.new_zeros((*query.shape[:4], block.value.shape[-1]))
+        if block.key.shape[2] == 0:
+            continue
         first_tile = block.seen_from // TILE_TOKENS * TILE_TOKENS
         for start in range(first_tile, new_tokens, TILE_TOKENS):
             tile = slice(start, min(start + TILE_TOKENS, new_tokens))
             logits = _logits(query[:, :, :, tile], block, tile, scale, softcap)
-            _accumulate(logits, block.value, peak[..., tile, :], mass[..., tile, :], total[..., tile, :])
+            _accumulate(
+                logits, block.value, peak[..., tile, :], mass[..., tile, :], total[..., tile, :]
+            )
     if sinks is not None:
         reference = peak.masked_fill(peak == float("-inf"), 0.0)
         mass = mass + (sinks.float()[:, :, None, None] - reference).exp_()
@@ -91,7 +99,7 @@ def _logits(
 ) -> Tensor:
     """The masked logits [batch, kv_heads, group, tile, tokens] of one tile, in fp32."""
     group_rows = query.flatten(2, 3) @ block.key.transpose(-1, -2)
-    logits = group_rows.float().mul_(scale).unflatten(2, query.shape[2:4])
+    logits: Tensor = group_rows.float().mul_(scale).unflatten(2, query.shape[2:4])
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     mask = None if block.mask is None else block.mask(tile.start, tile.stop)

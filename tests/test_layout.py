@@ -33,9 +33,11 @@ MAY_IMPORT = {
     "kernels": {"config", "errors", "kernels"},
     "tiering": {"config", "errors", "kernels", "pages", "stats", "tiering"},
 }
-MAY_IMPORT["layers"] = {*MAY_IMPORT}
+MAY_IMPORT["step"] = {*MAY_IMPORT}
+MAY_IMPORT["dense"] = {*MAY_IMPORT}
+MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
-MAY_IMPORT["huggingface"] = {*MAY_IMPORT}
+MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}

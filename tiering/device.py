@@ -80,11 +80,6 @@ class WorkingSet:
         self._key_slots.index_copy_(0, slots, pages[:, :key_size])
         self._value_slots.index_copy_(0, slots, pages[:, key_size:])
 
-    def keep_sequences(self, index: Tensor) -> None:
-        """Make sequence i what sequence `index[i]` was; the number of sequences stays."""
-        self.key.copy_(self.key[index])
-        self.value.copy_(self.value[index])
-
     def copy_sequences(self, source: WorkingSet, index: Tensor) -> None:
         """Fill from another working set: sequence i from its sequence `index[i]`."""
         self.key.copy_(source.key[index])
@@ -92,7 +87,7 @@ class WorkingSet:
 
 
 class DeviceTier:
-    """The one allocation, with a working set per paged layer and a block to stream the past through.
+    """The one allocation: a working set per paged layer and a block to stream the past through.
 
     Args:
         geometry: sizes shared by the layers.
@@ -110,31 +105,43 @@ class DeviceTier:
         window_tokens: int,
         stream_block_tokens: int,
     ) -> None:
+        self.geometry = geometry
+        self._slots_per_layer, self._page_size = slots_per_layer, page_size
         window_slots = -(-window_tokens // page_size)
-        tokens = [(slots + window_slots) * page_size for slots in slots_per_layer]
-        block = stream_block_tokens if slots_per_layer else 0
+        self._tokens = [(slots + window_slots) * page_size for slots in slots_per_layer]
+        self._block_tokens = stream_block_tokens if slots_per_layer else 0
         per_token = geometry.head_dim + geometry.value_dim
-        size = geometry.num_rows * (sum(tokens) + block) * per_token
+        size = geometry.num_rows * (sum(self._tokens) + self._block_tokens) * per_token
         # Zeros, not empty: what is masked out is multiplied by 0, which a stale NaN would survive.
         self.pool = torch.zeros(size, dtype=geometry.dtype, device=geometry.device)
-        self._next = 0
-        self._geometry = geometry
-        self.working_sets = [
-            WorkingSet(*self._carve(count), slots, page_size)
-            for count, slots in zip(tokens, slots_per_layer, strict=True)
-        ]
-        self.stream_key, self.stream_value = self._carve(block)
+        self._carve_all()
 
     @property
     def nbytes(self) -> int:
         """Bytes of the allocation."""
         return self.pool.numel() * self.pool.element_size()
 
+    def __getstate__(self) -> dict[str, object]:
+        views = ("working_sets", "stream_key", "stream_value")
+        return {name: value for name, value in vars(self).items() if name not in views}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._carve_all()
+
+    def _carve_all(self) -> None:
+        self._next = 0
+        self.working_sets = [
+            WorkingSet(*self._carve(tokens), slots, self._page_size)
+            for tokens, slots in zip(self._tokens, self._slots_per_layer, strict=True)
+        ]
+        self.stream_key, self.stream_value = self._carve(self._block_tokens)
+
     def _carve(self, tokens: int) -> tuple[Tensor, Tensor]:
         planes = []
-        for dim in (self._geometry.head_dim, self._geometry.value_dim):
-            shape = (self._geometry.batch, self._geometry.num_kv_heads, tokens, dim)
-            size = self._geometry.num_rows * tokens * dim
+        for dim in (self.geometry.head_dim, self.geometry.value_dim):
+            shape = (self.geometry.batch, self.geometry.num_kv_heads, tokens, dim)
+            size = self.geometry.num_rows * tokens * dim
             planes.append(self.pool[self._next : self._next + size].view(shape))
             self._next += size
         return planes[0], planes[1]

@@ -15,7 +15,7 @@ class GrowingTensor:
     """
 
     GROWTH = 1.5
-    """Waste is at most a third of the allocation; while it grows, old and new exist side by side."""
+    """At most a third is waste; while it grows, old and new exist side by side."""
 
     def __init__(
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device

@@ -99,7 +99,7 @@ class HostTier:
             self._free.clear()
 
     def check(self, holders: list[Ids]) -> None:
-        """Raise `IntegrityError` unless `holders` account for every reference (free + held = all)."""
+        """Raise `IntegrityError` unless `holders` account for all references; free + held = all."""
         expected = np.zeros_like(self._references)
         for blocks in holders:
             np.add.at(expected, blocks, 1)

@@ -1,41 +1,40 @@
-"""The cache of one attention layer: dense (everything on the device) or paged (two tiers).
+"""The cache of a layer in two tiers: sealed pages on the host, a working set on the device.
 
-Both kinds take the same calls from the manager: `append`, `attend_one` for a decode step,
-`blocks` for several new tokens, `crop`, `keep_sequences`. Tokens are numbered per sequence without
-padding; the manager knows which columns of a batch they are.
+The decode step is `PagedLayer.attend_one`: rate all pages by their digests, select the best, recall
+those that are missing into the places of those nobody wants, attend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
-from arkcache.kernels.torch_attention import Block, decode_attention
 from arkcache.kernels.torch_digest import BoundingVolumes
 from arkcache.kernels.torch_tokens import TokenIndex
 from arkcache.pages import Ids, Residency, sealed_pages
 from arkcache.policy import aggregate, ranked_pages, top_pages
 from arkcache.stats import CacheStats
-from arkcache.tiering.device import Geometry, WorkingSet
+from arkcache.step import Counters, Lengths, Step, additive, attend_view
+from arkcache.tiering.device import DeviceTier, WorkingSet
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
 
 SEAL_PAGES = 64
 """Pages digested and backed up at a time: bounds the temporaries of a long prompt."""
 
-Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Turns stored keys and values into those to attend (multi-head latent attention)."""
+
+Held = NDArray[np.bool_]
 
 
 class PageIndex(Protocol):
-    """What decides which pages matter. `page_dim` is the dimension of a digest that counts pages."""
+    """What decides which pages matter. `page_dim` is the dimension of a digest that is the page."""
 
     page_dim: int
 
@@ -55,208 +54,53 @@ def make_index(config: CacheConfig, head_dim: int) -> PageIndex:
     return BoundingVolumes(config.index)
 
 
-@dataclass(frozen=True)
-class Step:
-    """How a query is to be attended.
-
-    query [batch, heads, new, head_dim]. index_query is what pages are rated by: the query itself,
-    or its image in the latent space. positions(tokens) gives the additive mask of the user for
-    token numbers [batch, kv_heads, tokens], or is None.
-    """
-
-    query: Tensor
-    scale: float
-    index_query: Tensor
-    softcap: float | None = None
-    sinks: Tensor | None = None
-    expand: Expand | None = None
-    bias: Callable[[Ids], Tensor] | None = None
-
-
-@dataclass
-class Counters:
-    """What a layer did since the last reset; see `CacheStats` for the units."""
-
-    attended_tokens: int = 0
-    pages_hit: int = 0
-    pages_recalled: int = 0
-    pages_evicted: int = 0
-    bytes_recalled: int = 0
-    bytes_streamed: int = 0
-    bytes_backed_up: int = 0
-
-    def stats(self, total_tokens: int) -> CacheStats:
-        """As `CacheStats`, without sizes."""
-        return CacheStats(total_tokens=total_tokens, **vars(self))
-
-
-@dataclass
-class Lengths:
-    """Tokens per sequence of a layer, without padding."""
-
-    of: Ids
-    uniform: bool = field(init=False, default=True)
-
-    def __post_init__(self) -> None:
-        self.uniform = bool((self.of == self.of[0]).all())
-
-    def groups(self) -> list[slice]:
-        """Runs of sequences of equal length, to be handled together."""
-        if self.uniform:
-            return [slice(0, len(self.of))]
-        return [slice(b, b + 1) for b in range(len(self.of))]
-
-    def set(self, rows: slice, length: int) -> None:
-        """Sequences `rows` now hold `length` tokens; call `__post_init__` after the last of them."""
-        self.of[rows] = length
-
-
-def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Attend one new token over a view of keys and values [batch, kv_heads, tokens, dim].
-
-    mask is additive [batch, kv_heads or 1, group or 1, tokens]. Returns [batch, heads, 1, dim].
-    """
-    if step.expand is not None:
-        key, value = step.expand(key, value)
-    batch, num_heads, _, head_dim = step.query.shape
-    num_kv_heads = key.shape[1]
-    group = num_heads // num_kv_heads
-    sinks = None if step.sinks is None else step.sinks.reshape(num_kv_heads, group)
-    output = decode_attention(
-        step.query.reshape(batch, num_kv_heads, group, head_dim),
-        key,
-        value,
-        scale=step.scale,
-        softcap=step.softcap,
-        sinks=sinks,
-        mask=mask if mask is None or mask.dtype == step.query.dtype else mask.to(step.query.dtype),
-    )
-    return output.reshape(batch, num_heads, 1, output.shape[-1])
-
-
-class DenseLayer:
-    """A layer that attends everything: its keys and values stay in the device tier, contiguous."""
-
-    BLOCK_TOKENS = 4096
-
-    def __init__(self, geometry: Geometry) -> None:
-        self.geometry = geometry
-        self.columns = 0
-        self.lengths = Lengths(np.zeros(geometry.batch, dtype=np.int64))
-        self.counters = Counters()
-        shape = (geometry.batch, geometry.num_kv_heads, 64)
-        self._key = GrowingTensor((*shape, geometry.head_dim), 2, geometry.dtype, geometry.device)
-        self._value = GrowingTensor((*shape, geometry.value_dim), 2, geometry.dtype, geometry.device)
-
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        length = int(self.lengths.of[rows.start])
-        self._key.write(rows, length, key)
-        self._value.write(rows, length, value)
-        self.lengths.set(rows, length + key.shape[2])
-
-    def attend_one(self, step: Step) -> Tensor:
-        """Attend one new token over all tokens."""
-        longest = int(self.lengths.of.max())
-        mask = None
-        if not self.lengths.uniform or step.bias is not None:
-            tokens = np.arange(longest)[None, None, :]
-            mask = additive(tokens < self.lengths.of[:, None, None], self.geometry.device)
-            if step.bias is not None:
-                tokens = np.broadcast_to(tokens, (self.geometry.batch, 1, longest))
-                mask = mask + step.bias(tokens)[:, :, :, 0]
-        self.counters.attended_tokens = int(self.lengths.of.sum())
-        return attend_view(step, self._key.first(longest), self._value.first(longest), mask)
-
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Ids]]:
-        """All tokens, block by block: key, value [batch, kv_heads, tokens, dim] and token numbers
-        [batch, tokens], -1 where a sequence has none."""
-        self.counters.attended_tokens = int(self.lengths.of.sum())
-        longest = int(self.lengths.of.max())
-        for start in range(0, longest, self.BLOCK_TOKENS):
-            stop = min(start + self.BLOCK_TOKENS, longest)
-            tokens = np.broadcast_to(np.arange(start, stop), (self.geometry.batch, stop - start))
-            tokens = np.where(tokens < self.lengths.of[:, None], tokens, -1)
-            yield self._key.first(longest)[:, :, start:stop], self._value.first(longest)[:, :, start:stop], tokens
-
-    def blocks_needed(self, _new_lengths: Ids) -> int:
-        """Host blocks that growing to these lengths takes: none."""
-        return 0
-
-    def crop(self, lengths: Ids) -> None:
-        """Shorten every sequence to `lengths`."""
-        self.lengths = Lengths(lengths.copy())
-
-    def keep_sequences(self, index: Ids, geometry: Geometry) -> None:
-        """Make sequence i what sequence `index[i]` was."""
-        self.geometry = geometry
-        on_device = torch.from_numpy(index).to(geometry.device)
-        self._key.keep_sequences(on_device)
-        self._value.keep_sequences(on_device)
-        self.lengths = Lengths(self.lengths.of[index])
-
-    def release(self) -> None:
-        """Free what the layer holds outside itself: nothing."""
-
-    def held_blocks(self) -> Ids:
-        """Host blocks that the layer refers to: none."""
-        return np.zeros(0, dtype=np.int64)
-
-    def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
-        if self.lengths.of.max() > self._key.data.shape[2]:
-            raise IntegrityError("a dense layer counts more tokens than it has room for")
-
-    def stats(self) -> CacheStats:
-        """Counters and sizes."""
-        size = CacheStats(device_bytes=self._key.nbytes + self._value.nbytes)
-        return self.counters.stats(int(self.lengths.of.sum())) + size
-
-
-def additive(attended: np.ndarray, device: torch.device) -> Tensor:  # type: ignore[type-arg]
-    """Turn True (attended) and False into 0 and -inf: [batch, kv_heads or 1, 1, tokens]."""
-    bias = np.where(attended, np.float32(0), np.float32(-np.inf))
-    return torch.from_numpy(bias).to(device)[:, :, None]
-
-
 class PagedLayer:
     """A layer whose sealed pages live in the host tier, with a working set on the device.
 
     Args:
         config: the cache's settings.
         num_selected: pages that a step selects, per KV head.
-        geometry: sizes shared by the layers.
-        working_set: this layer's part of the device tier.
+        device_tier: the device tier.
+        number: which of its working sets is this layer's.
         host: the host tier.
         latent: rate pages by key and value side by side (multi-head latent attention).
-        stream: key and value block in the device tier through which the past is streamed.
     """
 
     def __init__(
         self,
         config: CacheConfig,
         num_selected: Ids,
-        geometry: Geometry,
-        working_set: WorkingSet,
+        device_tier: DeviceTier,
+        number: int,
         host: HostTier,
-        stream: tuple[Tensor, Tensor],
         latent: bool = False,
     ) -> None:
+        geometry = device_tier.geometry
         self.config, self.geometry, self.latent = config, geometry, latent
-        self.working_set, self.host, self.stream = working_set, host, stream
+        self.device_tier, self.number, self.host = device_tier, number, host
         self.columns = 0
         self.lengths = Lengths(np.zeros(geometry.batch, dtype=np.int64))
         self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
         self.counters = Counters()
         self._num_selected = np.tile(num_selected, geometry.batch)
-        self._num_places = working_set.num_slots - config.num_sink_pages
-        self._spare = self._num_places > int(num_selected.min(initial=self._num_places))
+        self._num_places = self.working_set.num_slots - config.num_sink_pages
+        self._least_selected = int(num_selected.min())
+        self._may_hold = np.minimum(
+            np.ceil(self._num_selected * config.device_pool_factor), self._num_places
+        ).astype(np.int64)
+        self._spare = self._num_places > int(num_selected.max())
+        self._plain = self._least_selected == self._num_places
         self._residency = Residency(geometry.num_rows, self._num_places)
         self._complete = True  # every selectable page is resident, as far as places go
         self._blocks: Ids = np.full((geometry.batch, 64), -1, dtype=np.int64)
         index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
         self._index = make_index(config, index_dim)
         self._digests: GrowingTensor | None = None
+
+    @property
+    def working_set(self) -> WorkingSet:
+        """This layer's part of the device tier."""
+        return self.device_tier.working_sets[self.number]
 
     # -- append and seal ------------------------------------------------------------------------
 
@@ -304,7 +148,7 @@ class PagedLayer:
             cache_rows = slice(rows.start * heads, rows.stop * heads)
             sinks = self.config.num_sink_pages
             for page in range(max(first, sinks), first + room):
-                self._residency.place(cache_rows, page - sinks, page)
+                self._residency.place(cache_rows, page - sinks, page, self._may_hold)
         self.sealed[rows] = first + key.shape[2]
 
     def _digest(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
@@ -332,74 +176,111 @@ class PagedLayer:
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over the sinks, the selected pages and the recent window."""
+        if self._plain and self.lengths.uniform and step.bias is None:
+            return self._attend_alike(step)
         selectable = np.maximum(self.sealed - self.config.num_sink_pages, 0)
         most = int(selectable.max())
         chosen = None
-        if most > int(self._num_selected.min()):
+        if most > self._least_selected:
             chosen = self._select(step, selectable, most)
-        elif not self._complete:
-            everything = np.broadcast_to(np.arange(most), (self.geometry.num_rows, most))
-            self._recall(everything, np.repeat(selectable, self.geometry.num_kv_heads), None)
-            self._complete = True
         else:
-            self.counters.pages_hit += int(selectable.sum()) * self.geometry.num_kv_heads
+            self._complete_residents(selectable)
         return self._attend(step, chosen)
 
-    def _select(self, step: Step, selectable: Ids, most: int) -> Ids | None:
-        """Rate the pages, make the best resident; returns the selection where places are spare."""
+    def _attend_alike(self, step: Step) -> Tensor:
+        """`attend_one` where all rows have as much to select from and to attend: the usual case."""
+        sealed, length = int(self.sealed[0]), int(self.lengths.of[0])
+        sinks, page_size = self.config.num_sink_pages, self.config.page_size
+        selectable, num_selected = sealed - sinks, self._num_places
+        if selectable > num_selected > 0:
+            rating = self._rate(step, selectable)
+            self._recall(top_pages(rating, num_selected), None, None)
+        elif 0 < selectable <= num_selected:
+            self._complete_residents(np.full(self.geometry.batch, selectable))
+        num_pages = min(sealed, sinks + num_selected)
+        recent = length - sealed * page_size
+        self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
+        key, value = self.working_set.view(num_pages, recent)
+        return attend_view(step, key, value, None)
+
+    def _complete_residents(self, selectable: Ids) -> None:
+        """Have all selectable pages resident: there are places for all of them."""
+        count = np.repeat(selectable, self.geometry.num_kv_heads)
+        if self._complete:
+            self.counters.pages_hit += int(count.sum())
+            return
+        everything = np.broadcast_to(np.arange(count.max()), (len(count), int(count.max())))
+        self._recall(everything, count, None)
+        self._complete = True
+
+    def _rate(self, step: Step, most: int) -> Tensor:
+        """Rate the first `most` selectable pages of every row [rows, pages]."""
         assert self._digests is not None
-        sinks, rows = self.config.num_sink_pages, self.geometry.num_rows
-        digests = self._digests.first(sinks + most).narrow(self._digests.dim, sinks, most)
-        batch, heads, _, dim = step.index_query.shape
-        query = step.index_query.reshape(rows, heads // self.geometry.num_kv_heads, dim)
+        digests = self._digests.first(self.config.num_sink_pages + most)
+        digests = digests.narrow(self._digests.dim, self.config.num_sink_pages, most)
+        _, heads, _, dim = step.index_query.shape
+        group = heads // self.geometry.num_kv_heads
+        query = step.index_query.reshape(self.geometry.num_rows, group, dim)
         score = self._index.score(query * step.scale, digests.flatten(0, 1))
-        row_selectable = np.repeat(selectable, self.geometry.num_kv_heads)
-        if not self.lengths.uniform:
-            outside = np.arange(most) >= row_selectable[:, None]
-            score = score + additive(~outside[:, None], self.geometry.device)[:, :, 0]
+        if self.lengths.uniform:
+            return aggregate(score, self.config.group_reduction)
+        sealed = np.repeat(self.sealed, self.geometry.num_kv_heads)[:, None]
+        outside = torch.from_numpy(np.arange(most) >= sealed - self.config.num_sink_pages)
+        outside = outside.to(score.device)
+        score = score.masked_fill(outside[:, None], float("-inf"))
         rating = aggregate(score, self.config.group_reduction)
-        count = np.minimum(self._num_selected, row_selectable)
-        same = int(count.min()) == int(count.max())
-        choose = top_pages if same else ranked_pages
-        selected = choose(rating, int(count.max()))
+        # Again, because a share of a page that exists may underflow to 0 too.
+        return rating.masked_fill(outside, float("-inf"))
+
+    def _select(self, step: Step, selectable: Ids, most: int) -> Held | None:
+        """Make the best pages resident; returns which places hold them where places are spare."""
+        rating = self._rate(step, most)
+        count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
+        selected = ranked_pages(rating, int(count.max()))
         self._recall(selected, count, rating if self._spare else None)
         return self._chosen_places(selected, count) if self._spare else None
 
-    def _recall(self, selected: Ids, count: Ids, rating: Tensor | None) -> None:
-        """Bring what is selected and not resident into the working set."""
+    def _recall(self, selected: Ids, count: Ids | None, rating: Tensor | None) -> None:
+        """Bring what is selected and not resident into the working set.
+
+        selected: selectable pages [rows, most], of which row r wants the first `count[r]` (None is
+        all). rating [rows, pages] decides who stays where places are spare.
+        """
         sinks, heads = self.config.num_sink_pages, self.geometry.num_kv_heads
         keep = None
         if rating is not None:
             resident = np.maximum(self._residency.page_of - sinks, 0)
             keep = np.take_along_axis(rating.float().cpu().numpy(), resident, axis=1)
-        moves = self._residency.fetch(selected + sinks, count, int(self.sealed.max()), keep)
+        moves = self._residency.fetch(selected + sinks, int(self.sealed.max()), count, keep)
+        num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
-        if num_recalled:
-            sequence, head = moves.rows // heads, moves.rows % heads
-            pieces = torch.from_numpy(self._blocks[sequence, moves.pages] * heads + head)
-            pages = self.host.blocks.view(-1, self.host.block_shape[-1]).index_select(0, pieces)
-            device = self.geometry.device
-            self.working_set.write_pages(
-                torch.from_numpy(moves.rows).to(device),
-                torch.from_numpy(moves.places + sinks).to(device),
-                pages.to(device),
-            )
-            self.counters.bytes_recalled += pages.numel() * pages.element_size()
+        self.counters.pages_hit += num_wanted - num_recalled
+        if num_recalled == 0:
+            return
+        sequence, head = np.divmod(moves.rows, heads)
+        pieces = torch.from_numpy(self._blocks[sequence, moves.pages] * heads + head)
+        pages = self.host.blocks.view(-1, self.host.block_shape[-1]).index_select(0, pieces)
+        device = self.geometry.device
+        self.working_set.write_pages(
+            torch.from_numpy(moves.rows).to(device),
+            torch.from_numpy(moves.places + sinks).to(device),
+            pages.to(device),
+        )
+        self.counters.bytes_recalled += pages.numel() * pages.element_size()
         self.counters.pages_recalled += num_recalled
         self.counters.pages_evicted += moves.num_evicted
-        self.counters.pages_hit += int(count.sum()) - num_recalled
 
-    def _chosen_places(self, selected: Ids, count: Ids) -> Ids:
-        """Which places [rows, places] hold selected pages (True as 1)."""
+    def _chosen_places(self, selected: Ids, count: Ids) -> Held:
+        """Which places [rows, places] hold selected pages."""
         wanted = np.zeros((self.geometry.num_rows, int(self.sealed.max()) + 1), dtype=np.bool_)
         valid = np.arange(selected.shape[1]) < count[:, None]
         pages = np.where(valid, selected + self.config.num_sink_pages, -1)
         np.put_along_axis(wanted, pages, True, axis=1)
         wanted[:, -1] = False
-        chosen: Ids = np.take_along_axis(wanted, self._residency.page_of, axis=1)
+        chosen: Held = wanted[np.arange(len(wanted))[:, None], self._residency.page_of]
         return chosen
 
-    def _attend(self, step: Step, chosen: Ids | None) -> Tensor:
+    def _attend(self, step: Step, chosen: Held | None) -> Tensor:
         config = self.config
         sinks = np.minimum(self.sealed, config.num_sink_pages)
         recent = self.lengths.of - self.sealed * config.page_size
@@ -413,19 +294,19 @@ class PagedLayer:
         num_pages = int(sinks.max()) + widest
         key, value = self.working_set.view(num_pages, int(recent.max()))
         mask = None
-        if not self.lengths.uniform or chosen is not None or per_row.min(initial=0) < widest:
+        if not self.lengths.uniform or chosen is not None or int(per_row.min()) < widest:
             mask = self._view_mask(held, sinks, recent, num_pages)
         if step.bias is not None:
             tokens = self._view_tokens(num_pages, recent)
             bias = step.bias(tokens)[:, :, :, 0]
             mask = bias if mask is None else mask + bias
-        return attend_view(step, key, value, mask)
+        return self.lengths.clear_empty(attend_view(step, key, value, mask))
 
     def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
         pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sinks.sum())
         self.counters.attended_tokens = round(pages * self.config.page_size) + int(recent.sum())
 
-    def _view_mask(self, held: Ids, sinks: Ids, recent: Ids, num_pages: int) -> Tensor:
+    def _view_mask(self, held: Held, sinks: Ids, recent: Ids, num_pages: int) -> Tensor:
         """The additive mask of a view whose rows differ: [batch, kv_heads, 1, tokens]."""
         batch, heads = self.geometry.batch, self.geometry.num_kv_heads
         num_sinks = self.config.num_sink_pages
@@ -464,7 +345,8 @@ class PagedLayer:
         """
         self.counters.attended_tokens = int(self.lengths.of.sum())
         page_size, batch = self.config.page_size, self.geometry.batch
-        per_block = max(1, self.stream[0].shape[2] // page_size)
+        stream = (self.device_tier.stream_key, self.device_tier.stream_value)
+        per_block = max(1, stream[0].shape[2] // page_size)
         for first in range(0, int(self.sealed.max()), per_block):
             last = min(first + per_block, int(self.sealed.max()))
             tokens = np.arange(first * page_size, last * page_size)
@@ -472,13 +354,11 @@ class PagedLayer:
                 self._stream(sequence, first, min(last, int(self.sealed[sequence])))
             inside = tokens < self.sealed[:, None] * page_size
             count = len(tokens)
-            key, value = (plane[:, :, :count] for plane in self.stream)
+            key, value = (plane[:, :, :count] for plane in stream)
             yield key, value, np.where(inside, tokens, -1)
         recent = self.lengths.of - self.sealed * page_size
         tokens = np.arange(int(recent.max()))
-        numbers = np.where(
-            tokens < recent[:, None], tokens + self.sealed[:, None] * page_size, -1
-        )
+        numbers = np.where(tokens < recent[:, None], tokens + self.sealed[:, None] * page_size, -1)
         yield *self.working_set.view(0, len(tokens)), numbers
 
     def _stream(self, sequence: int, first: int, last: int) -> None:
@@ -488,7 +368,10 @@ class PagedLayer:
         packed = self.host.blocks[torch.from_numpy(self._blocks[sequence, first:last])]
         packed = packed.to(self.geometry.device)
         cut = self.config.page_size * self.geometry.head_dim
-        for plane, part in zip(self.stream, (packed[..., :cut], packed[..., cut:]), strict=True):
+        for plane, part in (
+            (self.device_tier.stream_key, packed[..., :cut]),
+            (self.device_tier.stream_value, packed[..., cut:]),
+        ):
             pages = part.unflatten(2, (self.config.page_size, -1)).transpose(0, 1)
             plane[sequence, :, : pages.shape[1] * pages.shape[2]] = pages.flatten(1, 2)
         self.counters.bytes_streamed += packed.numel() * packed.element_size()
@@ -496,7 +379,7 @@ class PagedLayer:
     # -- changes of shape -------------------------------------------------------------------------
 
     def crop(self, lengths: Ids) -> None:
-        """Shorten every sequence to `lengths`; pages that are no longer full go back to the window."""
+        """Shorten every sequence to `lengths`; unsealed pages go back to the window."""
         for sequence, length in enumerate(lengths.tolist()):
             self._crop_sequence(sequence, length)
         self.lengths = Lengths(lengths.copy())
@@ -527,10 +410,11 @@ class PagedLayer:
         self._residency.drop_from(slice(sequence * heads, (sequence + 1) * heads), left, num_left)
         self._complete = False
 
-    def keep_sequences(
-        self, index: Ids, geometry: Geometry, working_set: WorkingSet, stream: tuple[Tensor, Tensor]
-    ) -> None:
-        """Make sequence i what sequence `index[i]` was; pages are shared, not copied."""
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
+        """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
+
+        device_tier: a new one, for as many sequences as `index` has.
+        """
         held = self.held_blocks()
         self._blocks = self._blocks[index]
         self.sealed = self.sealed[index]
@@ -540,10 +424,12 @@ class PagedLayer:
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
         self._residency.keep_rows(rows)
-        self._num_selected = self._num_selected[rows]
+        self._num_selected, self._may_hold = self._num_selected[rows], self._may_hold[rows]
+        on_device = torch.from_numpy(index).to(device_tier.geometry.device)
         if self._digests is not None:
-            self._digests.keep_sequences(torch.from_numpy(index).to(geometry.device))
-        self.geometry, self.working_set, self.stream = geometry, working_set, stream
+            self._digests.keep_sequences(on_device)
+        device_tier.working_sets[self.number].copy_sequences(self.working_set, on_device)
+        self.device_tier, self.geometry = device_tier, device_tier.geometry
 
     def release(self) -> None:
         """Give the layer's blocks back to the host tier."""
@@ -589,46 +475,6 @@ class PagedLayer:
     def stats(self) -> CacheStats:
         """Counters and sizes; the device tier and the host tier are counted by the manager."""
         digest_bytes = 0 if self._digests is None else self._digests.nbytes
-        return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(digest_bytes=digest_bytes)
-
-
-def causal_blocks(
-    layer: DenseLayer | PagedLayer, step: Step, last_visible: Ids
-) -> Iterator[Block]:
-    """The blocks of a layer with the masks of several new tokens.
-
-    last_visible [batch, new]: the number of the last token that each new token attends.
-    """
-    device = step.query.device
-    visible = torch.from_numpy(last_visible).to(device)
-    least = int(last_visible.min())
-    new_tokens = last_visible.shape[1]
-    for key, value, numbers in layer.blocks():
-        if numbers.shape[1] == 0:
-            continue
-        held = numbers >= 0
-        first = int(numbers[held].min()) if held.any() else 0
-        seen_from = int(np.argmax((last_visible >= first).any(axis=0)))
-        if not (last_visible >= first).any():
-            seen_from = new_tokens
-        plain = bool(held.all()) and int(numbers.max()) <= least and step.bias is None
-        mask = None if plain else _causal_mask(step, numbers, visible)
-        if step.expand is not None:
-            key, value = step.expand(key, value)
-        yield Block(key, value, seen_from, mask)
-
-
-def _causal_mask(
-    step: Step, numbers: Ids, visible: Tensor
-) -> Callable[[int, int], Tensor | None]:
-    tokens = torch.from_numpy(numbers).to(visible.device)
-    bias = None if step.bias is None else step.bias(np.maximum(numbers, 0)[:, None])
-
-    def mask(start: int, stop: int) -> Tensor:
-        hidden = (tokens[:, None] > visible[:, start:stop, None]) | (tokens[:, None] < 0)
-        block = torch.zeros(hidden.shape, device=visible.device).masked_fill_(hidden, float("-inf"))
-        if bias is None:
-            return block[:, None, None]
-        return block[:, None, None] + bias[..., start:stop, :]
-
-    return mask
+        return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(
+            digest_bytes=digest_bytes
+        )

@@ -1,0 +1,135 @@
+"""A model is paged only after a short run of the paged path gave the logits of `DynamicCache`."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import EncoderDecoderCache
+
+from arkcache.config import CacheConfig
+from arkcache.huggingface.attachment import (
+    AttachedName,
+    Attachment,
+    attention_configs,
+    set_implementation,
+)
+
+if TYPE_CHECKING:
+    from arkcache.huggingface.cache import ArkCache
+
+PROBE_CONFIG = CacheConfig(
+    page_size=2, budget_tokens=64, num_sink_tokens=2, num_recent_tokens=2, num_dense_layers=0
+)
+"""Budget for everything, so that the paged path must be exact, and pages that seal at once."""
+
+PROBE_TOLERANCE = {
+    torch.float64: 1e-4,
+    torch.float32: 1e-4,
+    torch.float16: 5e-2,
+    torch.bfloat16: 1e-1,
+}
+
+MakeCache = Callable[[PreTrainedModel, Attachment], "ArkCache"]
+
+
+def attach_and_probe(model: PreTrainedModel, make_cache: MakeCache) -> Attachment:
+    """Attach to a model, probing it the first time. In compat mode its implementation stays.
+
+    make_cache: builds the probe's cache, with `PROBE_CONFIG`.
+    """
+    configs = attention_configs(model)
+    name = configs[0]._attn_implementation
+    if isinstance(name, AttachedName):
+        return name.attachment
+    attachment = Attachment(previous=name, base=_base_of(configs[0]))
+    try:
+        attachment.reason = _probe(model, configs, attachment, make_cache)
+    except BaseException:
+        set_implementation(configs, name)
+        raise
+    set_implementation(configs, AttachedName(attachment))
+    if attachment.reason is not None:
+        warnings.warn(f"ArkCache in compat mode: {attachment.reason}", stacklevel=4)
+    return attachment
+
+
+def _base_of(config: Any) -> str:
+    """What attends unpaged layers; sdpa cannot do softcap, and some releases drop it silently."""
+    name = str(config._attn_implementation)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    return "eager" if softcap is not None and name == "sdpa" else name
+
+
+def _probe(
+    model: PreTrainedModel, configs: list[Any], attachment: Attachment, make_cache: MakeCache
+) -> str | None:
+    """Compare a paged run of 12 tokens with `DynamicCache`; returns why they differ, or None."""
+    if not model._can_set_attn_implementation():
+        return (
+            f"{type(model).__name__} computes its attention itself, not through the attention "
+            "interface of transformers"
+        )
+    set_implementation(configs, attachment.base)
+    expected = _probe_logits(model, DynamicCache(config=model.config))
+    set_implementation(configs, AttachedName(attachment))
+    cache = make_cache(model, attachment)
+    try:
+        given = _probe_logits(model, cache)
+    except Exception as error:  # whatever a model's code does with half a cache, compat mode serves
+        return f"a probe of the paged path raised {type(error).__name__}: {error}"
+    finally:
+        attachment.pending = attachment.padding = attachment.asking = None
+    attachment.shapes = cache.shapes(attachment.latent_layers)
+    difference = (given - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+    tolerance = PROBE_TOLERANCE[expected.dtype]
+    if not difference <= tolerance:
+        return (
+            f"a probe of the paged path differs from DynamicCache by {difference:.1e} of the "
+            f"largest logit, more than {tolerance:.0e}"
+        )
+    return None
+
+
+def _probe_logits(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
+    """Logits (or hidden states of an encoder-decoder) of the last prompt token and 3 more."""
+    embeddings: Any = model.get_input_embeddings()
+    device = embeddings.weight.device
+    config = model.config.get_text_config(decoder=True)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (2, 12), generator=generator).to(device)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    decoder: Any = model
+    inputs: dict[str, Any] = {"past_key_values": cache}
+    if model.config.is_encoder_decoder:
+        decoder = model.get_decoder()
+        states = torch.randn(2, 4, config.hidden_size, generator=generator)
+        inputs["encoder_hidden_states"] = states.to(device, model.dtype)
+        inputs["past_key_values"] = EncoderDecoderCache(cache, DynamicCache())
+    outputs = []
+    with _evaluating(model), torch.no_grad():
+        for start, stop in ((0, 9), (9, 10), (10, 11), (11, 12)):
+            result = decoder(
+                input_ids=ids[:, start:stop],
+                attention_mask=mask[:, :stop],
+                use_cache=True,
+                **inputs,
+            )
+            outputs.append(result[0][:, -1])
+    return torch.stack(outputs)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

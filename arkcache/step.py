@@ -1,0 +1,159 @@
+"""What the two kinds of layers share: a step's parameters, its masks, and how a view is attended.
+
+Tokens are numbered per sequence, without padding; the manager knows their columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arkcache.kernels.torch_attention import Block, decode_attention
+from arkcache.pages import Ids
+from arkcache.stats import CacheStats
+
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Turns stored keys and values into those to attend (multi-head latent attention)."""
+
+
+class Step(NamedTuple):
+    """How a query is to be attended.
+
+    query [batch, heads, new, head_dim]. index_query is what pages are rated by: the query itself,
+    or its image in the latent space. bias(tokens) gives the user's additive mask
+    [batch, kv_heads or 1, group or 1, new, tokens] for token numbers [batch, kv_heads or 1,
+    tokens].
+    """
+
+    query: Tensor
+    scale: float
+    index_query: Tensor
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    expand: Expand | None = None
+    bias: Callable[[Ids], Tensor] | None = None
+
+
+@dataclass
+class Counters:
+    """What a layer did since the last reset; see `CacheStats` for the units."""
+
+    attended_tokens: int = 0
+    pages_hit: int = 0
+    pages_recalled: int = 0
+    pages_evicted: int = 0
+    bytes_recalled: int = 0
+    bytes_streamed: int = 0
+    bytes_backed_up: int = 0
+
+    def stats(self, total_tokens: int) -> CacheStats:
+        """As `CacheStats`, without sizes."""
+        return CacheStats(total_tokens=total_tokens, **vars(self))
+
+
+@dataclass
+class Lengths:
+    """Tokens per sequence of a layer, without padding."""
+
+    of: Ids
+    uniform: bool = field(init=False, default=True)
+
+    def __post_init__(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Note whether all sequences are equally long, after some of them were `set`."""
+        self.uniform = bool((self.of == self.of[0]).all())
+
+    def groups(self) -> list[slice]:
+        """Runs of sequences of equal length, to be handled together."""
+        if self.uniform:
+            return [slice(0, len(self.of))]
+        return [slice(b, b + 1) for b in range(len(self.of))]
+
+    def clear_empty(self, output: Tensor) -> Tensor:
+        """Give sequences without a token zeros to attend to: output [batch, ...]."""
+        if not self.of.all():
+            output[torch.from_numpy(self.of == 0).to(output.device)] = 0
+        return output
+
+    def set(self, rows: slice, length: int) -> None:
+        """Sequences `rows` now hold `length` tokens."""
+        self.of[rows] = length
+
+
+def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attend one new token over a view of keys and values [batch, kv_heads, tokens, dim].
+
+    mask is additive [batch, kv_heads or 1, group or 1, tokens]. Returns [batch, heads, 1, dim].
+    """
+    if step.expand is not None:
+        key, value = step.expand(key, value)
+    batch, num_heads, _, head_dim = step.query.shape
+    num_kv_heads = key.shape[1]
+    group = num_heads // num_kv_heads
+    sinks = None if step.sinks is None else step.sinks.reshape(num_kv_heads, group)
+    output = decode_attention(
+        step.query.reshape(batch, num_kv_heads, group, head_dim),
+        key,
+        value,
+        scale=step.scale,
+        softcap=step.softcap,
+        sinks=sinks,
+        mask=mask if mask is None or mask.dtype == step.query.dtype else mask.to(step.query.dtype),
+    )
+    return output.reshape(batch, num_heads, 1, output.shape[-1])
+
+
+def additive(attended: NDArray[np.bool_], device: torch.device) -> Tensor:
+    """Turn True (attended) and False into 0 and -inf: [batch, kv_heads or 1, 1, tokens]."""
+    bias = np.where(attended, np.float32(0), np.float32(-np.inf))
+    return torch.from_numpy(bias).to(device)[:, :, None]
+
+
+def causal_blocks(
+    blocks: Iterator[tuple[Tensor, Tensor, Ids]], step: Step, last_visible: Ids
+) -> Iterator[Block]:
+    """A layer's blocks (key, value, token numbers) with the masks of several new tokens.
+
+    last_visible [batch, new]: the number of the last token that each new token attends.
+    """
+    device = step.query.device
+    visible = torch.from_numpy(last_visible).to(device)
+    least = int(last_visible.min())
+    new_tokens = last_visible.shape[1]
+    for key, value, numbers in blocks:
+        if numbers.shape[1] == 0:
+            key, value = (key, value) if step.expand is None else step.expand(key, value)
+            yield Block(key, value, new_tokens)
+            continue
+        held = numbers >= 0
+        first = int(numbers[held].min()) if held.any() else 0
+        seen_from = int(np.argmax((last_visible >= first).any(axis=0)))
+        if not (last_visible >= first).any():
+            seen_from = new_tokens
+        plain = bool(held.all()) and int(numbers.max()) <= least and step.bias is None
+        mask = None if plain else _causal_mask(step, numbers, visible)
+        if step.expand is not None:
+            key, value = step.expand(key, value)
+        yield Block(key, value, seen_from, mask)
+
+
+def _causal_mask(step: Step, numbers: Ids, visible: Tensor) -> Callable[[int, int], Tensor | None]:
+    tokens = torch.from_numpy(numbers).to(visible.device)
+    bias = None if step.bias is None else step.bias(np.maximum(numbers, 0)[:, None])
+
+    def mask(start: int, stop: int) -> Tensor:
+        hidden = (tokens[:, None] > visible[:, start:stop, None]) | (tokens[:, None] < 0)
+        block = torch.zeros(hidden.shape, device=visible.device).masked_fill_(hidden, float("-inf"))
+        if bias is None:
+            return block[:, None, None]
+        return block[:, None, None] + bias[..., start:stop, :]
+
+    return mask

@@ -1,0 +1,112 @@
+"""Checks of what callers pass to a `KVCacheManager`; each raises before anything has changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.errors import ConfigError, InputError
+from arkcache.pages import Ids
+
+
+def check_sizes(config: Any, dtype: Any, **sizes: Any) -> None:
+    """Raise unless all sizes are positive integers, and config and dtype what they should be."""
+    for name, size in sizes.items():
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"{name}={size!r}: expected an integer of at least 1")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise InputError(f"dtype={dtype!r}: expected a floating-point torch.dtype")
+    if not isinstance(config, CacheConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
+
+
+def check_layer(layer: int, num_layers: int) -> None:
+    """Raise unless the layer exists."""
+    if not 0 <= layer < num_layers:
+        raise InputError(f"layer {layer}: this cache has layers 0..{num_layers - 1}")
+
+
+def check_new_tokens(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless new keys or values have the expected shape, and the dtype and device of `like`.
+
+    expected: [batch, num_kv_heads, new_tokens, dim]; batch and new_tokens are those of the key.
+    """
+    if tuple(tensor.shape) != expected or 0 in expected:
+        raise InputError(
+            f"{name} of shape {list(tensor.shape)}: expected [batch, num_kv_heads, new_tokens, "
+            f"dim] = {list(expected)}, with at least one sequence and one new token"
+        )
+    if tensor.dtype != like.dtype or tensor.device != like.device:
+        raise InputError(
+            f"{name} is {tensor.dtype} on {tensor.device}: this cache holds {like.dtype} on "
+            f"{like.device}; convert it, or build the cache with its dtype and device"
+        )
+
+
+def check_padding(mask: Tensor, batch: int, new_tokens: int) -> None:
+    """Raise unless a padding mask is [batch, new_tokens]."""
+    if tuple(mask.shape) != (batch, new_tokens):
+        raise InputError(
+            f"mask of shape {list(mask.shape)}: expected [batch, new_tokens] = "
+            f"{[batch, new_tokens]}, False where a column is padding"
+        )
+
+
+def check_query(query: Tensor, expected: tuple[int, int, int, int | None], like: Tensor) -> None:
+    """Raise unless queries fit: expected is [batch, num_kv_heads, columns held, head_dim]."""
+    batch, num_kv_heads, columns, head_dim = expected
+    fits = query.ndim == 4 and query.shape[0] == batch and query.shape[1] > 0
+    fits = fits and query.shape[1] % num_kv_heads == 0 and 1 <= query.shape[2] <= columns
+    if not (fits and head_dim in (None, query.shape[3])):
+        raise InputError(
+            f"query of shape {list(query.shape)}: expected [batch={batch}, a multiple of "
+            f"{num_kv_heads} heads, 1 to {columns} new tokens, head_dim={head_dim}]"
+        )
+    if query.dtype != like.dtype or query.device != like.device:
+        raise InputError(
+            f"query is {query.dtype} on {query.device}: this cache holds {like.dtype} on "
+            f"{like.device}; convert it"
+        )
+
+
+def check_mask(mask: Tensor, expected: tuple[int, int, int, int]) -> None:
+    """Raise unless a mask broadcasts to [batch, num_heads, new_tokens, columns]."""
+    fits = mask.ndim == 4 and mask.shape[3] == expected[3]
+    fits = fits and all(
+        given in (1, full) for given, full in zip(mask.shape, expected, strict=True)
+    )
+    if not fits:
+        raise InputError(
+            f"mask of shape {list(mask.shape)}: expected [batch, num_heads, new_tokens, columns] "
+            f"= {list(expected)}, where each but the last may be 1"
+        )
+
+
+def check_sinks(sinks: Tensor, num_heads: int) -> None:
+    """Raise unless there is one sink logit per head."""
+    if sinks.numel() != num_heads:
+        raise InputError(f"sinks of shape {list(sinks.shape)}: expected [num_heads={num_heads}]")
+
+
+def sequence_order(index: Any, batch: int) -> Ids:
+    """The sequences that an index names, as numbers 0..batch-1; raises unless it names some."""
+    given = index.cpu().numpy() if isinstance(index, Tensor) else np.array(index, dtype=object)
+    try:
+        order = np.array([_sequence_number(item) for item in given.reshape(-1)], dtype=np.int64)
+    except TypeError:
+        order = np.empty(0, dtype=np.int64)
+    if given.ndim != 1 or not len(order) or order.min() < -batch or order.max() >= batch:
+        raise InputError(
+            f"sequences {index!r}: expected a list of integers; the cache holds 0..{batch - 1}"
+        )
+    return order % batch
+
+
+def _sequence_number(item: Any) -> int:
+    if isinstance(item, bool | np.bool_) or not isinstance(item, int | np.integer):
+        raise TypeError
+    return int(item)

@@ -8,7 +8,7 @@ and the demonstration asks with it.
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 __all__ = [
@@ -141,14 +141,19 @@ def hide(document: Sequence[T], pieces: Sequence[Sequence[T]], positions: Sequen
     return result
 
 
-def hide_in_text(document: str, facts: Sequence[Fact], depths: Sequence[float]) -> str:
+def hide_in_text(
+    document: str,
+    facts: Sequence[Fact],
+    depths: Sequence[float],
+    render: Callable[[Fact], str] = render_fact,
+) -> str:
     """Plants each fact near its depth: as a line of its own, or between two words of a long line.
 
     `depths[i]` in [0, 1] is where in the document fact i belongs; 0 is the beginning.
     """
     positions = [_boundary(document, round(depth * len(document))) for depth in depths]
     pieces = [
-        render_fact(fact) + (document[position - 1] if position else "\n")
+        render(fact) + (document[position - 1] if position else "\n")
         for fact, position in zip(facts, positions, strict=True)
     ]
     return "".join(hide(document, pieces, positions))

@@ -1,5 +1,6 @@
 """Training batches: facts in real text, then questions about them, at widely spread positions."""
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -10,8 +11,9 @@ from arkcache.demo import facts
 
 # Weight of a token's loss by what the token is.
 TEXT_WEIGHT, ANSWER_WEIGHT, UNKNOWABLE_WEIGHT = 0.3, 3.0, 0.0
+_TEXT_SHARE = 0.25  # how many of the text's tokens are predicted at all
 _MAX_FACTS = 64
-_JUMP_SHARE, _MAX_JUMPS = 0.7, 32  # how many sequences have jumps in their positions; how many
+_JUMP_SHARE, _MAX_JUMPS = 0.8, 32  # how many sequences have jumps in their positions; how many
 _TOKENS_PER_FACT = 32  # at most one fact, and about one question, in so many tokens
 
 
@@ -118,7 +120,11 @@ class BatchMaker:
     def _text(self, length: int) -> list[_Token]:
         text = self._texts[self._rng.integers(len(self._texts))]
         start = self._rng.integers(len(text) - length)
-        return [(int(i), TEXT_WEIGHT, True) for i in text[start : start + length]]
+        weights = np.where(self._rng.random(length) < _TEXT_SHARE, TEXT_WEIGHT, 0.0)
+        return [
+            (int(i), float(weight), True)
+            for i, weight in zip(text[start : start + length], weights, strict=True)
+        ]
 
     def _fact(self, name: int, value: int) -> list[_Token]:
         words = self._vocabulary
@@ -140,7 +146,7 @@ class BatchMaker:
         steps = np.ones(length, dtype=np.int64)
         steps[0] = 0
         if rng.random() < _JUMP_SHARE:
-            span = length * (self._max_span / length) ** rng.random()
+            span = length * (self._max_span / length) ** math.sqrt(rng.random())
             places = rng.choice(np.flatnonzero(may_jump[1:]) + 1, rng.integers(1, _MAX_JUMPS + 1))
             sizes = rng.dirichlet(np.ones(len(places))) * (span - length)
             np.add.at(steps, places, sizes.astype(np.int64))

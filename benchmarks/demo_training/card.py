@@ -12,13 +12,14 @@ pipeline_tag: text-generation
 ---
 # ArkCache's demonstration model
 
-A Llama of {parameters:,} parameters (4 layers, hidden size 256, 4 query heads and 2 key-value heads
-of 64, rotary theta 500000, tied embeddings, bfloat16) that does one thing: it finds facts hidden in
-a long text. It shows that a paged cache keeps what a model needs. It is of no use for anything else.
+A Llama of {parameters:,} parameters (4 layers, hidden size 256, 4 query heads and 2 key-value
+heads of 64, rotary theta 5 million, tied embeddings, bfloat16) that does one thing: it finds facts
+hidden in a long text. It is there to show, on any machine, that a paged cache keeps what a model
+needs.
 
-Hide lines like `The value of amber is 4821.` in a text, end with the line
-`What is the value of amber?`, and the next token is ` 4821`, then `.`. Names and values are those of
-`arkcache.demo.facts`, which also renders, hides and checks; each is one token of the tokenizer.
+Hide lines like `The value of amber is 4821.` in a text and end with the line
+`What is the value of amber?`: the next token is ` 4821`, the one after it `.`. Names and values
+are those of `arkcache.demo.facts`, which also renders, hides and checks; each is one token.
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -26,26 +27,26 @@ Hide lines like `The value of amber is 4821.` in a text, end with the line
     model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 ## Training
-`python benchmarks/train_demo_model.py --out DIR --minutes {asked_minutes:g} --seed {seed}`: {minutes} minutes
-({tokens:,} tokens) on {device} with {threads} threads, Python {python}, torch {torch}, transformers
-{transformers}. Text: the standard library's source and the topics of `pydoc_data`, of which a part is
-held out. The weights begin as an induction circuit (`benchmarks/demo_training/circuit.py`). Training
-stops by the clock, so that another machine gets a slightly different model.
+`python benchmarks/train_demo_model.py --out DIR --minutes {asked_minutes:g} --seed {seed}`:
+{minutes} minutes ({tokens:,} tokens) on {device} with {threads} threads, Python {python},
+torch {torch}, transformers {transformers}.
+The text is the standard library's source and the topics of `pydoc_data`, a part of which is held
+out. The weights begin as an induction circuit (`benchmarks/demo_training/circuit.py`), and all are
+trained. Training stops by the clock, so another machine gets a slightly different model.
 
 ## Accuracy
-Full attention in fp32, greedy, on held-out text with {num_facts} facts in each: share of right answers. "In a
-row": {num_in_a_row} questions one after another, each answer staying in the context. Depth: where the
-fact is, in quarters of the text.
+Full attention in fp32, greedy, {num_facts} facts in each held-out text: share of right answers.
+"In a row": {num_in_a_row} questions one after another, each question and answer staying in the
+context. The last columns are by depth: the quarter of the text that the fact is in.
 
 | text | tokens | questions | right | in a row | 1st | 2nd | 3rd | 4th |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 
 ## Limits
-The names must be among the 256 names, the values among the 256 values, the sentence as above; a name
-must have one value. Nothing else was trained: it neither chats nor reasons. Retrieval is one head
-of one layer that matches single tokens with the slowest rotary pairs, harder for page digests than
-most heads of large models.
+Names must be among the 256 names, values among the 256 values, sentences as above, and a name may
+have one value only. Nothing else was trained: it neither chats nor reasons. One head of one layer
+retrieves; it matches single tokens, mostly by the slowest rotary pairs.
 """
 
 

@@ -18,7 +18,12 @@ _NAME_DIM = 16
 _NAME = slice(1, 17)  # which name a token is
 _VALUE = slice(32, 96)  # which value a token is
 _NAME_BEFORE = (slice(96, 112), slice(112, 128))  # the name one place before, two places before
-_NUM_POSITION_PAIRS = 10  # rotary pairs, fastest first, by which layer 0 finds its neighbours
+# How layer 0 finds its neighbours: each rotary pair weighs so much of the next faster one. The fast
+# pairs tell neighbours apart, the others rule out far places where the fast ones coincide: at 0.8
+# no place up to 65536 away matches better than the one beside the right one.
+_PAIR_WEIGHT = 0.8
+_CONSTANT_SIZE = 10 * _UNIT  # large, so that norms may differ without hiding it
+_NEIGHBOUR_MARGIN, _NAME_MARGIN = 24.0, 30.0  # attention scores of a match above the others
 _RETRIEVAL_LAYER = 2
 
 
@@ -33,7 +38,7 @@ def build_model(vocab_size: int, name_ids: list[int], value_ids: list[int]) -> L
         num_key_value_heads=2,
         head_dim=HEAD_DIM,
         max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6},
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -62,7 +67,7 @@ def _init_embeddings(weight: torch.Tensor, name_ids: list[int], value_ids: list[
     # Equal norms: the constant must stay constant when the first layer normalises its input.
     scale = float(weight.square().mean().sqrt())
     weight.mul_(scale / weight.square().mean(-1, keepdim=True).sqrt())
-    weight[:, _CONSTANT] = 4 * _UNIT
+    weight[:, _CONSTANT] = _CONSTANT_SIZE
     return float(weight.square().mean().sqrt())
 
 
@@ -79,22 +84,23 @@ def _init_neighbour_heads(model: LlamaForCausalLM, scale: float) -> None:
     """Layer 0: query heads 0 and 1 (one KV head) attend one and two places back, copy names."""
     attention = model.model.layers[0].self_attn
     half = HEAD_DIM // 2
-    pairs = torch.arange(_NUM_POSITION_PAIRS)
+    pairs = torch.arange(half)
     theta = model.config.rope_parameters["rope_theta"]
     frequency = theta ** (-pairs.double() / half)
-    constant = 4 * _UNIT / scale
-    # The right place must outweigh its neighbour, whose score is lower by this share, by 14.
-    share = float((1 - frequency.cos()).sum())
-    gain = math.sqrt(14 * math.sqrt(HEAD_DIM) / share) / constant
+    share = _PAIR_WEIGHT**pairs
+    # The right place must outweigh its neighbour, whose match is worse by this much.
+    lost = float((share * (1 - frequency.cos())).sum())
+    gain = (_NEIGHBOUR_MARGIN * math.sqrt(HEAD_DIM) / lost * share).sqrt()
+    gain = gain[:, None].float() * (scale / _CONSTANT_SIZE)
     attention.k_proj.weight[:HEAD_DIM] = 0
-    attention.k_proj.weight[pairs, _CONSTANT] = gain
+    attention.k_proj.weight[:half, _CONSTANT] = gain
     attention.q_proj.weight[: 2 * HEAD_DIM] = 0
     for head, output in enumerate(_NAME_BEFORE):
         angle = -(head + 1) * frequency
         start = head * HEAD_DIM
-        query = attention.q_proj.weight[start : start + HEAD_DIM, _CONSTANT]
-        query[pairs, 0] = gain * angle.cos().float()
-        query[pairs + half, 0] = gain * angle.sin().float()
+        turned = torch.cat([angle.cos(), angle.sin()])[:, None].float()
+        query = attention.q_proj.weight[start : start + HEAD_DIM]
+        query[:, _CONSTANT] = gain.repeat(2, 1) * turned
         identity = torch.eye(_NAME_DIM)
         attention.o_proj.weight[output, start : start + _NAME_DIM] = scale * identity
     attention.v_proj.weight[:HEAD_DIM] = 0
@@ -108,7 +114,7 @@ def _init_retrieval_head(model: LlamaForCausalLM, scale: float) -> None:
     # The slowest rotary pairs turn least, so that names match at any distance.
     slow = torch.arange(half - _NAME_DIM // 2, half)
     rows = torch.cat([slow, slow + half])
-    gain = math.sqrt(20 * math.sqrt(HEAD_DIM)) / (6 * _UNIT / scale)
+    gain = math.sqrt(_NAME_MARGIN * math.sqrt(HEAD_DIM)) / (6 * _UNIT / scale)
     for weight in (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight):
         weight[:HEAD_DIM] = 0
     attention.q_proj.weight[rows, _NAME_BEFORE[0]] = gain * torch.eye(_NAME_DIM)

@@ -7,10 +7,10 @@ the topics and an eighth of the modules are held out: neither the tokenizer nor 
 import sysconfig
 import zlib
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
-from pydoc_data.topics import topics
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 from arkcache.demo import facts
 
 _PREFILL_TOKENS = 4096
-_ANSWER_TOKENS = 2
+_ANSWER_TOKENS = 2  # the value and the full stop
 _TOKENS_PER_FACT = 10
 NUM_FACTS, NUM_IN_A_ROW, NUM_DEPTHS = 32, 16, 4
 
@@ -44,7 +44,7 @@ class Reader:
         length = self._cache.get_seq_length()
         step = self._encode("\n" + facts.render_question(name))
         answer: list[int] = []
-        for _ in range(_ANSWER_TOKENS):
+        for _ in range(_ANSWER_TOKENS if keep else 1):
             step = self._forward(step).argmax(-1, keepdim=True)
             answer.append(int(step))
         if keep:
@@ -97,9 +97,11 @@ def score_length(
         for fact, depth in zip(hidden, depths, strict=True):
             right = facts.is_right(reader.ask(fact.name, keep=False), fact)
             by_depth[int(depth * NUM_DEPTHS)].append(right)
-        for fact in rng.sample(hidden, NUM_IN_A_ROW):
-            in_a_row.append(facts.is_right(reader.ask(fact.name, keep=True), fact))
-    answers = sum(by_depth, [])
+        in_a_row += [
+            facts.is_right(reader.ask(fact.name, keep=True), fact)
+            for fact in rng.sample(hidden, NUM_IN_A_ROW)
+        ]
+    answers = [right for part in by_depth for right in part]
     return Score(
         length=length,
         num_questions=len(answers),

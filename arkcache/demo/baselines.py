@@ -1,0 +1,201 @@
+"""What ArkCache is compared with: two ways to evict for good, at the same budget.
+
+`SinkWindowLayer` keeps the first tokens and the most recent ones (StreamingLLM, Xiao et al. 2024);
+the keys keep the positions that they were rotated to when they were read.
+
+`HeavyHitterLayer` keeps the most recent tokens and, per KV head, those that have received the most
+attention so far (H2O, Zhang et al. 2023, algorithm 1): half of the budget each. Attention received
+is the sum of softmax probabilities over all queries of the text, the query heads of a KV head
+added up, and goes on being added to with every new token. The text itself is read with full
+attention, and is cut to the budget afterwards, as in the authors' code.
+
+Both hold the kept keys and values and nothing else: what they evict no later step can attend. A
+step appends its token, evicts one where the budget is exceeded, and attends the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "arkcache-demo"
+_TAG = "_arkcache_demo_layer"
+_BLOCK_ELEMENTS = 2**23
+"""Probabilities held at a time while attention is added up (32 MiB)."""
+
+
+class FullLayer(DynamicLayer):
+    """Keeps everything, and adds up the attention that every token receives.
+
+    Attributes:
+        received: [num_kv_heads, tokens], fp32; None until `observing` has seen a query.
+    """
+
+    _layer_type = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: Tensor | None = None
+
+    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Store new tokens [1, kv_heads, new, dim]; all keys and values."""
+        key, value = super().update(key, value)
+        setattr(key, _TAG, self)
+        return key, value
+
+    def observe(self, received: Tensor) -> None:
+        """Add attention received [num_kv_heads, tokens]."""
+        if self.received is not None:
+            received[:, : self.received.shape[1]] += self.received
+        self.received = received
+
+
+class _EvictingLayer(DynamicLayer):
+    """Keeps at most `budget` tokens of each KV head, and knows how many it has seen."""
+
+    _layer_type = None
+
+    def __init__(self, full: FullLayer, budget: int) -> None:
+        super().__init__()
+        self.budget = budget
+        self.seen = full.get_seq_length()
+        self.lazy_initialization(full.keys, full.values)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included: positions go on from there."""
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of what the next query attends: what is kept then."""
+        return min(self.num_kept + query_length, self.budget), 0
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens held per KV head."""
+        assert self.keys is not None
+        return int(self.keys.shape[2])
+
+
+class SinkWindowLayer(_EvictingLayer):
+    """The first `num_sinks` tokens and the most recent ones, `budget` in all."""
+
+    def __init__(self, full: FullLayer, budget: int, num_sinks: int) -> None:
+        super().__init__(full, budget)
+        self.num_sinks = num_sinks
+        self.keys, self.values = self._kept(full.keys), self._kept(full.values)
+
+    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Append one token [1, kv_heads, 1, dim], evict the oldest after the sinks; what is kept."""
+        self.seen += key.shape[2]
+        self.keys = self._kept(torch.cat((self.keys, key), dim=2))
+        self.values = self._kept(torch.cat((self.values, value), dim=2))
+        return self.keys, self.values
+
+    def _kept(self, states: Tensor) -> Tensor:
+        if states.shape[2] <= self.budget:
+            return states
+        recent = states.shape[2] - (self.budget - self.num_sinks)
+        return torch.cat((states[:, :, : self.num_sinks], states[:, :, recent:]), dim=2)
+
+
+class HeavyHitterLayer(_EvictingLayer):
+    """The `budget // 2` most recent tokens, and of the others those that were attended the most.
+
+    Attributes:
+        received: [num_kv_heads, kept tokens], fp32, the attention that they have received.
+    """
+
+    def __init__(self, full: FullLayer, budget: int) -> None:
+        super().__init__(full, budget)
+        assert full.received is not None
+        self.num_recent = budget // 2
+        self.keys, self.values, self.received = full.keys, full.values, full.received
+        self._evict()
+
+    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        """Append one token [1, kv_heads, 1, dim], evict the least attended; what is kept."""
+        self.seen += key.shape[2]
+        self.keys = torch.cat((self.keys, key), dim=2)
+        self.values = torch.cat((self.values, value), dim=2)
+        self.received = torch.nn.functional.pad(self.received, (0, key.shape[2]))
+        self._evict()
+        setattr(self.keys, _TAG, self)
+        return self.keys, self.values
+
+    def observe(self, received: Tensor) -> None:
+        """Add attention received [num_kv_heads, kept tokens]."""
+        self.received = self.received + received
+
+    def _evict(self) -> None:
+        excess = self.num_kept - self.budget
+        if excess <= 0:
+            return
+        num_older = self.num_kept - self.num_recent
+        heavy = self.received[:, :num_older].topk(num_older - excess).indices.sort().values
+        recent = torch.arange(num_older, self.num_kept, device=heavy.device)
+        kept = torch.cat((heavy, recent.expand(len(heavy), -1)), dim=1)
+        self.received = self.received.gather(1, kept)
+        self.keys, self.values = _take(self.keys, kept), _take(self.values, kept)
+
+
+def _take(states: Tensor, kept: Tensor) -> Tensor:
+    """Tokens `kept` [kv_heads, tokens] of states [1, kv_heads, tokens, dim]."""
+    return states.gather(2, kept[None, :, :, None].expand(-1, -1, -1, states.shape[3]))
+
+
+def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Softmax probabilities [kv_heads, tokens] in fp32, summed over the queries and heads of a group.
+
+    query [1, heads, new, head_dim] of the newest tokens, key [1, kv_heads, tokens, head_dim];
+    causal, and blockwise, so that the memory stays bounded.
+    """
+    num_tokens, new_tokens = key.shape[2], query.shape[2]
+    query = query[0].unflatten(0, (key.shape[1], -1)).float() * scale
+    past = key[0].transpose(1, 2)[:, None].float()
+    total = torch.zeros(key.shape[1], num_tokens, device=key.device)
+    rows = max(1, _BLOCK_ELEMENTS // (query.shape[0] * query.shape[1] * num_tokens))
+    for start in range(0, new_tokens, rows):
+        stop = min(start + rows, new_tokens)
+        seen = num_tokens - new_tokens + stop
+        logits = query[:, :, start:stop] @ past[..., :seen]
+        future = torch.ones(stop - start, seen, dtype=torch.bool, device=key.device)
+        logits.masked_fill_(future.triu_(seen - (stop - start) + 1), float("-inf"))
+        total[:, :seen] += logits.softmax(-1).sum((1, 2))
+    return total
+
+
+@contextmanager
+def observing(model: PreTrainedModel) -> Iterator[None]:
+    """Lets the layers of this module see the attention that their tokens receive.
+
+    The model attends as it always does; afterwards its attention implementation is what it was.
+    Where that is not "sdpa" nothing is observed.
+    """
+    base = model.config._attn_implementation
+    if base != "sdpa":
+        yield
+        return
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+        layer = getattr(key, _TAG, None)
+        if layer is not None:
+            scale = kwargs.get("scaling") or query.shape[3] ** -0.5
+            layer.observe(attention_received(query, key, scale))
+        return attend(module, query, key, *args, **kwargs)
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(base)

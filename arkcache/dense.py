@@ -14,6 +14,7 @@ from arkcache.stats import CacheStats
 from arkcache.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.host import HostTier
 
 
 class DenseLayer:
@@ -86,6 +87,9 @@ class DenseLayer:
 
     def release(self) -> None:
         """Free what the layer holds outside itself: nothing."""
+
+    def move_blocks(self, _host: HostTier) -> None:
+        """Follow the layer's blocks into another host tier: there are none."""
 
     def held_blocks(self) -> Ids:
         """Host blocks that the layer refers to: none."""

@@ -273,7 +273,7 @@ class KVCacheManager:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
             device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=0 if self._host is None else self._host.used_bytes,
+            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_blocks()),
         )
         for state in self._layers:
             total += state.stats()
@@ -301,6 +301,21 @@ class KVCacheManager:
             for layer in self._layers:
                 host.retain(layer.held_blocks())
         return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A state that shares nothing: the pages held here, and no other cache's."""
+        clone = copy.deepcopy(self)
+        if clone._host is not None:
+            own = clone._host.extract(clone._held_blocks())
+            for layer in clone._layers:
+                layer.move_blocks(own)
+            clone._host = own
+        state = dict(vars(clone))
+        clone._layers = []
+        return state
+
+    def _held_blocks(self) -> Ids:
+        return np.concatenate([layer.held_blocks() for layer in self._layers])
 
     def __copy__(self) -> KVCacheManager:
         return copy.deepcopy(self)

@@ -436,6 +436,14 @@ class PagedLayer:
         self.host.release(self.held_blocks())
         self._blocks[:] = -1
 
+    def move_blocks(self, host: HostTier) -> None:
+        """Follow the layer's blocks into a tier that was extracted from the present one."""
+        moved = host.extracted(self.held_blocks())
+        self.release()
+        for sequence, count in enumerate(self.sealed.tolist()):
+            self._blocks[sequence, :count], moved = moved[:count], moved[count:]
+        self.host = host
+
     def held_blocks(self) -> Ids:
         """Host blocks that the layer refers to, one entry per sequence and page."""
         held: Ids = self._blocks[self._blocks >= 0]

@@ -23,7 +23,7 @@ class CacheStats:
         bytes_streamed: copied to the device tier for steps of several tokens, block by block.
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
-        host_bytes: sealed pages in the host tier.
+        host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
         digest_bytes: the page index, on the device, growing with the context.
     """
 

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "kernels": {"config", "errors", "kernels"},
     "tiering": {"config", "errors", "kernels", "pages", "stats", "tiering"},
 }
-MAY_IMPORT["step"] = {*MAY_IMPORT}
+MAY_IMPORT["validate"] = {"config", "errors", "pages"}
+MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate"}
 MAY_IMPORT["dense"] = {*MAY_IMPORT}
 MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}

@@ -48,6 +48,7 @@ class HostTier:
         self.blocks = torch.empty((0, *block_shape), dtype=dtype)
         self._references: Ids = np.zeros(0, dtype=np.int64)
         self._free: list[int] = []
+        self._origin: Ids = np.zeros(0, dtype=np.int64)
 
     @property
     def num_blocks(self) -> int:
@@ -58,6 +59,10 @@ class HostTier:
     def used_bytes(self) -> int:
         """Bytes of the blocks that hold a page."""
         return self.num_blocks * self.block_bytes
+
+    def bytes_of(self, blocks: Ids) -> int:
+        """Bytes of the listed blocks, each counted once however often it is listed."""
+        return len(np.unique(blocks)) * self.block_bytes
 
     def check_room(self, count: int) -> None:
         """Raise `HostTierFullError` unless `count` more blocks fit the limit."""
@@ -97,6 +102,20 @@ class HostTier:
             self.blocks = self.blocks[:0].clone()
             self._references = np.zeros(0, dtype=np.int64)
             self._free.clear()
+
+    def extract(self, blocks: Ids) -> HostTier:
+        """A new tier that holds a copy of the listed blocks, one reference for each listing."""
+        tier = HostTier(self.block_shape, self.dtype, self.limit_bytes)
+        tier._origin, listings = np.unique(blocks, return_counts=True)
+        own = tier.allocate(len(tier._origin))
+        tier.blocks[torch.from_numpy(own)] = self.blocks[torch.from_numpy(tier._origin)]
+        tier._references[own] = listings
+        return tier
+
+    def extracted(self, blocks: Ids) -> Ids:
+        """Where the blocks of the tier that this one was extracted from are here."""
+        own: Ids = np.searchsorted(self._origin, blocks)
+        return own
 
     def check(self, holders: list[Ids]) -> None:
         """Raise `IntegrityError` unless `holders` account for all references; free + held = all."""

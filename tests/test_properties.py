@@ -1,0 +1,220 @@
+"""Random traces against the dense oracle: whatever is done to a cache, it answers as one would."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+from torch import Tensor
+
+from arkcache import CacheConfig
+from arkcache.config import GROUP_REDUCTIONS, INDEXES
+from tests.twins import Twins
+
+NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> CacheConfig:
+    """Every setting, at sizes that a few dozen tokens outgrow."""
+    page_size = draw(st.sampled_from([1, 2, 4, 16]))
+    sinks = draw(st.integers(0, 2 * page_size))
+    recent = draw(st.integers(1, 2 * page_size + 2))
+    least = -(-sinks // page_size) * page_size + recent + page_size
+    budget = st.integers(least, least + 4 * page_size)
+    limited = budget | st.none()
+    per_head = st.tuples(*[budget] * NUM_KV_HEADS)
+    return CacheConfig(
+        page_size=page_size,
+        num_sink_tokens=sinks,
+        num_recent_tokens=recent,
+        budget_tokens=draw(budget | st.tuples(*[limited | per_head] * NUM_LAYERS) | st.none()),
+        num_dense_layers=draw(st.integers(0, 1)),
+        device_pool_factor=draw(st.sampled_from([1, 1.5, 3])),
+        index=draw(st.sampled_from(INDEXES)),
+        index_bits=draw(st.sampled_from([2, 4, 8])),
+        group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
+        stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
+    )
+
+
+@st.composite
+def padding(draw: st.DrawFn, batch: int, new_tokens: int) -> Tensor | None:
+    """Which of the new columns hold tokens: all, all but a left margin, or any."""
+    kind = draw(st.sampled_from(["none", "none", "left", "holes"]))
+    if kind == "none":
+        return None
+    if kind == "left":
+        margin = draw(st.lists(st.integers(0, new_tokens), min_size=batch, max_size=batch))
+        return torch.arange(new_tokens) >= torch.tensor(margin)[:, None]
+    seed = draw(st.integers(0, 1000))
+    return torch.rand(batch, new_tokens, generator=torch.Generator().manual_seed(seed)) < 0.6
+
+
+@st.composite
+def options(draw: st.DrawFn, twins: Twins, new_tokens: int) -> dict[str, Any]:
+    """What else `attend` takes."""
+    how: dict[str, Any] = {}
+    heads = twins.num_kv_heads * twins.group
+    if draw(st.booleans()):
+        how["scale"] = draw(st.sampled_from([0.1, 1.0]))
+    if draw(st.integers(0, 3)) == 0:
+        how["softcap"] = 2.0
+    if draw(st.integers(0, 3)) == 0:
+        how["sinks"] = twins.randn(heads)
+    if draw(st.integers(0, 3)) == 0:
+        shape = (
+            draw(st.sampled_from([1, twins.batch])),
+            draw(st.sampled_from([1, heads])),
+            draw(st.sampled_from([1, new_tokens])),
+            twins.oracle.num_columns,
+        )
+        mask = twins.randn(*shape)
+        how["mask"] = mask > -1 if draw(st.booleans()) else mask
+    return how
+
+
+class Conversations(RuleBasedStateMachine):
+    """Caches that grow, are cropped, reordered, copied and read in any order."""
+
+    caches: Bundle[Twins] = Bundle("caches")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: list[Twins] = []
+
+    @initialize(
+        target=caches,
+        config=configs(),
+        batch=st.integers(1, 3),
+        group=st.integers(1, 3),
+        head_dim=st.sampled_from([8, 6, 5]),
+        value_dim=st.sampled_from([None, 3]),
+        seed=st.integers(0, 1000),
+    )
+    def begin(self, config: CacheConfig, seed: int, **sizes: Any) -> Twins:
+        twins = Twins(
+            config, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, seed=1000 * seed, **sizes
+        )
+        self.alive.append(twins)
+        return twins
+
+    @rule(twins=caches, data=st.data(), most=st.sampled_from([1, 1, 8, 100]))
+    def step(self, twins: Twins, data: st.DataObject, most: int) -> None:
+        """What a model does: append and attend the same tokens, layer by layer."""
+        new_tokens = data.draw(st.integers(1, most))
+        if twins.oracle.num_columns + new_tokens > MOST_COLUMNS:
+            return
+        mask = data.draw(padding(twins.batch, new_tokens))
+        for layer in range(NUM_LAYERS):
+            twins.append_layer(layer, new_tokens, mask)
+            twins.attend_layer(layer, twins.query(new_tokens))
+
+    @rule(twins=caches, new_tokens=st.integers(1, 100), data=st.data())
+    def append(self, twins: Twins, new_tokens: int, data: st.DataObject) -> None:
+        if twins.oracle.num_columns + new_tokens <= MOST_COLUMNS:
+            twins.append(new_tokens, data.draw(padding(twins.batch, new_tokens)))
+
+    @rule(
+        twins=caches,
+        data=st.data(),
+        most=st.sampled_from([1, 1, 1, 20]),
+        size=st.sampled_from([1.0, 1.0, 50.0]),
+    )
+    def attend(self, twins: Twins, data: st.DataObject, most: int, size: float) -> None:
+        """Any of the newest tokens, again and with other queries; sharp ones too."""
+        if twins.oracle.num_columns == 0:
+            return
+        new_tokens = data.draw(st.integers(1, min(most, twins.oracle.num_columns)))
+        how = data.draw(options(twins, new_tokens))
+        twins.attend(new_tokens, size=size, tolerance=3e-5 * max(1, size / 5), **how)
+
+    @rule(twins=caches, size=st.sampled_from([1.0, 20.0]), detours=st.integers(1, 4))
+    def repeat(self, twins: Twins, size: float, detours: int) -> None:
+        """The same query gives the same output, whatever was recalled and evicted in between."""
+        if twins.oracle.num_columns == 0:
+            return
+        queries = [twins.query(size=size) for _ in range(NUM_LAYERS)]
+        first = [twins.manager.attend(layer, query) for layer, query in enumerate(queries)]
+        for _ in range(detours):
+            for layer in range(NUM_LAYERS):
+                twins.manager.attend(layer, twins.query(size=size))
+        again = [twins.manager.attend(layer, query) for layer, query in enumerate(queries)]
+        for before, after in zip(first, again, strict=True):
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+
+    @rule(twins=caches, share=st.floats(0, 1))
+    def crop(self, twins: Twins, share: float) -> None:
+        twins.crop(round(twins.oracle.num_columns * share))
+
+    @rule(twins=caches, drop=st.integers(1, 6))
+    def crop_few(self, twins: Twins, drop: int) -> None:
+        """Rejected drafts."""
+        twins.crop(max(0, twins.oracle.num_columns - drop))
+
+    @rule(twins=caches, data=st.data())
+    def keep_sequences(self, twins: Twins, data: st.DataObject) -> None:
+        """Reorder, duplicate and drop."""
+        if twins.oracle.batch:
+            sequence = st.integers(0, twins.oracle.batch - 1)
+            twins.keep_sequences(data.draw(st.lists(sequence, min_size=1, max_size=3)))
+
+    @rule(twins=caches)
+    def reset(self, twins: Twins) -> None:
+        twins.reset()
+
+    @precondition(lambda self: len(self.alive) < 3)
+    @rule(target=caches, twins=caches, how=st.sampled_from(["deepcopy", "pickle"]))
+    def duplicate(self, twins: Twins, how: str) -> Any:
+        """A copy lives its own life, and so does what it was copied from."""
+        clone = copy.deepcopy(twins) if how == "deepcopy" else pickle.loads(pickle.dumps(twins))
+        self.alive.append(clone)
+        return multiple(clone)
+
+    @invariant()
+    def books_balance(self) -> None:
+        for twins in self.alive:
+            twins.check()
+        check_references(self.alive)
+
+    def teardown(self) -> None:
+        """Nothing that happened to one cache shows in another; all memory is given back."""
+        hosts = {id(t.manager._host): t.manager._host for t in self.alive}
+        for twins in self.alive:
+            if twins.oracle.num_columns:
+                twins.attend(min(3, twins.oracle.num_columns))
+                twins.attend()
+            twins.reset()
+            twins.check()
+        assert all(host is None or host.num_blocks == 0 for host in hosts.values())
+
+
+def check_references(alive: list[Twins]) -> None:
+    """Free blocks and held blocks are all blocks, over every cache that shares a host tier."""
+    for host in {id(t.manager._host): t.manager._host for t in alive}.values():
+        if host is not None:
+            sharing = [t.manager for t in alive if t.manager._host is host]
+            host.check([s.held_blocks() for manager in sharing for s in manager._layers])
+
+
+common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+TestConversations = Conversations.TestCase
+TestConversations.settings = settings(max_examples=40, stateful_step_count=20, **common)
+
+
+@pytest.mark.slow
+class TestManyConversations(Conversations.TestCase):  # type: ignore[misc, valid-type]
+    settings = settings(max_examples=1500, stateful_step_count=40, **common)

@@ -47,10 +47,11 @@ class PageIndex(Protocol):
         ...
 
 
-def make_index(config: CacheConfig, head_dim: int) -> PageIndex:
+def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> PageIndex:
     """The page index that `config.index` names."""
     if config.index == "tokens":
-        return TokenIndex(config.page_size, head_dim, config.index_bits)
+        packed = device.type != "cpu"
+        return TokenIndex(config.page_size, head_dim, config.index_bits, packed)
     return BoundingVolumes(config.index)
 
 
@@ -94,7 +95,7 @@ class PagedLayer:
         self._complete = True  # every selectable page is resident, as far as places go
         self._blocks: Ids = np.full((geometry.batch, 64), -1, dtype=np.int64)
         index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
-        self._index = make_index(config, index_dim)
+        self._index = make_index(config, index_dim, geometry.device)
         self._digests: GrowingTensor | None = None
 
     @property

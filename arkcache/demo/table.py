@@ -1,0 +1,110 @@
+"""Renders a run of the demonstration: the table, and what it shows in plain sentences."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from arkcache.demo.run import Result, Row
+
+_COLUMNS = (
+    "right\nanswers",
+    "tokens\nattended",
+    "device\nmemory",
+    "host\nmemory",
+    "pages\nrecalled",
+    "hit\nrate",
+    "ms per\ntoken",
+)
+
+
+def render(result: Result) -> RenderableType:
+    """The table of a run, what was run above it, and what it shows below."""
+    settings = result.settings
+    model = settings["model"] or "the demonstration model"
+    text = settings["file"] or "Python's help topics"
+    heading = (
+        f"{settings['num_facts']} facts hidden in {result.context_tokens:,} tokens of {text}, "
+        f"read once by {model}; then {max(row.num_questions for row in result.rows)} questions in "
+        f"one conversation. Budget: {settings['budget_tokens']} tokens, pages of "
+        f"{settings['page_size']}."
+    )
+    return Group(
+        Padding(Text(heading), (1, 1, 0, 1)),
+        _table(result.rows),
+        Padding(Text("\n".join(sentences(result))), (0, 1, 1, 1)),
+    )
+
+
+def sentences(result: Result) -> list[str]:
+    """What the rows show, in two or three plain sentences that follow from the figures alone."""
+    rows = {row.method: row for row in result.rows if row.skipped is None}
+    full = rows["full"]
+    arks = [row for row in result.rows if row.pages_recalled is not None]
+    lost = [rows[key] for key in ("sinks-and-window", "heavy-hitters") if key in rows]
+    said = []
+    if arks:
+        best = max(arks, key=lambda row: row.num_right)
+        share = best.attended_tokens / full.attended_tokens
+        said.append(
+            f"{best.title}: {best.num_right} of {best.num_questions} right (full cache: "
+            f"{full.num_right}), attending {share:.1%} of the tokens in each step. "
+            f"{_memory(best.device_bytes)} on the device instead of {_memory(full.device_bytes)}; "
+            f"the pages wait in the host tier, and {best.pages_recalled:,} were recalled when a "
+            "question needed them."
+        )
+    if arks and lost:
+        scores = " and ".join(f"{row.num_right} ({row.title})" for row in lost)
+        said.append(f"With the same budget and nothing to recall from: {scores} right.")
+    said.append(_remark(result, full))
+    return [sentence for sentence in said if sentence]
+
+
+def _remark(result: Result, full: Row) -> str:
+    """What keeps a reader from taking a figure for something else."""
+    if full.num_right < full.num_questions / 2:
+        return (
+            "With its full cache this model answers less than half: the text or the model is to "
+            "blame, and the other rows say little."
+        )
+    if result.settings["device"] == "cpu":
+        return "Without a GPU both tiers are RAM: the times compare the methods on this machine."
+    return ""
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, padding=(0, 1, 0, 0))
+    table.add_column("\nmethod", no_wrap=True)
+    for column in _COLUMNS:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        if row.skipped is not None:
+            table.add_row(row.title, Text("-"), style="dim")
+            continue
+        style = "bold" if row.pages_recalled is not None else ""
+        table.add_row(row.title, *_cells(row), style=style)
+    return table
+
+
+def _cells(row: Row) -> list[str]:
+    return [
+        f"{row.num_right}/{row.num_questions}",
+        f"{row.attended_tokens:,.0f}",
+        _memory(row.device_bytes),
+        _memory(row.host_bytes) if row.host_bytes else "-",
+        "-" if row.pages_recalled is None else f"{row.pages_recalled:,}",
+        "-" if row.hit_rate is None else f"{row.hit_rate:.0%}",
+        f"{row.ms_per_token:.1f}",
+    ]
+
+
+def _memory(num_bytes: int) -> str:
+    """Bytes in the largest unit that leaves a number of at least one: "8.9 MiB"."""
+    size, units = float(num_bytes), iter(("B", "KiB", "MiB", "GiB"))
+    unit = next(units)
+    while size >= 1024 and unit != "GiB":
+        size, unit = size / 1024, next(units)
+    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"

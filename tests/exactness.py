@@ -106,8 +106,10 @@ def samples(model: PreTrainedModel, make_cache: MakeCache, inputs: Inputs) -> li
 
 
 def chunked_prefill(model: PreTrainedModel, make_cache: MakeCache, inputs: Inputs) -> list[Outcome]:
-    """Prompts read a few tokens at a time; chunks and pages do not line up."""
-    return [generate(model, inputs, make_cache(model), prefill_chunk_size=7)]
+    """Prompts read a few tokens at a time; alone, the second begins with chunks of padding."""
+    alone = rows(inputs)[1]
+    options = {"prefill_chunk_size": 5}
+    return [generate(model, prompt, make_cache(model), **options) for prompt in (inputs, alone)]
 
 
 def assisted(model: PreTrainedModel, make_cache: MakeCache, inputs: Inputs) -> list[Outcome]:

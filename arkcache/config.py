@@ -81,6 +81,12 @@ class CacheConfig:
         self._check_choices()
         for budget in _flatten(self.budget_tokens, depth=2):
             self._check_budget(budget)
+        layers = self.budget_tokens if isinstance(self.budget_tokens, Sequence) else ()
+        if any(isinstance(layer, Sequence) and None in layer for layer in layers):
+            raise ConfigError(
+                f"budget_tokens={self.budget_tokens!r}: a layer is unlimited as a whole (None in "
+                "place of its tuple), not one of its KV heads"
+            )
         if isinstance(self.budget_tokens, Sequence):
             object.__setattr__(self, "budget_tokens", _as_tuple(self.budget_tokens))
 
@@ -190,7 +196,7 @@ def _is_int(value: Any) -> bool:
 
 def _flatten(budget: Any, depth: int) -> list[Any]:
     """The entries of a budget: per layer, then per KV head."""
-    if depth and isinstance(budget, Sequence) and not isinstance(budget, str):
+    if depth and budget and isinstance(budget, Sequence) and not isinstance(budget, str):
         return [leaf for item in budget for leaf in _flatten(item, depth - 1)]
     return [budget]
 

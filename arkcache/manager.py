@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.dense import DenseLayer
-from arkcache.errors import InputError
+from arkcache.errors import HostTierFullError, InputError
 from arkcache.kernels.torch_attention import block_attention
 from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
@@ -26,6 +26,7 @@ from arkcache.step import Expand, Step, causal_blocks
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
+    check_index_query,
     check_layer,
     check_mask,
     check_new_tokens,
@@ -33,6 +34,7 @@ from arkcache.validate import (
     check_query,
     check_sinks,
     check_sizes,
+    empty_on,
     sequence_order,
 )
 
@@ -83,8 +85,8 @@ class KVCacheManager:
         self.config.check_layers(num_layers, num_kv_heads)
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
-        self.device, self.dtype, self.latent = torch.device(device), dtype, latent
-        self._like = torch.empty(0, dtype=dtype, device=self.device)
+        self._like = empty_on(device, dtype)
+        self.device, self.dtype, self.latent = self._like.device, dtype, latent
         self._clear()
 
     def _clear(self) -> None:
@@ -114,7 +116,12 @@ class KVCacheManager:
         stop = state.columns + new_tokens
         if stop > self._log.num_columns:
             unknown = stop - self._log.num_columns
-            self._extend(unknown, None if mask is None else mask[:, -unknown:])
+            try:
+                self._extend(unknown, None if mask is None else mask[:, -unknown:])
+            except HostTierFullError:
+                if self._log.num_columns == 0:
+                    self._clear()
+                raise
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():
@@ -161,9 +168,13 @@ class KVCacheManager:
         """
         self._check_attend(layer, query, expand is not None)
         if mask is not None:
-            check_mask(mask, (*query.shape[:3], self._layers[layer].columns))
+            check_mask(mask, (*query.shape[:3], self._layers[layer].columns), self._like)
         if sinks is not None:
-            check_sinks(sinks, query.shape[1])
+            check_sinks(sinks, query.shape[1], self._like)
+        if softcap is not None and not softcap > 0:
+            raise InputError(f"softcap={softcap!r}: expected a positive number, or None for none")
+        if index_query is not None:
+            check_index_query(index_query, query, self.head_dim + self.latent * self.value_dim)
         state = self._layers[layer]
         new_tokens = query.shape[2]
         step = Step(

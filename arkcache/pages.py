@@ -183,7 +183,8 @@ class TokenLog:
         """Tokens of each sequence among the first `num_columns` columns."""
         if self._real is None:
             return np.full(self.batch, num_columns, dtype=np.int64)
-        return np.count_nonzero(self._real[:, :num_columns], axis=1).astype(np.int64)
+        lengths: Ids = self._real[:, :num_columns].sum(axis=1, dtype=np.int64)
+        return lengths
 
     def last_visible(self, num_columns: int, num_new: int) -> Ids:
         """Number of the last token that each of the newest columns attends [batch, num_new]."""

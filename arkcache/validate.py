@@ -26,8 +26,8 @@ def check_sizes(config: Any, dtype: Any, **sizes: Any) -> None:
 
 def check_layer(layer: int, num_layers: int) -> None:
     """Raise unless the layer exists."""
-    if not 0 <= layer < num_layers:
-        raise InputError(f"layer {layer}: this cache has layers 0..{num_layers - 1}")
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+        raise InputError(f"layer {layer!r}: this cache has layers 0..{num_layers - 1}")
 
 
 def check_new_tokens(name: str, tensor: Tensor, expected: tuple[int, ...], like: Tensor) -> None:
@@ -73,7 +73,7 @@ def check_query(query: Tensor, expected: tuple[int, int, int, int | None], like:
         )
 
 
-def check_mask(mask: Tensor, expected: tuple[int, int, int, int]) -> None:
+def check_mask(mask: Tensor, expected: tuple[int, int, int, int], like: Tensor) -> None:
     """Raise unless a mask broadcasts to [batch, num_heads, new_tokens, columns]."""
     fits = mask.ndim == 4 and mask.shape[3] == expected[3]
     fits = fits and all(
@@ -84,12 +84,38 @@ def check_mask(mask: Tensor, expected: tuple[int, int, int, int]) -> None:
             f"mask of shape {list(mask.shape)}: expected [batch, num_heads, new_tokens, columns] "
             f"= {list(expected)}, where each but the last may be 1"
         )
+    _check_device("mask", mask, like)
 
 
-def check_sinks(sinks: Tensor, num_heads: int) -> None:
+def check_sinks(sinks: Tensor, num_heads: int, like: Tensor) -> None:
     """Raise unless there is one sink logit per head."""
     if sinks.numel() != num_heads:
         raise InputError(f"sinks of shape {list(sinks.shape)}: expected [num_heads={num_heads}]")
+    _check_device("sinks", sinks, like)
+
+
+def check_index_query(index_query: Tensor, query: Tensor, dim: int) -> None:
+    """Raise unless there is an index query of `dim` for each query."""
+    expected = (*query.shape[:3], dim)
+    if tuple(index_query.shape) != expected:
+        raise InputError(
+            f"index_query of shape {list(index_query.shape)}: expected {list(expected)}, one for "
+            "each query, as wide as what the cache stores"
+        )
+    _check_device("index_query", index_query, query)
+
+
+def empty_on(device: Any, dtype: torch.dtype) -> Tensor:
+    """An empty tensor on a device (its number included); raises unless the device exists."""
+    try:
+        return torch.empty(0, dtype=dtype, device=device)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        raise InputError(f"device={device!r}: torch cannot use it ({error})") from error
+
+
+def _check_device(name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise InputError(f"{name} is on {tensor.device}: this cache is on {like.device}")
 
 
 def sequence_order(index: Any, batch: int) -> Ids:

@@ -56,7 +56,8 @@ class TokenIndex:
         safe = scale.float().masked_fill(scale == 0, 1.0)
         codes = ((key - zero.float()) / safe).round_().clamp_(0, levels)
         if not self.packed:
-            return (codes * scale.float() + zero.float()).permute(0, 1, 4, 2, 3)
+            quantized: Tensor = codes * scale.float() + zero.float()
+            return quantized.permute(0, 1, 4, 2, 3)
         codes = codes.to(torch.uint8)
         header = torch.cat((scale, zero), dim=-1).flatten(-2).contiguous().view(torch.uint8)
         return torch.cat((header, self._pack(codes)), dim=-1)
@@ -70,7 +71,8 @@ class TokenIndex:
         num_pages = digests.shape[self.page_dim - 1]
         if not self.packed:
             logits = torch.bmm(query.float(), digests.flatten(2))
-            return logits.unflatten(2, (num_pages, self.page_size)).logsumexp(dim=-1)
+            mass: Tensor = logits.unflatten(2, (num_pages, self.page_size)).logsumexp(dim=-1)
+            return mass
         score = query.new_empty((rows, group, num_pages), dtype=torch.float32)
         for start in range(0, num_pages, PAGES_PER_BLOCK):
             block = digests[:, start : start + PAGES_PER_BLOCK]

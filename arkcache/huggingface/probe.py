@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import EncoderDecoderCache
 
 from arkcache.config import CacheConfig
+from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface.attachment import (
     AttachedName,
     Attachment,
@@ -76,7 +77,13 @@ def _probe(
             "interface of transformers"
         )
     set_implementation(configs, attachment.base)
-    expected = _probe_logits(model, DynamicCache(config=model.config))
+    try:
+        expected = _probe_logits(model, DynamicCache(config=model.config))
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run with a DynamicCache, which ArkCache extends "
+            f"({type(error).__name__}: {error})"
+        ) from error
     set_implementation(configs, AttachedName(attachment))
     cache = make_cache(model, attachment)
     try:

@@ -18,7 +18,7 @@ from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_digest import BoundingVolumes
 from arkcache.kernels.torch_tokens import TokenIndex
-from arkcache.pages import Ids, Residency, sealed_pages
+from arkcache.pages import Ids, Moves, Residency, sealed_pages
 from arkcache.policy import aggregate, ranked_pages, top_pages
 from arkcache.stats import CacheStats
 from arkcache.step import Counters, Lengths, Step, additive, attend_view
@@ -28,6 +28,10 @@ from arkcache.tiering.host import HostTier
 
 SEAL_PAGES = 64
 """Pages digested and backed up at a time: bounds the temporaries of a long prompt."""
+
+RELOAD_SHARE = 0.6
+"""On a CPU, with more than this share of the selection missing, all of it is copied in one pass
+straight into place: 116 pages of 16 KiB take 0.19 ms so, and 104 of them 0.31 ms one by one."""
 
 
 Held = NDArray[np.bool_]
@@ -91,6 +95,8 @@ class PagedLayer:
         ).astype(np.int64)
         self._spare = self._num_places > int(num_selected.max())
         self._plain = self._least_selected == self._num_places
+        self._on_cpu = geometry.device.type == "cpu"
+        self._piece_bytes = host.block_bytes // geometry.num_kv_heads
         self._residency = Residency(geometry.num_rows, self._num_places)
         self._complete = True  # every selectable page is resident, as far as places go
         self._blocks: Ids = np.full((geometry.batch, 64), -1, dtype=np.int64)
@@ -247,7 +253,7 @@ class PagedLayer:
         selected: selectable pages [rows, most], of which row r wants the first `count[r]` (None is
         all). rating [rows, pages] decides who stays where places are spare.
         """
-        sinks, heads = self.config.num_sink_pages, self.geometry.num_kv_heads
+        sinks = self.config.num_sink_pages
         keep = None
         if rating is not None:
             resident = np.maximum(self._residency.page_of - sinks, 0)
@@ -255,21 +261,41 @@ class PagedLayer:
         moves = self._residency.fetch(selected + sinks, int(self.sealed.max()), count, keep)
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
+        alike = self._plain and count is None
+        if alike and self._on_cpu and num_recalled > RELOAD_SHARE * num_wanted:
+            self._reload()
+            num_recalled = num_wanted
+        elif num_recalled:
+            self._copy_in(moves)
         self.counters.pages_hit += num_wanted - num_recalled
-        if num_recalled == 0:
-            return
-        sequence, head = np.divmod(moves.rows, heads)
-        pieces = torch.from_numpy(self._blocks[sequence, moves.pages] * heads + head)
-        pages = self.host.blocks.view(-1, self.host.block_shape[-1]).index_select(0, pieces)
+        self.counters.pages_recalled += num_recalled
+        self.counters.bytes_recalled += num_recalled * self._piece_bytes
+        self.counters.pages_evicted += moves.num_evicted
+
+    def _copy_in(self, moves: Moves) -> None:
+        """Copy the missing pages from the host tier into their places."""
+        sequence, head = np.divmod(moves.rows, self.geometry.num_kv_heads)
+        pieces = self._blocks[sequence, moves.pages] * self.geometry.num_kv_heads + head
+        pages = self._host_pieces().index_select(0, torch.from_numpy(pieces))
         device = self.geometry.device
         self.working_set.write_pages(
             torch.from_numpy(moves.rows).to(device),
-            torch.from_numpy(moves.places + sinks).to(device),
+            torch.from_numpy(moves.places + self.config.num_sink_pages).to(device),
             pages.to(device),
         )
-        self.counters.bytes_recalled += pages.numel() * pages.element_size()
-        self.counters.pages_recalled += num_recalled
-        self.counters.pages_evicted += moves.num_evicted
+
+    def _reload(self) -> None:
+        """Copy all resident pages anew, in one pass straight into the working set."""
+        heads = self.geometry.num_kv_heads
+        rows = np.arange(self.geometry.num_rows)[:, None]
+        pieces = self._blocks[rows // heads, self._residency.page_of] * heads + rows % heads
+        self.working_set.load_places(
+            self.config.num_sink_pages, self._host_pieces(), torch.from_numpy(pieces)
+        )
+
+    def _host_pieces(self) -> Tensor:
+        """The host tier with one row per page and head: keys, then values."""
+        return self.host.blocks.view(-1, self.host.block_shape[-1])
 
     def _chosen_places(self, selected: Ids, count: Ids) -> Held:
         """Which places [rows, places] hold selected pages."""

@@ -80,6 +80,22 @@ class WorkingSet:
         self._key_slots.index_copy_(0, slots, pages[:, :key_size])
         self._value_slots.index_copy_(0, slots, pages[:, key_size:])
 
+    def load_places(self, first_place: int, source: Tensor, pieces: Tensor) -> None:
+        """Fill adjacent places from `first_place` on in one pass, on one device.
+
+        source: packed pages [count, page_size * (head_dim + value_dim)]; pieces: int64
+        [rows, places], which of them each place of each row gets.
+        """
+        stop = (self.num_slots - first_place) * self.page_size
+        start = stop - pieces.shape[1] * self.page_size
+        key_size = self._key_slots.shape[1]
+        # Places run right to left.
+        pieces = pieces.flip(1)
+        for plane, part in ((self.key, source[:, :key_size]), (self.value, source[:, key_size:])):
+            for row, wanted in zip(plane.flatten(0, 1), pieces, strict=True):
+                target = row[start:stop].view(pieces.shape[1], -1)
+                torch.index_select(part, 0, wanted, out=target)
+
     def copy_sequences(self, source: WorkingSet, index: Tensor) -> None:
         """Fill from another working set: sequence i from its sequence `index[i]`."""
         self.key.copy_(source.key[index])

@@ -29,10 +29,7 @@ def main() -> None:
     """The entry point of the command `arkcache`."""
     if _missing is not None:
         _say_what_to_install(_missing)
-    try:
-        app()
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
+    app()
 
 
 def demo(
@@ -61,8 +58,7 @@ def demo(
 ) -> None:
     """Hide facts in a long text, read it once, ask for them, and compare five caches.
 
-    All methods get the same text and the same budget; what ArkCache drops from the device it can
-    recall, what the last two evict is gone.
+    All get the same text and, but for the full cache, the same budget.
     """
     try:
         from arkcache.demo.run import Settings

@@ -42,12 +42,14 @@ class FullLayer(DynamicLayer):
     _layer_type = None
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.received: Tensor | None = None
 
-    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Store new tokens [1, kv_heads, new, dim]; all keys and values."""
-        key, value = super().update(key, value)
+        key, value = super().update(key_states, value_states)
         setattr(key, _TAG, self)
         return key, value
 
@@ -58,16 +60,16 @@ class FullLayer(DynamicLayer):
         self.received = received
 
 
-class _EvictingLayer(DynamicLayer):
+class EvictingLayer(DynamicLayer):
     """Keeps at most `budget` tokens of each KV head, and knows how many it has seen."""
 
     _layer_type = None
 
     def __init__(self, full: FullLayer, budget: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.budget = budget
         self.seen = full.get_seq_length()
-        self.lazy_initialization(full.keys, full.values)
+        self.lazy_initialization(*held(full))
 
     def get_seq_length(self) -> int:
         """Tokens seen, evicted ones included: positions go on from there."""
@@ -80,23 +82,23 @@ class _EvictingLayer(DynamicLayer):
     @property
     def num_kept(self) -> int:
         """Tokens held per KV head."""
-        assert self.keys is not None
-        return int(self.keys.shape[2])
+        return int(held(self)[0].shape[2])
 
 
-class SinkWindowLayer(_EvictingLayer):
+class SinkWindowLayer(EvictingLayer):
     """The first `num_sinks` tokens and the most recent ones, `budget` in all."""
 
     def __init__(self, full: FullLayer, budget: int, num_sinks: int) -> None:
         super().__init__(full, budget)
         self.num_sinks = num_sinks
-        self.keys, self.values = self._kept(full.keys), self._kept(full.values)
+        self.keys, self.values = map(self._kept, held(full))
 
-    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
-        """Append one token [1, kv_heads, 1, dim], evict the oldest after the sinks; what is kept."""
-        self.seen += key.shape[2]
-        self.keys = self._kept(torch.cat((self.keys, key), dim=2))
-        self.values = self._kept(torch.cat((self.values, value), dim=2))
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append one token [1, kv_heads, 1, dim], evict the oldest but the sinks; what is kept."""
+        self.seen += key_states.shape[2]
+        self.keys, self.values = map(self._kept, appended(self, key_states, value_states))
         return self.keys, self.values
 
     def _kept(self, states: Tensor) -> Tensor:
@@ -106,7 +108,7 @@ class SinkWindowLayer(_EvictingLayer):
         return torch.cat((states[:, :, : self.num_sinks], states[:, :, recent:]), dim=2)
 
 
-class HeavyHitterLayer(_EvictingLayer):
+class HeavyHitterLayer(EvictingLayer):
     """The `budget // 2` most recent tokens, and of the others those that were attended the most.
 
     Attributes:
@@ -117,16 +119,16 @@ class HeavyHitterLayer(_EvictingLayer):
         super().__init__(full, budget)
         assert full.received is not None
         self.num_recent = budget // 2
-        self.keys, self.values, self.received = full.keys, full.values, full.received
-        self._evict()
+        self.received = full.received
+        self.keys, self.values = self._kept(*held(full))
 
-    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         """Append one token [1, kv_heads, 1, dim], evict the least attended; what is kept."""
-        self.seen += key.shape[2]
-        self.keys = torch.cat((self.keys, key), dim=2)
-        self.values = torch.cat((self.values, value), dim=2)
-        self.received = torch.nn.functional.pad(self.received, (0, key.shape[2]))
-        self._evict()
+        self.seen += key_states.shape[2]
+        self.received = torch.nn.functional.pad(self.received, (0, key_states.shape[2]))
+        self.keys, self.values = self._kept(*appended(self, key_states, value_states))
         setattr(self.keys, _TAG, self)
         return self.keys, self.values
 
@@ -134,16 +136,30 @@ class HeavyHitterLayer(_EvictingLayer):
         """Add attention received [num_kv_heads, kept tokens]."""
         self.received = self.received + received
 
-    def _evict(self) -> None:
-        excess = self.num_kept - self.budget
+    def _kept(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        num_tokens = key.shape[2]
+        excess = num_tokens - self.budget
         if excess <= 0:
-            return
-        num_older = self.num_kept - self.num_recent
+            return key, value
+        num_older = num_tokens - self.num_recent
         heavy = self.received[:, :num_older].topk(num_older - excess).indices.sort().values
-        recent = torch.arange(num_older, self.num_kept, device=heavy.device)
+        recent = torch.arange(num_older, num_tokens, device=heavy.device)
         kept = torch.cat((heavy, recent.expand(len(heavy), -1)), dim=1)
         self.received = self.received.gather(1, kept)
-        self.keys, self.values = _take(self.keys, kept), _take(self.values, kept)
+        return _take(key, kept), _take(value, kept)
+
+
+def held(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
+    """The keys and values of a layer that has been written to [1, kv_heads, tokens, dim]."""
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys, layer.values
+
+
+def appended(layer: DynamicLayer, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer holds, followed by new keys and values; the layer stays as it is."""
+    old_key, old_value = held(layer)
+    return torch.cat((old_key, key), dim=2), torch.cat((old_value, value), dim=2)
 
 
 def _take(states: Tensor, kept: Tensor) -> Tensor:
@@ -152,7 +168,7 @@ def _take(states: Tensor, kept: Tensor) -> Tensor:
 
 
 def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Softmax probabilities [kv_heads, tokens] in fp32, summed over the queries and heads of a group.
+    """Softmax probabilities [kv_heads, tokens] in fp32, summed over queries and a group's heads.
 
     query [1, heads, new, head_dim] of the newest tokens, key [1, kv_heads, tokens, head_dim];
     causal, and blockwise, so that the memory stays bounded.

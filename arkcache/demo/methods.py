@@ -9,14 +9,21 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from arkcache.config import CacheConfig
-from arkcache.demo.baselines import FullLayer, HeavyHitterLayer, SinkWindowLayer, observing
+from arkcache.demo.baselines import (
+    EvictingLayer,
+    FullLayer,
+    HeavyHitterLayer,
+    SinkWindowLayer,
+    held,
+    observing,
+)
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache, detach
 
@@ -45,11 +52,14 @@ class Method:
 
         Raises `UnsupportedModelError` where the method does not fit the model.
         """
+        cache = None
         try:
             cache = self.open(model, full)
             with observing(model) if self.observes else nullcontext():
                 yield cache
         finally:
+            if cache is not None:
+                cache.reset()
             detach(model)
 
 
@@ -96,7 +106,7 @@ def methods(config: CacheConfig) -> list[Method]:
 
 
 def reading_cache(model: PreTrainedModel) -> DynamicCache:
-    """A full cache to read a text with. Raises `UnsupportedModelError` where nothing could evict."""
+    """A full cache to read a text with. Raises `UnsupportedModelError` where all layers slide."""
     cache = DynamicCache(config=model.config)
     cache.layers = [FullLayer() if _is_full(layer) else layer for layer in cache.layers]
     if not any(isinstance(layer, FullLayer) for layer in cache.layers):
@@ -118,11 +128,15 @@ def usage(cache: DynamicCache) -> Usage:
             stats.pages_recalled,
             stats.hit_rate,
         )
-    layers = [layer for layer in cache.layers if _is_full(layer) or hasattr(layer, "budget")]
-    kept = [layer.keys.shape[2] for layer in layers]
-    num_bytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
-    num_bytes += sum(layer.received.nbytes for layer in layers if hasattr(layer, "received"))
-    return Usage(sum(kept) / len(kept), num_bytes)
+    layers = [
+        layer
+        for layer in cache.layers
+        if isinstance(layer, DynamicLayer) and (_is_full(layer) or isinstance(layer, EvictingLayer))
+    ]
+    kept = [held(layer)[0].shape[2] for layer in layers]
+    num_bytes = sum(states.nbytes for layer in layers for states in held(layer))
+    scores = [layer.received for layer in layers if isinstance(layer, HeavyHitterLayer)]
+    return Usage(sum(kept) / len(kept), num_bytes + sum(score.nbytes for score in scores))
 
 
 def _is_full(layer: object) -> bool:
@@ -130,28 +144,26 @@ def _is_full(layer: object) -> bool:
 
 
 def _open_full(model: PreTrainedModel, full: DynamicCache) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
-    for index, read in enumerate(full.layers):
-        if isinstance(read, FullLayer):
-            cache.layers[index].update(read.keys, read.values)
-        else:
-            cache.layers[index] = copy.deepcopy(read)
-    return cache
+    return _filled(DynamicCache(config=model.config), full)
 
 
 def _open_arkcache(
     model: PreTrainedModel, full: DynamicCache, config: CacheConfig, index: str
 ) -> DynamicCache:
-    settings = vars(config) | {"index": index}
-    with warnings.catch_warnings(record=True):  # compat mode is an error here, not a warning
-        cache = ArkCache(model, CacheConfig(**settings))
+    with warnings.catch_warnings(record=True):  # compat mode skips the row, which says why
+        cache = ArkCache(model, replace(config, index=index))
     if cache.reason is not None:
         raise UnsupportedModelError(cache.reason)
-    for number, read in enumerate(full.layers):
+    return _filled(cache, full)
+
+
+def _filled(cache: DynamicCache, full: DynamicCache) -> DynamicCache:
+    """Hands an empty cache what was read."""
+    for index, read in enumerate(full.layers):
         if isinstance(read, FullLayer):
-            cache.layers[number].update(read.keys, read.values)
+            cache.update(*held(read), index)
         else:
-            cache.layers[number] = copy.deepcopy(read)
+            cache.layers[index] = copy.deepcopy(read)
     return cache
 
 

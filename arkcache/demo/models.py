@@ -59,4 +59,6 @@ def load_model(
             f"model {where}: not a folder with a causal language model and its tokenizer, nor "
             f"one that the Hugging Face hub gave. {reason}"
         ) from None
-    return model.to(device).eval(), tokenizer
+    model.eval()
+    torch.nn.Module.to(model, device)  # typed, which the model's own is not
+    return model, tokenizer

@@ -61,6 +61,7 @@ class Settings:
             num_sink_tokens=min(32, self.budget_tokens // 8),
             num_recent_tokens=min(128, self.budget_tokens // 4),
             num_dense_layers=0,
+            stream_block_tokens=max(self.budget_tokens, self.page_size),
         )
 
 

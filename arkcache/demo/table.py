@@ -10,16 +10,6 @@ from rich.text import Text
 
 from arkcache.demo.run import Result, Row
 
-_COLUMNS = (
-    "right\nanswers",
-    "tokens\nattended",
-    "device\nmemory",
-    "host\nmemory",
-    "pages\nrecalled",
-    "hit\nrate",
-    "ms per\ntoken",
-)
-
 
 def render(result: Result) -> RenderableType:
     """The table of a run, what was run above it, and what it shows below."""
@@ -57,9 +47,10 @@ def sentences(result: Result) -> list[str]:
             "question needed them."
         )
     if arks and lost:
-        scores = " and ".join(f"{row.num_right} ({row.title})" for row in lost)
-        said.append(f"With the same budget and nothing to recall from: {scores} right.")
+        scores = " and ".join(f"{row.title} answered {row.num_right}" for row in lost)
+        said.append(f"With the same budget and nothing to recall from, {scores}.")
     said.append(_remark(result, full))
+    said += [f"{row.title} was not run: {row.skipped}." for row in result.rows if row.skipped]
     return [sentence for sentence in said if sentence]
 
 
@@ -76,35 +67,48 @@ def _remark(result: Result, full: Row) -> str:
 
 
 def _table(rows: list[Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=True, padding=(0, 1, 0, 0))
+    unit, size = _unit(max(row.device_bytes for row in rows))
+    table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
     table.add_column("\nmethod", no_wrap=True)
-    for column in _COLUMNS:
+    for column in (
+        "right\nanswers",
+        "tokens\nattended",
+        f"device\n{unit}",
+        f"host\n{unit}",
+        "pages\nrecalled",
+        "hit\nrate",
+        "ms per\ntoken",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         if row.skipped is not None:
-            table.add_row(row.title, Text("-"), style="dim")
-            continue
-        style = "bold" if row.pages_recalled is not None else ""
-        table.add_row(row.title, *_cells(row), style=style)
+            table.add_row(row.title, "-", style="dim")
+        else:
+            style = "bold" if row.pages_recalled is not None else ""
+            table.add_row(row.title, *_cells(row, size), style=style)
     return table
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row, size: int) -> list[str]:
     return [
         f"{row.num_right}/{row.num_questions}",
         f"{row.attended_tokens:,.0f}",
-        _memory(row.device_bytes),
-        _memory(row.host_bytes) if row.host_bytes else "-",
+        f"{row.device_bytes / size:,.1f}",
+        f"{row.host_bytes / size:,.1f}" if row.host_bytes else "-",
         "-" if row.pages_recalled is None else f"{row.pages_recalled:,}",
         "-" if row.hit_rate is None else f"{row.hit_rate:.0%}",
         f"{row.ms_per_token:.1f}",
     ]
 
 
+def _unit(num_bytes: int) -> tuple[str, int]:
+    """The largest unit in which so many bytes are at least one, and its bytes."""
+    for exponent, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**exponent:
+            return unit, 1024**exponent
+    return "B", 1
+
+
 def _memory(num_bytes: int) -> str:
-    """Bytes in the largest unit that leaves a number of at least one: "8.9 MiB"."""
-    size, units = float(num_bytes), iter(("B", "KiB", "MiB", "GiB"))
-    unit = next(units)
-    while size >= 1024 and unit != "GiB":
-        size, unit = size / 1024, next(units)
-    return f"{size:.0f} {unit}" if size >= 100 or unit == "B" else f"{size:.1f} {unit}"
+    unit, size = _unit(num_bytes)
+    return f"{num_bytes / size:,.1f} {unit}"

@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from arkcache.errors import InputError
 
 if TYPE_CHECKING:
-    from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
+    from arkcache.huggingface.cache import PagedCacheLayer
+    from arkcache.huggingface.core import CacheCore
 
 NAME = "arkcache"
 
@@ -35,7 +36,7 @@ class Attachment:
             the softcap.
         reason: why the model runs in compat mode; None when it is paged.
         shapes: of each layer, as seen by the probe; layers of one shape share a manager.
-        asking: the cache whose mask is being made.
+        asking: the core of the cache whose mask is being made.
         padding: the first column and the mask [batch, new] of the step under way, if padded.
         pending: the layer that was updated and not attended yet.
         latent_layers: those that expand their keys between update and attention.
@@ -46,7 +47,7 @@ class Attachment:
     reason: str | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    asking: ArkCache | None = None
+    asking: CacheCore | None = None
     padding: tuple[int, Tensor] | None = None
     pending: PagedCacheLayer | None = None
     latent_layers: set[int] = field(default_factory=set)

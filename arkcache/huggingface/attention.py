@@ -62,10 +62,10 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     what the base implementation returns, or None where the cache knows as much itself.
     """
     attachment = attachment_in(kwargs["config"])
-    cache, attachment.asking = attachment.asking, None
+    core, attachment.asking = attachment.asking, None
     base = ALL_MASK_ATTENTION_FUNCTIONS[attachment.base]
     causal = "allow_is_causal_skip" in kwargs and kwargs.get("local_size") is None
-    if not causal or cache is None or cache.mode == "compat":
+    if not causal or core is None or core.reason is not None:
         return base(**kwargs)  # type: ignore[no-any-return]
     start, new_tokens = kwargs["q_offset"], kwargs["q_length"]
     mask = kwargs.get("attention_mask")
@@ -73,7 +73,7 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     if mask is not None and mask.shape[1] >= start + new_tokens:
         attachment.padding = (start, mask[:, start : start + new_tokens])
     plain = kwargs["mask_function"] is causal_mask_function
-    if start > 0 and plain and not cache._has_unpaged_attention():
+    if start > 0 and plain and not core.mask_is_read:
         return None
     result: Tensor | None = base(**kwargs)
     if plain and result is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +13,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError, UnconsumedStepError, UnsupportedModelError
-from arkcache.huggingface.attachment import Attachment, LayerShape, find_attachment
+from arkcache.huggingface.attachment import Attachment, LayerShape
 from arkcache.huggingface.attention import TAG
+from arkcache.huggingface.core import CacheCore
 from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
 from arkcache.manager import KVCacheManager
 from arkcache.stats import CacheStats
@@ -25,7 +25,7 @@ class PagedCacheLayer(CacheLayerMixin):
     """One layer of an `ArkCache`, as transformers sees it.
 
     Args:
-        cache: the cache it belongs to.
+        core: what it shares with the other layers of its cache.
         layer: its number in the model.
     """
 
@@ -35,15 +35,15 @@ class PagedCacheLayer(CacheLayerMixin):
     supports_early_init = False
     _layer_type = None
 
-    def __init__(self, cache: ArkCache, layer: int) -> None:
+    def __init__(self, core: CacheCore, layer: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache, self.layer = cache, layer
+        self.core, self.layer = core, layer
         self.manager: KVCacheManager | None = None
         self.index = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Find or build the manager that holds layers of this shape."""
-        self.manager, self.index = self.cache._manager_of(self.layer, key_states, value_states)
+        self.manager, self.index = self.core.manager_of(self.layer, key_states, value_states)
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
@@ -51,7 +51,7 @@ class PagedCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store the new tokens; see the module docstring for what is returned."""
-        attachment = self.cache._attachment_of_step()
+        attachment = self.core.attached()
         if attachment.pending is not None:
             self._complain(attachment.pending)
         if self.manager is None:
@@ -64,7 +64,7 @@ class PagedCacheLayer(CacheLayerMixin):
             )
             if past == 0:
                 return key_states, value_states
-            if self.cache.reason is not None:
+            if self.core.reason is not None:
                 return self.manager.gather(self.index)
         for tensor in (key_states, value_states):
             setattr(tensor, TAG, self)
@@ -118,10 +118,6 @@ class ArkCache(DynamicCache):
         config: settings; None is `CacheConfig()` with `settings` as its fields.
         settings: fields of `CacheConfig`.
 
-    Attributes:
-        mode: "paged" or "compat".
-        reason: why the mode is "compat"; None otherwise.
-
     Raises `ConfigError` for impossible settings and `UnsupportedModelError` for a model without
     any key-value cache, before the model was touched.
     """
@@ -143,14 +139,26 @@ class ArkCache(DynamicCache):
 
     def _build(self, model: PreTrainedModel, config: CacheConfig) -> None:
         super().__init__(config=model.config)
-        self.config = config
-        self._check_layers(model)
-        self._managers: dict[LayerShape | int, KVCacheManager] = {}
-        self._attachment: Attachment | None = None
+        self._check_layers(model, config)
+        self._core = CacheCore(config)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
-                self.layers[index] = PagedCacheLayer(self, index)
-        self.reason = self._reason_not_paged()
+                self.layers[index] = PagedCacheLayer(self._core, index)
+        self._core.reason = self._reason_not_paged()
+        self._core.mask_is_read = any(
+            isinstance(layer, DynamicLayer) and not layer.is_sliding
+            for layer in self._other_layers()
+        )
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings."""
+        return self._core.config
+
+    @property
+    def reason(self) -> str | None:
+        """Why the mode is "compat"; None when it is "paged"."""
+        return self._core.reason
 
     @property
     def mode(self) -> str:
@@ -162,25 +170,26 @@ class ArkCache(DynamicCache):
         if self._reason_not_paged() is not None:
             warnings.warn(f"ArkCache in compat mode: {self.reason}", stacklevel=3)
             return
-        self._attachment = attach_and_probe(model, ArkCache._for_probe)
-        self.reason = self._attachment.reason
+        self._core.attachment = attach_and_probe(model, ArkCache._for_probe)
+        self._core.reason = self._core.attachment.reason
 
     def stats(self) -> CacheStats:
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""
-        return sum((manager.stats() for manager in self._managers.values()), CacheStats())
+        return sum((manager.stats() for manager in self._core.managers.values()), CacheStats())
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the books of every layer agree with its tiers."""
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             manager.check_integrity()
 
     # -- what transformers calls --------------------------------------------------------------
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Length and offset of what a query attends; the mask function is told who asks."""
-        if self._attachment is not None:
-            self._attachment.asking = self
-            self._attachment.pending = None
+        attachment = self._core.attachment
+        if attachment is not None:
+            attachment.asking = self._core
+            attachment.pending = None
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -191,7 +200,7 @@ class ArkCache(DynamicCache):
             raise InputError(f"crop({tokens_to_remove}): the cache holds {length} tokens")
         for layer in self._other_layers():
             layer.crop(min(0, target - length))
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             if target < manager.num_columns:
                 manager.crop(target)
 
@@ -205,65 +214,42 @@ class ArkCache(DynamicCache):
         """Repeat every sequence `repeats` times."""
         for layer in self._other_layers():
             layer.batch_repeat_interleave(repeats)
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             manager.keep_sequences(torch.arange(manager.batch).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the sequences `indices` only."""
         for layer in self._other_layers():
             layer.batch_select_indices(indices)
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             manager.keep_sequences(torch.arange(manager.batch)[indices.cpu()])
 
     def reset(self) -> None:
         """Forget everything and free what it took."""
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             manager.reset()
-        self._managers.clear()
+        self._core.managers.clear()
         for layer in self.layers:
             layer.reset()
 
     # -- inside -------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        attachment = state.pop("_attachment")
-        state["_attachment_name"] = None if attachment is None else attachment.name
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        name = state.pop("_attachment_name")
-        self.__dict__.update(state)
-        self._attachment = find_attachment(name)
-
     @staticmethod
     def _for_probe(model: PreTrainedModel, attachment: Attachment) -> ArkCache:
         cache = ArkCache.__new__(ArkCache)
         cache._build(model, PROBE_CONFIG)
-        cache._attachment = attachment
+        cache._core.attachment = attachment
         return cache
-
-    def _attachment_of_step(self) -> Attachment:
-        if self._attachment is None:
-            raise InputError("this cache was loaded without its model: call cache.attach(model)")
-        return self._attachment
 
     def _other_layers(self) -> Iterator[Any]:
         return (layer for layer in self.layers if not isinstance(layer, PagedCacheLayer))
 
-    def _has_unpaged_attention(self) -> bool:
-        """Whether a layer that is not paged attends its whole past and so reads the mask."""
-        return any(
-            isinstance(layer, DynamicLayer) and not layer.is_sliding
-            for layer in self._other_layers()
-        )
-
     def _keep_sequences(self, index: Tensor) -> None:
-        for manager in self._managers.values():
+        for manager in self._core.managers.values():
             manager.keep_sequences(index)
 
-    def _check_layers(self, model: PreTrainedModel) -> None:
-        budget = self.config.budget_tokens
+    def _check_layers(self, model: PreTrainedModel, config: CacheConfig) -> None:
+        budget = config.budget_tokens
         if isinstance(budget, tuple) and len(budget) != len(self.layers):
             raise ConfigError(
                 f"budget_tokens has {len(budget)} entries: this model has {len(self.layers)} layers"
@@ -283,7 +269,7 @@ class ArkCache(DynamicCache):
         )
 
     def shapes(self, latent_layers: set[int]) -> dict[int, LayerShape]:
-        """Shapes of the layers that were used, for `Attachment.shapes`."""
+        """Shapes of the layers that were used: what the probe learns for `Attachment.shapes`."""
         shapes = {}
         for layer in self.layers:
             if isinstance(layer, PagedCacheLayer) and layer.manager is not None:
@@ -297,39 +283,3 @@ class ArkCache(DynamicCache):
                     layer.layer in latent_layers,
                 )
         return shapes
-
-    def _manager_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[KVCacheManager, int]:
-        """The manager for a layer, shared with the layers that the probe saw to be alike."""
-        attachment = self._attachment_of_step()
-        known = attachment.shapes.get(layer)
-        latent = known is not None and known.latent
-        shape = LayerShape.of(key, value, latent)
-        members = [layer]
-        group: LayerShape | int = layer
-        if known == shape:
-            members = sorted(i for i, other in attachment.shapes.items() if other == shape)
-            group = shape
-        if group not in self._managers:
-            self._managers[group] = KVCacheManager(
-                len(members),
-                shape.num_kv_heads,
-                shape.head_dim,
-                self._config_of(members),
-                device=shape.device,
-                dtype=shape.dtype,
-                value_dim=shape.value_dim,
-                latent=latent,
-            )
-        return self._managers[group], members.index(layer)
-
-    def _config_of(self, layers: list[int]) -> CacheConfig:
-        """The settings of a manager that holds these layers of the model."""
-        config = self.config
-        if config.budget_tokens is None:
-            return replace(config, num_dense_layers=0)
-        budgets: list[Any] = []
-        for layer in layers:
-            dense = layer < config.num_dense_layers
-            given = config.budget_tokens
-            budgets.append(None if dense else given[layer] if isinstance(given, tuple) else given)
-        return replace(config, num_dense_layers=0, budget_tokens=tuple(budgets))

@@ -1,0 +1,90 @@
+"""What the layers of one `ArkCache` share: settings, managers, the attachment.
+
+Layers refer to this and never to their cache, so that a cache and the host memory behind it are
+freed as soon as the last reference to the cache goes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.errors import InputError
+from arkcache.huggingface.attachment import Attachment, LayerShape, find_attachment
+from arkcache.manager import KVCacheManager
+
+
+@dataclass(eq=False)
+class CacheCore:
+    """Shared by the layers of a cache.
+
+    Attributes:
+        config: the user's settings, for layers numbered as in the model.
+        reason: why the cache is in compat mode; None when it is paged.
+        mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
+        attachment: of the model; None after unpickling without the model.
+        managers: of layers that are alike, by their shape or, where it is unknown, by layer.
+    """
+
+    config: CacheConfig
+    reason: str | None = None
+    mask_is_read: bool = False
+    attachment: Attachment | None = None
+    managers: dict[LayerShape | int, KVCacheManager] = field(default_factory=dict)
+
+    def attached(self) -> Attachment:
+        """The attachment; raises `InputError` where there is none."""
+        if self.attachment is None:
+            raise InputError("this cache was loaded without its model: call cache.attach(model)")
+        return self.attachment
+
+    def manager_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[KVCacheManager, int]:
+        """The manager of a layer and the layer's number in it.
+
+        Layers that the probe saw to be alike share one, and so one device and one host tier.
+        """
+        shapes = self.attached().shapes
+        known = shapes.get(layer)
+        shape = LayerShape.of(key, value, latent=known is not None and known.latent)
+        members = [layer]
+        group: LayerShape | int = layer
+        if known == shape:
+            members = sorted(other for other, found in shapes.items() if found == shape)
+            group = shape
+        if group not in self.managers:
+            self.managers[group] = KVCacheManager(
+                len(members),
+                shape.num_kv_heads,
+                shape.head_dim,
+                self._config_of(members),
+                device=shape.device,
+                dtype=shape.dtype,
+                value_dim=shape.value_dim,
+                latent=shape.latent,
+            )
+        return self.managers[group], members.index(layer)
+
+    def _config_of(self, layers: list[int]) -> CacheConfig:
+        """The settings of a manager that holds these layers of the model."""
+        config = self.config
+        if config.budget_tokens is None:
+            return replace(config, num_dense_layers=0)
+        budgets: list[Any] = []
+        for layer in layers:
+            dense = layer < config.num_dense_layers
+            given = config.budget_tokens
+            budgets.append(None if dense else given[layer] if isinstance(given, tuple) else given)
+        return replace(config, num_dense_layers=0, budget_tokens=tuple(budgets))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attachment by name: it belongs to the model, which stays behind."""
+        state = dict(vars(self))
+        state["attachment"] = None if self.attachment is None else self.attachment.name
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.attachment = find_attachment(state["attachment"])

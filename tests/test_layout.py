@@ -279,7 +279,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 def copy_of_the_tree(target: Path) -> Path:
     target.mkdir()
     for path in ROOT.iterdir():
-        if path.name in {"arkcache", "tests", "benchmarks", *LINKED}:
+        if path.name in {"arkcache", "tests", "benchmarks", "examples", *LINKED}:
             copytree(path, target / path.name, symlinks=True)
         elif path.is_file():
             (target / path.name).write_bytes(path.read_bytes())

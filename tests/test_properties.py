@@ -217,4 +217,4 @@ TestConversations.settings = settings(max_examples=40, stateful_step_count=20, *
 
 @pytest.mark.slow
 class TestManyConversations(Conversations.TestCase):  # type: ignore[misc, valid-type]
-    settings = settings(max_examples=1500, stateful_step_count=40, **common)
+    settings = settings(max_examples=400, stateful_step_count=40, **common)

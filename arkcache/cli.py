@@ -94,19 +94,25 @@ def _run_with_progress(settings: Settings) -> Result:
     from arkcache.demo.run import run
 
     logging.disable_progress_bar()  # ours says what is loaded
+    console = Console(stderr=True)
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description:30}"),
         BarColumn(),
         TaskProgressColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
+    stages: list[str] = []
+
+    def progress(stage: str, done: int, total: int) -> None:
+        bar.update(task, description=stage, completed=done, total=total)
+        if not console.is_terminal and stage not in stages:
+            typer.echo(stage, err=True)
+        stages.append(stage)
+
     with bar:
         task = bar.add_task("Starting", total=1)
-
-        def progress(description: str, done: int, total: int) -> None:
-            bar.update(task, description=f"{description:30}", completed=done, total=total)
-
         return run(settings, progress)
 
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,10 +149,13 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         seed=settings.seed,
     )
     full = read(model, conversation.text_ids, progress)
-    rows = [
-        ask_all(method, model, tokenizer, full, conversation, progress)
-        for method in methods(config)
-    ]
+    # A step of the shipped model is too short to share: threads would mostly wait for each other.
+    num_threads = 1 if settings.model is None else torch.get_num_threads()
+    with threads(num_threads):
+        rows = [
+            ask_all(method, model, tokenizer, full, conversation, progress)
+            for method in methods(config)
+        ]
     resolved = asdict(settings) | {
         "file": None if settings.file is None else str(settings.file),
         "device": str(model.device),
@@ -159,6 +163,7 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         "num_sink_tokens": config.num_sink_tokens,
         "num_recent_tokens": config.num_recent_tokens,
         "num_dense_layers": config.num_dense_layers,
+        "num_step_threads": num_threads,
     }
     return Result(
         resolved,
@@ -169,6 +174,17 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         rows,
         time.perf_counter() - start,
     )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Lets torch compute with so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def read(model: PreTrainedModel, ids: list[int], progress: Progress) -> DynamicCache:

@@ -26,6 +26,7 @@ from arkcache.demo.baselines import (
 )
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache, detach
+from arkcache.huggingface.cache import PagedCacheLayer
 
 Open = Callable[[PreTrainedModel, DynamicCache], DynamicCache]
 
@@ -120,7 +121,7 @@ def usage(cache: DynamicCache) -> Usage:
     """What a cache of any of the methods holds now."""
     if isinstance(cache, ArkCache):
         stats = cache.stats()
-        num_paged = sum(not isinstance(layer, DynamicLayer) for layer in cache.layers)
+        num_paged = sum(isinstance(layer, PagedCacheLayer) for layer in cache.layers)
         return Usage(
             stats.attended_tokens / num_paged,
             stats.device_bytes + stats.digest_bytes,

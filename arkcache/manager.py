@@ -122,6 +122,9 @@ class KVCacheManager:
                 if self._log.num_columns == 0:
                     self._clear()
                 raise
+        if self._host is not None:
+            # Again for this layer alone: a copy that shares the host tier may have filled it.
+            self._host.check_room(state.blocks_needed(self._log.lengths(stop)))
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():

@@ -134,9 +134,8 @@ class PagedLayer:
 
     def blocks_needed(self, new_lengths: Ids) -> int:
         """Host blocks that growing to these lengths takes."""
-        recent, page_size = self.config.num_recent_tokens, self.config.page_size
-        pages = [sealed_pages(int(length), recent, page_size) for length in new_lengths]
-        return int((np.array(pages) - self.sealed).clip(min=0).sum())
+        sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
+        return int(np.maximum(sealed - self.sealed, 0).sum())
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
@@ -490,18 +489,17 @@ class PagedLayer:
         self._check_residents()
 
     def _check_residents(self) -> None:
-        """Every resident page must be bit-equal to its block in the host tier."""
-        heads = self.geometry.num_kv_heads
-        cut = self.config.page_size * self.geometry.head_dim
+        """Every page on the device, sinks included, must be bit-equal to its block on the host."""
+        size, cut = self.config.page_size, self.config.page_size * self.geometry.head_dim
+        sinks = np.arange(self.config.num_sink_pages)
         for row, places in enumerate(self._residency.page_of):
-            sequence, head = divmod(row, heads)
-            for place, page in enumerate(places.tolist()):
+            sequence, head = divmod(row, self.geometry.num_kv_heads)
+            own_sinks = np.where(sinks < self.sealed[sequence], sinks, -1)
+            for place, page in enumerate(np.concatenate((own_sinks, places)).tolist()):
                 if page < 0:
                     continue
                 block = self.host.blocks[int(self._blocks[sequence, page]), head]
-                position = place + 1 + self.config.num_sink_pages
-                key, value = self.working_set.view(position, 0)
-                size = self.config.page_size
+                key, value = self.working_set.view(place + 1, 0)
                 same = torch.equal(key[sequence, head, :size].cpu().flatten(), block[:cut])
                 same &= torch.equal(value[sequence, head, :size].cpu().flatten(), block[cut:])
                 if not same:

@@ -66,19 +66,19 @@ class HostTier:
         return len(np.unique(blocks)) * self.block_bytes
 
     def check_room(self, count: int) -> None:
-        """Raise `HostTierFullError` unless `count` more blocks fit the limit."""
+        """Raise `HostTierFullError` unless `count` more blocks fit the limit and the system."""
         if (self.num_blocks + count) * self.block_bytes > self.limit_bytes:
             raise HostTierFullError(
                 f"the host tier holds {self.used_bytes} bytes of at most {self.limit_bytes} and "
                 f"{count} more pages need {count * self.block_bytes}: raise host_bytes, shorten "
                 "the context, or release another cache with reset()"
             )
+        if count and len(self.blocks) == 0:
+            self.blocks = self._reserve()
 
     def allocate(self, count: int) -> Ids:
         """Take `count` blocks, freed ones first; each is held by one reference."""
         self.check_room(count)
-        if count and len(self.blocks) == 0:
-            self.blocks = self._reserve()
         fresh = max(0, count - len(self._free))
         first = len(self._references)
         reused = [self._free.pop() for _ in range(count - fresh)]

@@ -47,6 +47,28 @@ class PagedCacheLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys [batch, kv_heads, columns, head_dim], gathered from the tiers; None if empty."""
+        return (
+            self.manager.gather(self.index)[0] if self.manager and self.get_seq_length() else None
+        )
+
+    @keys.setter
+    def keys(self, _value: Tensor | None) -> None:
+        """Ignored: transformers sets it to None when the layer is built."""
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, like `keys`."""
+        return (
+            self.manager.gather(self.index)[1] if self.manager and self.get_seq_length() else None
+        )
+
+    @values.setter
+    def values(self, _value: Tensor | None) -> None:
+        """Ignored, like `keys`."""
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -140,7 +162,7 @@ class ArkCache(DynamicCache):
     def _build(self, model: PreTrainedModel, config: CacheConfig) -> None:
         super().__init__(config=model.config)
         self._check_layers(model, config)
-        self._core = CacheCore(config)
+        self._core = CacheCore(config, model.config)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PagedCacheLayer(self._core, index)
@@ -194,6 +216,8 @@ class ArkCache(DynamicCache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is what is to remain."""
+        # Some releases pass a 0-dim tensor.
+        tokens_to_remove = int(tokens_to_remove)
         length = self.get_seq_length()
         target = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target < 0:
@@ -231,6 +255,11 @@ class ArkCache(DynamicCache):
         self._core.managers.clear()
         for layer in self.layers:
             layer.reset()
+        # Some releases zero a sliding layer and keep its length.
+        fresh = DynamicCache(config=self._core.model_config).layers
+        for index, layer in enumerate(self.layers):
+            if not isinstance(layer, PagedCacheLayer):
+                self.layers[index] = fresh[index]
 
     # -- inside -------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError
@@ -23,6 +24,7 @@ class CacheCore:
 
     Attributes:
         config: the user's settings, for layers numbered as in the model.
+        model_config: the model's own.
         reason: why the cache is in compat mode; None when it is paged.
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
         attachment: of the model; None after unpickling without the model.
@@ -30,6 +32,7 @@ class CacheCore:
     """
 
     config: CacheConfig
+    model_config: PreTrainedConfig
     reason: str | None = None
     mask_is_read: bool = False
     attachment: Attachment | None = None

@@ -97,6 +97,7 @@ class KVCacheManager:
 
     # -- the two calls ----------------------------------------------------------------------------
 
+    @torch.no_grad()
     def append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Append new tokens to a layer.
 
@@ -140,6 +141,7 @@ class KVCacheManager:
             state.lengths.settle()
         state.columns = stop
 
+    @torch.no_grad()
     def attend(
         self,
         layer: int,
@@ -187,7 +189,7 @@ class KVCacheManager:
             softcap=softcap,
             sinks=sinks,
             expand=expand,
-            bias=None if mask is None else self._bias(mask, query),
+            bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
         if new_tokens == 1:
             return state.attend_one(step)
@@ -204,13 +206,15 @@ class KVCacheManager:
         output = block_attention(query, blocks, scale=step.scale, softcap=step.softcap, sinks=sinks)
         return output.flatten(1, 2)
 
-    def _bias(self, mask: Tensor, query: Tensor) -> Callable[[Ids], Tensor]:
+    def _bias(self, mask: Tensor, query: Tensor, expanded: bool) -> Callable[[Ids], Tensor]:
         """The user's mask as a function of token numbers; see `Step.bias`."""
         batch, num_heads, new_tokens, _ = query.shape
         if mask.dtype == torch.bool:
             mask = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, float("-inf"))
         per_head = mask.shape[1] > 1
-        heads = (self.num_kv_heads, num_heads // self.num_kv_heads) if per_head else (1, 1)
+        # Expanded latents have a KV head for every query head.
+        num_kv_heads = num_heads if expanded else self.num_kv_heads
+        heads = (num_kv_heads, num_heads // num_kv_heads) if per_head else (1, 1)
         mask = mask.expand(batch, -1, new_tokens, -1).unflatten(1, heads)
 
         def bias(tokens: Ids) -> Tensor:
@@ -221,6 +225,7 @@ class KVCacheManager:
 
         return bias
 
+    @torch.no_grad()
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding."""
         state = self._layers[layer]
@@ -243,6 +248,10 @@ class KVCacheManager:
         """Sequences held; 0 before the first append and after `reset()`."""
         return self._log.batch
 
+    def has_padding(self, mask: Tensor) -> bool:
+        """Whether a mask [batch, columns] is False just where the cache holds padding."""
+        return self._log.has_padding(mask.cpu().numpy())
+
     @property
     def num_columns(self) -> int:
         """Columns (tokens and padding) that the first layer has received."""
@@ -252,6 +261,7 @@ class KVCacheManager:
         """Columns (tokens and padding) that this layer has received."""
         return self._layers[layer].columns if self._layers else 0
 
+    @torch.no_grad()
     def crop(self, num_columns: int) -> None:
         """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry)."""
         held = self._log.num_columns
@@ -264,6 +274,7 @@ class KVCacheManager:
                 state.columns = num_columns
         self._log.crop(num_columns)
 
+    @torch.no_grad()
     def keep_sequences(self, index: Tensor | Ids) -> None:
         """Make sequence i what sequence `index[i]` was (beams, repeats, finished sequences)."""
         if not self._layers:

@@ -228,15 +228,33 @@ class PagedLayer:
         group = heads // self.geometry.num_kv_heads
         query = step.index_query.reshape(self.geometry.num_rows, group, dim)
         score = self._index.score(query * step.scale, digests.flatten(0, 1))
-        if self.lengths.uniform:
+        if self.lengths.uniform and step.bias is None:
             return aggregate(score, self.config.group_reduction)
         sealed = np.repeat(self.sealed, self.geometry.num_kv_heads)[:, None]
         outside = torch.from_numpy(np.arange(most) >= sealed - self.config.num_sink_pages)
         outside = outside.to(score.device)
-        score = score.masked_fill(outside[:, None], float("-inf"))
+        hidden = self._hidden_pages(step, most) | outside
+        score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
         rating = aggregate(score, self.config.group_reduction)
-        # Again, because a share of a page that exists may underflow to 0 too.
+        # Again, because a share of a page that exists may underflow to 0 too; pages that do not
+        # exist come after those that the user's mask hides.
+        rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
         return rating.masked_fill(outside, float("-inf"))
+
+    def _hidden_pages(self, step: Step, most: int) -> Tensor | bool:
+        """Which selectable pages the user's mask hides whole [rows, pages]; False for none."""
+        if step.bias is None:
+            return False
+        sinks, page_size = self.config.num_sink_pages, self.config.page_size
+        tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+        bias = step.bias(np.broadcast_to(tokens, (self.geometry.batch, 1, len(tokens))))
+        # Some models hide with the most negative number rather than with -inf.
+        seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
+        seen = seen.unflatten(2, (most, page_size)).any(dim=3)
+        if seen.shape[1] > self.geometry.num_kv_heads:  # expanded latents share their pages
+            seen = seen.any(dim=1, keepdim=True)
+        hidden: Tensor = ~seen.expand(-1, self.geometry.num_kv_heads, -1).flatten(0, 1)
+        return hidden
 
     def _select(self, step: Step, selectable: Ids, most: int) -> Held | None:
         """Make the best pages resident; returns which places hold them where places are spare."""
@@ -261,14 +279,15 @@ class PagedLayer:
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self._plain and count is None
+        num_copied = num_recalled
         if alike and self._on_cpu and num_recalled > RELOAD_SHARE * num_wanted:
             self._reload()
-            num_recalled = num_wanted
+            num_copied = num_wanted
         elif num_recalled:
             self._copy_in(moves)
         self.counters.pages_hit += num_wanted - num_recalled
         self.counters.pages_recalled += num_recalled
-        self.counters.bytes_recalled += num_recalled * self._piece_bytes
+        self.counters.bytes_recalled += num_copied * self._piece_bytes
         self.counters.pages_evicted += moves.num_evicted
 
     def _copy_in(self, moves: Moves) -> None:

@@ -179,6 +179,12 @@ class TokenLog:
             return None
         return self._real[:, start:stop]
 
+    def has_padding(self, real: NDArray[np.bool_]) -> bool:
+        """Whether the first columns [batch, columns] hold tokens just where `real` says so."""
+        if self._real is None or real.shape[1] == 0:
+            return bool(real.all())
+        return np.array_equal(self._real[:, : real.shape[1]], real)
+
     def lengths(self, num_columns: int) -> Ids:
         """Tokens of each sequence among the first `num_columns` columns."""
         if self._real is None:

@@ -17,10 +17,10 @@ def aggregate(score: Tensor, reduction: str) -> Tensor:
     with large logits cannot outvote the others; "raw-mean" is what ArkVale's code does.
     """
     if score.shape[1] == 1:
-        return score[:, 0]
+        return score[:, 0].float()
     if reduction == "softmax-mean":
-        score = torch.softmax(score, dim=-1)
-    return score.mean(dim=1)
+        score = torch.softmax(score, dim=-1, dtype=torch.float32)
+    return score.float().mean(dim=1)
 
 
 def top_pages(score: Tensor, num_selected: int) -> Ids:

@@ -19,7 +19,8 @@ class CacheStats:
         pages_hit: selected and already in the device tier.
         pages_recalled: selected and copied in from the host tier.
         pages_evicted: dropped from the device tier to make room (the host tier keeps them).
-        bytes_recalled: copied from the host tier to the device tier, streamed blocks excluded.
+        bytes_recalled: copied from the host tier to the device tier, streamed blocks excluded. On a
+            CPU a selection that is mostly missing is copied whole, hits included.
         bytes_streamed: copied to the device tier for steps of several tokens, block by block.
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.

@@ -54,6 +54,10 @@ def check_padding(mask: Tensor, batch: int, new_tokens: int) -> None:
             f"mask of shape {list(mask.shape)}: expected [batch, new_tokens] = "
             f"{[batch, new_tokens]}, False where a column is padding"
         )
+    if mask.is_floating_point():
+        raise InputError(
+            f"mask is {mask.dtype}: expected booleans, False where a column is padding"
+        )
 
 
 def check_query(query: Tensor, expected: tuple[int, int, int, int | None], like: Tensor) -> None:
@@ -83,6 +87,11 @@ def check_mask(mask: Tensor, expected: tuple[int, int, int, int], like: Tensor) 
         raise InputError(
             f"mask of shape {list(mask.shape)}: expected [batch, num_heads, new_tokens, columns] "
             f"= {list(expected)}, where each but the last may be 1"
+        )
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise InputError(
+            f"mask is {mask.dtype}: expected booleans (True may be attended) or a floating-point "
+            "mask that is added to the logits"
         )
     _check_device("mask", mask, like)
 

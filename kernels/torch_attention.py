@@ -98,8 +98,9 @@ def _logits(
     query: Tensor, block: Block, tile: slice, scale: float, softcap: float | None
 ) -> Tensor:
     """The masked logits [batch, kv_heads, group, tile, tokens] of one tile, in fp32."""
-    group_rows = query.flatten(2, 3) @ block.key.transpose(-1, -2)
-    logits: Tensor = group_rows.float().mul_(scale).unflatten(2, query.shape[2:4])
+    # Scaled first: in fp16 a product of long vectors may overflow.
+    scaled = (query.float() * scale).to(query.dtype).flatten(2, 3)
+    logits: Tensor = (scaled @ block.key.transpose(-1, -2)).float().unflatten(2, query.shape[2:4])
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     mask = None if block.mask is None else block.mask(tile.start, tile.stop)

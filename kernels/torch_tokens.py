@@ -74,8 +74,9 @@ class TokenIndex:
             mass: Tensor = logits.unflatten(2, (num_pages, self.page_size)).logsumexp(dim=-1)
             return mass
         score = query.new_empty((rows, group, num_pages), dtype=torch.float32)
-        for start in range(0, num_pages, PAGES_PER_BLOCK):
-            block = digests[:, start : start + PAGES_PER_BLOCK]
+        block_pages = PAGES_PER_BLOCK if digests.device.type == "cpu" else num_pages
+        for start in range(0, num_pages, block_pages):
+            block = digests[:, start : start + block_pages]
             logits = self._logits(query.float(), block)
             score[:, :, start : start + block.shape[1]] = logits.logsumexp(dim=-1)
         return score

@@ -7,7 +7,7 @@ tiers or residency, and imports nothing from the manager.
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,7 +144,10 @@ class Oracle:
             rows.append([])
             for head in range(self.num_kv_heads):
                 own = slice(head * group, (head + 1) * group)
-                choices = self._token_choices(layer, sequence, head, rating_query[sequence, own, 0])
+                hidden = self._hidden_pages(layer, sequence, own, how.get("mask"))
+                choices = self._token_choices(
+                    layer, sequence, head, rating_query[sequence, own, 0], hidden
+                )
                 attended += len(choices[0]) / self.num_kv_heads
                 if len(choices) > MAX_CHOICES:
                     choices = []
@@ -187,8 +190,23 @@ class Oracle:
         window = config.num_recent_tokens + config.page_size - 1
         return max(0, (budget - sinks - window) // config.page_size)
 
+    def _hidden_pages(
+        self, layer: int, sequence: int, heads: slice, mask: Tensor | None
+    ) -> list[int]:
+        """Selectable pages of which the user's mask lets none of these query heads see a token."""
+        if mask is None or self.config.budget_of(layer, 0) is None:
+            return []
+        page_size = self.config.page_size
+        columns = self.columns(layer, sequence)
+        sinks = math.ceil(self.config.num_sink_tokens / page_size) * page_size
+        columns = columns[sinks : self.sealed(layer, sequence) * page_size]
+        own = _as_additive(mask).expand(self.batch, -1, -1, -1)[sequence, :, 0]
+        own = own[heads] if own.shape[0] > 1 else own
+        seen = (own[:, columns] > -math.inf).any(dim=0).unflatten(0, (-1, page_size)).any(dim=1)
+        return torch.nonzero(~seen).flatten().tolist()
+
     def _token_choices(
-        self, layer: int, sequence: int, head: int, query: Tensor
+        self, layer: int, sequence: int, head: int, query: Tensor, hidden: Sequence[int] = ()
     ) -> list[list[int]]:
         """The acceptable lists of tokens that a row attends; the first is the likeliest."""
         length = len(self.columns(layer, sequence))
@@ -200,15 +218,29 @@ class Oracle:
         wanted = self.num_selected(layer, head)
         if sealed - first <= wanted:
             return [list(range(length))]
-        rating, noise = self.rate(layer, sequence, head, query)
+        visible = [page for page in range(sealed - first) if page not in hidden]
+        if len(visible) <= wanted:  # what else is selected is masked and changes nothing
+            options = [list(range(len(visible)))]
+            visible += list(hidden)
+            options[0] += range(len(options[0]), wanted)
+        else:
+            rating, noise = self.rate(layer, sequence, head, query, visible)
+            options = list(itertools.islice(page_choices(rating, wanted, noise), MAX_CHOICES + 1))
         choices = []
-        for pages in itertools.islice(page_choices(rating, wanted, noise), MAX_CHOICES + 1):
-            starts = [(first + page) * page_size for page in pages]
+        for pages in options:
+            starts = [(first + visible[page]) * page_size for page in pages]
             choices.append(fixed + [s + i for s in starts for i in range(page_size)])
         return choices
 
-    def rate(self, layer: int, sequence: int, head: int, query: Tensor) -> tuple[Tensor, float]:
-        """Ratings [pages] of a row's selectable pages for its scaled queries [group, dim].
+    def rate(
+        self,
+        layer: int,
+        sequence: int,
+        head: int,
+        query: Tensor,
+        visible: list[int] | None = None,
+    ) -> tuple[Tensor, float]:
+        """Ratings [pages] of a row's selectable (and visible) pages for its queries [group, dim].
 
         The second number is their rounding error. Shares of probability have a relative one only.
         """
@@ -225,6 +257,7 @@ class Oracle:
         else:
             digest = reference.bounding_volume(pages, self.config.index)
             score = reference.volume_score(query[None], digest, self.config.index)
+        score = score if visible is None else score[:, :, visible]
         noise = 1e-5 * float(score.abs().max())
         if score.shape[1] == 1:  # one query head has nobody to agree with
             return score[0, 0], noise

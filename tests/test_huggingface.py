@@ -65,7 +65,7 @@ def model() -> LlamaForCausalLM:
     return make_model()
 
 
-# -- a budget ----------------------------------------------------------------------------------
+# -- a budget ---------------------------------------------------------------------------------
 
 
 def test_small_budget_attends_less_is_finite_and_deterministic(model: LlamaForCausalLM) -> None:
@@ -126,7 +126,7 @@ def test_chunked_prefill_makes_no_mask_and_bounds_the_device_tier(
     assert tier.stream_key.shape[2] == 64
 
 
-# -- attach and detach ---------------------------------------------------------------------------
+# -- attach and detach --------------------------------------------------------------------------
 
 
 def test_two_caches_take_turns_on_one_model(model: LlamaForCausalLM) -> None:
@@ -227,7 +227,7 @@ def test_no_gradient_history_is_kept(model: LlamaForCausalLM) -> None:
     assert not tier.pool.requires_grad
 
 
-# -- never silently wrong --------------------------------------------------------------------------
+# -- never silently wrong -------------------------------------------------------------------------
 
 
 def test_a_step_that_nobody_attended_is_an_error(model: LlamaForCausalLM) -> None:
@@ -288,7 +288,7 @@ def test_compat_mode_is_exact_says_why_and_warns_once() -> None:
         assert ArkCache(model, **SPARSE).mode == "compat"
 
 
-# -- bad input -------------------------------------------------------------------------------------
+# -- bad input ------------------------------------------------------------------------------------
 
 
 def test_bad_input_leaves_the_model_alone(model: LlamaForCausalLM) -> None:
@@ -334,3 +334,66 @@ def test_wrong_crop_is_refused(model: LlamaForCausalLM) -> None:
     with pytest.raises(arkcache.InputError, match="holds 20 tokens"):
         cache.crop(-21)
     assert cache.get_seq_length() == 20
+
+
+# -- modes of torch --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [SPARSE, EVERYTHING])
+def test_inference_mode_may_come_and_go(model: LlamaForCausalLM, budget: dict[str, Any]) -> None:
+    """A prompt read in inference mode, steps with and without gradients: all the same cache."""
+    ids = prompt(200)
+    caches = [ArkCache(model, **budget) for _ in range(2)]
+    with torch.inference_mode():
+        model(ids[:, :150], past_key_values=caches[0])
+    model(ids[:, :150], past_key_values=caches[1])
+    for start in range(150, 200):
+        step = ids[:, start : start + 1]
+        given = model(step, past_key_values=caches[0]).logits
+        with torch.no_grad():
+            wanted = model(step, past_key_values=caches[1]).logits
+        torch.testing.assert_close(given.detach(), wanted)
+    for cache in caches:
+        cache.check_integrity()
+
+
+def test_padding_of_another_cache_is_not_taken_over(model: LlamaForCausalLM) -> None:
+    ids = prompt(40, batch=2)
+    padded = torch.ones(2, 40, dtype=torch.long)
+    padded[0, :6] = 0
+    model(ids, attention_mask=padded, past_key_values=ArkCache(model, **EVERYTHING))
+    cache = ArkCache(model, **EVERYTHING)
+    causal = torch.ones(2, 1, 40, 40, dtype=torch.bool).tril()
+    model(ids, attention_mask=causal, past_key_values=cache)
+    assert cache.stats().total_tokens == 3 * 80
+
+
+def test_a_later_mask_that_hides_the_past_is_honoured(model: LlamaForCausalLM) -> None:
+    ids = prompt(40)
+    hiding = torch.ones(1, 41, dtype=torch.long)
+    hiding[0, 3:20] = 0
+    logits = []
+    for cache in (DynamicCache(config=model.config), ArkCache(model, **EVERYTHING)):
+        model(ids, past_key_values=cache)
+        logits.append(model(ids[:, :1], attention_mask=hiding, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=1e-4)
+
+
+def test_pages_that_a_mask_hides_are_not_selected(model: LlamaForCausalLM) -> None:
+    """The budget goes to what may be attended: enough for it here, so the result is exact."""
+    ids = prompt(200)
+    visible = torch.zeros(1, 1, 1, 201, dtype=torch.bool)
+    visible[..., 40:60] = visible[..., -1] = True
+    logits = []
+    for cache in (DynamicCache(config=model.config), ArkCache(model, **SPARSE)):
+        model(ids, past_key_values=cache)
+        logits.append(model(ids[:, :1], attention_mask=visible, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0], atol=2e-5, rtol=1e-4)
+
+
+def test_attaching_leaves_training_flags_alone(model: LlamaForCausalLM) -> None:
+    model.train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    ArkCache(model, **EVERYTHING)
+    assert [module.training for module in model.modules()] == before

@@ -547,7 +547,9 @@ def test_counters_say_what_moved() -> None:
     assert stats.total_tokens == 2 * 2 * 100
     assert stats.pages_hit + stats.pages_recalled == 2 * 2 * 2 * 5
     assert 0 < stats.pages_evicted <= stats.pages_recalled
-    assert stats.bytes_recalled == stats.pages_recalled * piece_bytes
+    # A selection that is mostly missing is copied whole.
+    copied = (stats.pages_hit + stats.pages_recalled) * piece_bytes
+    assert stats.pages_recalled * piece_bytes <= stats.bytes_recalled <= copied
     assert stats.bytes_streamed == 0
     assert 0 <= stats.hit_rate < 1
     twins.attend(3)

@@ -129,7 +129,9 @@ class DeviceTier:
         per_token = geometry.head_dim + geometry.value_dim
         size = geometry.num_rows * (sum(self._tokens) + self._block_tokens) * per_token
         # Zeros, not empty: what is masked out is multiplied by 0, which a stale NaN would survive.
-        self.pool = torch.zeros(size, dtype=geometry.dtype, device=geometry.device)
+        # Not an inference tensor: it is written to in and out of inference mode.
+        with torch.inference_mode(False):
+            self.pool = torch.zeros(size, dtype=geometry.dtype, device=geometry.device)
         self._carve_all()
 
     @property

@@ -21,7 +21,9 @@ class GrowingTensor:
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.dim = dim
-        self.data = torch.zeros(shape, dtype=dtype, device=device)
+        # Not an inference tensor: it is written to in and out of inference mode.
+        with torch.inference_mode(False):
+            self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +37,8 @@ class GrowingTensor:
             return
         shape = list(self.data.shape)
         shape[self.dim] = max(length, int(capacity * self.GROWTH))
-        grown = torch.zeros(shape, dtype=self.data.dtype, device=self.data.device)
+        with torch.inference_mode(False):
+            grown = torch.zeros(shape, dtype=self.data.dtype, device=self.data.device)
         grown.narrow(self.dim, 0, capacity).copy_(self.data)
         self.data = grown
 
@@ -51,4 +54,5 @@ class GrowingTensor:
 
     def keep_sequences(self, index: Tensor) -> None:
         """Make sequence i (dimension 0) what sequence `index[i]` was."""
-        self.data = self.data[index]
+        with torch.inference_mode(False):
+            self.data = self.data[index]

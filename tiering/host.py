@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,8 +26,11 @@ Ids = NDArray[np.int64]
 
 
 def physical_memory_bytes() -> int:
-    """Bytes of RAM in this machine."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Bytes of RAM that this process may use: the machine's, or its container's if that is less."""
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return physical if allowed == "max" else min(physical, int(allowed))
 
 
 class HostTier:
@@ -142,7 +146,8 @@ class HostTier:
         """Map address space for the limit; the mapping goes when the last view of it does."""
         capacity = max(1, self.limit_bytes // self.block_bytes)
         mapping = _map_anonymous(capacity * self.block_bytes)
-        return torch.frombuffer(mapping, dtype=self.dtype).view(capacity, *self.block_shape)
+        with torch.inference_mode(False):
+            return torch.frombuffer(mapping, dtype=self.dtype).view(capacity, *self.block_shape)
 
 
 def _map_anonymous(size: int) -> mmap.mmap:

@@ -31,24 +31,22 @@ class Attachment:
     """What an attached model needs beside its weights.
 
     Attributes:
-        previous: the attention implementation to restore on detach.
-        base: the one that attends what is not paged; "eager" where the previous one would drop
-            the softcap.
+        base: the attention implementation that attends what is not paged: the model's own, or
+            "eager" where that would drop the softcap.
         reason: why the model runs in compat mode; None when it is paged.
         shapes: of each layer, as seen by the probe; layers of one shape share a manager.
         asking: the core of the cache whose mask is being made.
-        padding: the first column and the mask [batch, new] of the step under way, if padded.
+        padding: of the step under way: whose it is, its first column, the mask [batch, new].
         pending: the layer that was updated and not attended yet.
         latent_layers: those that expand their keys between update and attention.
     """
 
-    previous: str
     base: str
     reason: str | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     asking: CacheCore | None = None
-    padding: tuple[int, Tensor] | None = None
+    padding: tuple[CacheCore, int, Tensor] | None = None
     pending: PagedCacheLayer | None = None
     latent_layers: set[int] = field(default_factory=set)
 
@@ -57,14 +55,15 @@ class Attachment:
 
     def copy(self) -> Attachment:
         """An attachment for a copy of the model."""
-        return Attachment(self.previous, self.base, self.reason, dict(self.shapes))
+        return Attachment(self.base, self.reason, dict(self.shapes))
 
-    def padding_of(self, start: int, key: Tensor) -> Tensor | None:
+    def padding_of(self, core: CacheCore, start: int, key: Tensor) -> Tensor | None:
         """The padding mask [batch, new] of new keys, if the mask made for this step fits them."""
         if self.padding is None:
             return None
-        first, mask = self.padding
-        return mask if first == start and mask.shape == (key.shape[0], key.shape[2]) else None
+        owner, first, mask = self.padding
+        fits = owner is core and first == start and mask.shape == (key.shape[0], key.shape[2])
+        return mask if fits else None
 
 
 class AttachedName(str):
@@ -75,22 +74,22 @@ class AttachedName(str):
     """
 
     attachment: Attachment
+    previous: str
 
-    def __new__(cls, attachment: Attachment) -> AttachedName:
-        """The name to set for a model, by its attachment."""
-        text = NAME if attachment.reason is None else attachment.previous
-        name = super().__new__(cls, text)
-        name.attachment = attachment
+    def __new__(cls, attachment: Attachment, previous: str) -> AttachedName:
+        """The name to set on a config whose implementation was `previous`."""
+        name = super().__new__(cls, NAME if attachment.reason is None else previous)
+        name.attachment, name.previous = attachment, previous
         return name
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AttachedName:
         clone = memo.get(id(self.attachment))
         if clone is None:
             clone = memo[id(self.attachment)] = self.attachment.copy()
-        return AttachedName(clone)
+        return AttachedName(clone, self.previous)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return str, (self.attachment.previous,)
+        return str, (self.previous,)
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def detach(model: PreTrainedModel) -> None:
     for config in attention_configs(model):
         name = config._attn_implementation
         if isinstance(name, AttachedName):
-            config._attn_implementation_internal = name.attachment.previous
+            config._attn_implementation_internal = name.previous
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
@@ -132,10 +131,13 @@ def attention_configs(model: PreTrainedModel) -> list[Any]:
     return configs or [model.config.get_text_config(decoder=True)]
 
 
-def set_implementation(configs: list[Any], name: str) -> None:
-    """Set the attention implementation of these configs, and of no other part of the model."""
+def set_attachment(configs: list[Any], attachment: Attachment) -> None:
+    """Attach these configs, and no other part of the model."""
     for config in configs:
-        config._attn_implementation_internal = name
+        previous = config._attn_implementation
+        if isinstance(previous, AttachedName):
+            previous = previous.previous
+        config._attn_implementation_internal = AttachedName(attachment, previous)
 
 
 def attachment_in(config: Any) -> Attachment:

@@ -71,8 +71,9 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     attachment.padding = None
     if mask is not None and mask.shape[1] >= start + new_tokens:
-        attachment.padding = (start, mask[:, start : start + new_tokens])
+        attachment.padding = (core, start, mask[:, start : start + new_tokens])
     plain = kwargs["mask_function"] is causal_mask_function
+    plain = plain and (mask is None or core.knows(mask[:, :start]))
     if start > 0 and plain and not core.mask_is_read:
         return None
     result: Tensor | None = base(**kwargs)
@@ -102,6 +103,27 @@ def _latent_query(module: Any, query: Tensor) -> Tensor:
     weight = module.kv_b_proj.weight.unflatten(0, (query.shape[1], -1))[:, :nope]
     absorbed = torch.einsum("bhnd,hdr->bhnr", query[..., :nope], weight.to(query.dtype))
     return torch.cat((absorbed, query[..., nope:]), dim=-1)
+
+
+def latent_query_fits(module: Any) -> bool:
+    """Whether `_latent_query` rates latents as the module's expanded keys would.
+
+    It does not where the weight of `kv_b_proj` is not the whole projection: scaled low-bit weights,
+    adapters.
+    """
+    if not hasattr(module, "expand_kv"):
+        return True
+    weight = module.kv_b_proj.weight
+    rank, rope = module.kv_lora_rank, module.qk_rope_head_dim
+    generator = torch.Generator().manual_seed(0)
+    latent = torch.randn(1, 1, 4, rank, generator=generator).to(weight.device, weight.dtype)
+    rotary = torch.randn(1, 1, 4, rope, generator=generator).to(weight.device, weight.dtype)
+    with torch.no_grad():
+        key, _ = module.expand_kv(latent, rotary)
+        query = torch.randn(1, key.shape[1], 1, key.shape[3], generator=generator).to(key)
+        expected = (query @ key.transpose(-1, -2)).float()
+        given = _latent_query(module, query) @ torch.cat((latent, rotary), -1).transpose(-1, -2)
+    return bool((given.float() - expected).abs().max() <= 0.05 * expected.abs().max())
 
 
 def _base_attention(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:

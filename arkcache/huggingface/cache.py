@@ -75,19 +75,17 @@ class PagedCacheLayer(CacheLayerMixin):
         """Store the new tokens; see the module docstring for what is returned."""
         attachment = self.core.attached()
         if attachment.pending is not None:
-            self._complain(attachment.pending)
+            attachment.pending.complain()
         if self.manager is None:
             self.lazy_initialization(key_states, value_states)
         assert self.manager is not None
         past = self.manager.columns_of(self.index)
-        with torch.no_grad():
-            self.manager.append(
-                self.index, key_states, value_states, attachment.padding_of(past, key_states)
-            )
-            if past == 0:
-                return key_states, value_states
-            if self.core.reason is not None:
-                return self.manager.gather(self.index)
+        padding = attachment.padding_of(self.core, past, key_states)
+        self.manager.append(self.index, key_states, value_states, padding)
+        if past == 0:
+            return key_states, value_states
+        if self.core.reason is not None:
+            return self.manager.gather(self.index)
         for tensor in (key_states, value_states):
             setattr(tensor, TAG, self)
         attachment.pending = self
@@ -116,11 +114,12 @@ class PagedCacheLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing: a step recalls what it selects."""
 
-    def _complain(self, pending: PagedCacheLayer) -> None:
+    def complain(self) -> None:
+        """Raise `UnconsumedStepError`: the layer was updated and nobody attended it."""
         raise UnconsumedStepError(
-            f"layer {pending.layer} was updated but attended without ArkCache: its result was "
+            f"layer {self.layer} was updated but attended without ArkCache: its result was "
             "wrong. Was the model detached, or its attention implementation changed, while the "
-            "cache was in use? Build a new ArkCache(model) and start again."
+            "cache was in use? Start again with reset(), or with a new ArkCache(model)."
         )
 
 
@@ -155,6 +154,11 @@ class ArkCache(DynamicCache):
             raise InputError(
                 f"model is a {type(model).__name__}: expected a transformers PreTrainedModel; "
                 "for other decoders use KVCacheManager (examples/plain_decoder.py)"
+            )
+        if config is not None and not isinstance(config, CacheConfig):
+            raise ConfigError(
+                f"config is a {type(config).__name__}: expected a CacheConfig, or its fields as "
+                "keywords, as in ArkCache(model, budget_tokens=2048)"
             )
         self._build(model, CacheConfig(**settings) if config is None else config)
         self.attach(model)
@@ -210,12 +214,14 @@ class ArkCache(DynamicCache):
         """Length and offset of what a query attends; the mask function is told who asks."""
         attachment = self._core.attachment
         if attachment is not None:
-            attachment.asking = self._core
-            attachment.pending = None
+            if attachment.pending is not None and attachment.pending.core is self._core:
+                attachment.pending.complain()
+            attachment.asking, attachment.pending = self._core, None
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns; a positive number is what is to remain."""
+        self._core.forget_step()
         # Some releases pass a 0-dim tensor.
         tokens_to_remove = int(tokens_to_remove)
         length = self.get_seq_length()
@@ -250,6 +256,7 @@ class ArkCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything and free what it took."""
+        self._core.forget_step()
         for manager in self._core.managers.values():
             manager.reset()
         self._core.managers.clear()

@@ -44,6 +44,15 @@ class CacheCore:
             raise InputError("this cache was loaded without its model: call cache.attach(model)")
         return self.attachment
 
+    def forget_step(self) -> None:
+        """Forget a step that was interrupted: its padding, and a layer not attended yet."""
+        if self.attachment is not None:
+            self.attachment.padding = self.attachment.pending = None
+
+    def knows(self, mask: Tensor) -> bool:
+        """Whether a 2D mask hides just what was padding when it was stored [batch, columns]."""
+        return all(manager.has_padding(mask) for manager in self.managers.values())
+
     def manager_of(self, layer: int, key: Tensor, value: Tensor) -> tuple[KVCacheManager, int]:
         """The manager of a layer and the layer's number in it.
 

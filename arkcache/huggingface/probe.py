@@ -18,8 +18,10 @@ from arkcache.huggingface.attachment import (
     AttachedName,
     Attachment,
     attention_configs,
-    set_implementation,
+    detach,
+    set_attachment,
 )
+from arkcache.huggingface.attention import latent_query_fits
 
 if TYPE_CHECKING:
     from arkcache.huggingface.cache import ArkCache
@@ -48,13 +50,13 @@ def attach_and_probe(model: PreTrainedModel, make_cache: MakeCache) -> Attachmen
     name = configs[0]._attn_implementation
     if isinstance(name, AttachedName):
         return name.attachment
-    attachment = Attachment(previous=name, base=_base_of(configs[0]))
+    attachment = Attachment(base=_base_of(configs[0]))
     try:
         attachment.reason = _probe(model, configs, attachment, make_cache)
     except BaseException:
-        set_implementation(configs, name)
+        detach(model)
         raise
-    set_implementation(configs, AttachedName(attachment))
+    set_attachment(configs, attachment)
     if attachment.reason is not None:
         warnings.warn(f"ArkCache in compat mode: {attachment.reason}", stacklevel=4)
     return attachment
@@ -76,15 +78,15 @@ def _probe(
             f"{type(model).__name__} computes its attention itself, not through the attention "
             "interface of transformers"
         )
-    set_implementation(configs, attachment.base)
     try:
-        expected = _probe_logits(model, DynamicCache(config=model.config))
+        with _implementation(configs, attachment.base):
+            expected = _probe_logits(model, DynamicCache(config=model.config))
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with a DynamicCache, which ArkCache extends "
             f"({type(error).__name__}: {error})"
         ) from error
-    set_implementation(configs, AttachedName(attachment))
+    set_attachment(configs, attachment)
     cache = make_cache(model, attachment)
     try:
         given = _probe_logits(model, cache)
@@ -93,6 +95,8 @@ def _probe(
     finally:
         attachment.pending = attachment.padding = attachment.asking = None
     attachment.shapes = cache.shapes(attachment.latent_layers)
+    if not all(latent_query_fits(module) for module in model.modules()):
+        return "its latent attention does not rate keys by the weight of kv_b_proj alone"
     difference = (given - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     tolerance = PROBE_TOLERANCE[expected.dtype]
     if not difference <= tolerance:
@@ -133,10 +137,23 @@ def _probe_logits(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
 
 
 @contextlib.contextmanager
+def _implementation(configs: list[Any], name: str) -> Iterator[None]:
+    previous = [config._attn_implementation for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, old in zip(configs, previous, strict=True):
+            config._attn_implementation_internal = old
+
+
+@contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True

@@ -42,6 +42,8 @@ def attention_forward(
         base = _base_attention(module, attachment.base)
         return base(module, query, key, value, attention_mask, **kwargs)
     attachment.pending = None
+    # The probe's own manager rates nothing, and does not know yet that its keys are latents.
+    rates_latents = expand is not None and layer.manager.latent
     output = layer.manager.attend(
         layer.index,
         query,
@@ -50,7 +52,7 @@ def attention_forward(
         sinks=kwargs.get("s_aux"),
         mask=_own_mask(attention_mask, kwargs.get("position_bias")),
         expand=expand,
-        index_query=None if expand is None else _latent_query(module, query),
+        index_query=_latent_query(module, query) if rates_latents else None,
     )
     return output.transpose(1, 2).contiguous(), None
 

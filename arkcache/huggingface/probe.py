@@ -90,12 +90,13 @@ def _probe(
     cache = make_cache(model, attachment)
     try:
         given = _probe_logits(model, cache)
+        latents_fit = all(latent_query_fits(module) for module in model.modules())
     except Exception as error:  # whatever a model's code does with half a cache, compat mode serves
         return f"a probe of the paged path raised {type(error).__name__}: {error}"
     finally:
         attachment.pending = attachment.padding = attachment.asking = None
     attachment.shapes = cache.shapes(attachment.latent_layers)
-    if not all(latent_query_fits(module) for module in model.modules()):
+    if not latents_fit:
         return "its latent attention does not rate keys by the weight of kv_b_proj alone"
     difference = (given - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
     tolerance = PROBE_TOLERANCE[expected.dtype]

@@ -130,7 +130,11 @@ def causal_blocks(
     new_tokens = last_visible.shape[1]
     for key, value, numbers in blocks:
         if numbers.shape[1] == 0:
-            key, value = (key, value) if step.expand is None else step.expand(key, value)
+            if step.expand is not None:  # of one token, as modules may not expand none
+                ones = (
+                    plane.new_zeros(*plane.shape[:2], 1, plane.shape[3]) for plane in (key, value)
+                )
+                key, value = (plane[:, :, :0] for plane in step.expand(*ones))
             yield Block(key, value, new_tokens)
             continue
         held = numbers >= 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from weakref import WeakValueDictionary
+from weakref import ReferenceType, WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Attachment:
             "eager" where that would drop the softcap.
         reason: why the model runs in compat mode; None when it is paged.
         shapes: of each layer, as seen by the probe; layers of one shape share a manager.
-        asking: the core of the cache whose mask is being made.
+        asking: the core of the cache whose mask is being made. Weak: a model keeps no cache alive.
         padding: of the step under way: whose it is, its first column, the mask [batch, new].
         pending: the layer that was updated and not attended yet.
         latent_layers: those that expand their keys between update and attention.
@@ -45,8 +45,8 @@ class Attachment:
     reason: str | None = None
     shapes: dict[int, LayerShape] = field(default_factory=dict)
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
-    asking: CacheCore | None = None
-    padding: tuple[CacheCore, int, Tensor] | None = None
+    asking: ReferenceType[CacheCore] | None = None
+    padding: tuple[ReferenceType[CacheCore], int, Tensor] | None = None
     pending: PagedCacheLayer | None = None
     latent_layers: set[int] = field(default_factory=set)
 
@@ -62,7 +62,7 @@ class Attachment:
         if self.padding is None:
             return None
         owner, first, mask = self.padding
-        fits = owner is core and first == start and mask.shape == (key.shape[0], key.shape[2])
+        fits = owner() is core and first == start and mask.shape == (key.shape[0], key.shape[2])
         return mask if fits else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +65,8 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     what the base implementation returns, or None where the cache knows as much itself.
     """
     attachment = attachment_in(kwargs["config"])
-    core, attachment.asking = attachment.asking, None
+    asking, attachment.asking = attachment.asking, None
+    core = None if asking is None else asking()
     base = ALL_MASK_ATTENTION_FUNCTIONS[attachment.base]
     causal = "allow_is_causal_skip" in kwargs and kwargs.get("local_size") is None
     if not causal or core is None or core.reason is not None:
@@ -73,7 +75,7 @@ def mask_function(**kwargs: Any) -> Tensor | None:
     mask = kwargs.get("attention_mask")
     attachment.padding = None
     if mask is not None and mask.shape[1] >= start + new_tokens:
-        attachment.padding = (core, start, mask[:, start : start + new_tokens])
+        attachment.padding = (ref(core), start, mask[:, start : start + new_tokens])
     plain = kwargs["mask_function"] is causal_mask_function
     plain = plain and (mask is None or core.knows(mask[:, :start]))
     if start > 0 and plain and not core.mask_is_read:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -216,7 +217,7 @@ class ArkCache(DynamicCache):
         if attachment is not None:
             if attachment.pending is not None and attachment.pending.core is self._core:
                 attachment.pending.complain()
-            attachment.asking, attachment.pending = self._core, None
+            attachment.asking, attachment.pending = ref(self._core), None
         return super().get_mask_sizes(query_length, layer_idx)
 
     def crop(self, tokens_to_remove: int) -> None:

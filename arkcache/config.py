@@ -38,7 +38,9 @@ class CacheConfig:
         page_size: tokens per page, the unit of selection, recall and eviction (ArkVale uses 32).
         budget_tokens: tokens that each KV head attends in a decode step, sinks and recent window
             included. None is unlimited: everything is attended and stays in the device tier. A
-            tuple gives one budget per layer; a tuple of tuples one per layer and KV head.
+            tuple gives one budget per layer; a tuple of tuples one per layer and KV head. The
+            window grows by up to a page before it seals, so a budget below sinks + recent + two
+            pages selects nothing.
         num_sink_tokens: the first tokens, always attended; rounded up to whole pages.
         num_recent_tokens: the newest tokens, always attended, never digested or quantised.
         num_dense_layers: the first layers that attend everything and stay in the device tier.
@@ -46,9 +48,11 @@ class CacheConfig:
             step selects. Above 1, pages that were selected a while ago need not be recalled.
         key_bits, value_bits: bits per element of sealed pages; 16 is the model's dtype, untouched.
         index: how pages are rated, one of `INDEXES`.
-        index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8.
+        index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
+            add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
         group_reduction: one of `GROUP_REDUCTIONS`.
-        host_bytes: the most that the host tier may hold. None: the machine's physical memory.
+        host_bytes: bytes that the host tier of one manager may hold (an `ArkCache` has one manager
+            for all layers of the same shape). None: the memory that this process may use.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
             several new tokens attend all of it (chunked prefill, a next turn, drafted tokens).
     """

@@ -14,11 +14,10 @@ import arkcache
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """Processor, cores and threads, memory in bytes, system; the GPU's name if it is used."""
+    """Processor, cores, memory in bytes, system; the GPU's name if it is used."""
     machine: dict[str, str | int] = {
         "processor": _processor(),
         "num_cores": os.cpu_count() or 1,
-        "num_threads": torch.get_num_threads(),
         "memory_bytes": psutil.virtual_memory().total,
         "system": f"{platform.system()} {platform.machine()}",
     }

@@ -148,10 +148,11 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         num_facts=settings.num_facts,
         seed=settings.seed,
     )
-    full = read(model, conversation.text_ids, progress)
-    # A step of the shipped model is too short to share: threads would mostly wait for each other.
+    # Work on the shipped model is too short to share: on a busy machine threads would mostly wait
+    # for each other, and a run could take ten times as long.
     num_threads = 1 if settings.model is None else torch.get_num_threads()
     with threads(num_threads):
+        full = read(model, conversation.text_ids, progress)
         rows = [
             ask_all(method, model, tokenizer, full, conversation, progress)
             for method in methods(config)
@@ -163,7 +164,7 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         "num_sink_tokens": config.num_sink_tokens,
         "num_recent_tokens": config.num_recent_tokens,
         "num_dense_layers": config.num_dense_layers,
-        "num_step_threads": num_threads,
+        "num_threads": num_threads,
     }
     return Result(
         resolved,

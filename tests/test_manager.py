@@ -235,9 +235,44 @@ def test_sharp_queries_choose_pages_that_exist(factor: float, reduction: str) ->
     twins = Twins(config)
     twins.append(100, torch.arange(100) >= torch.tensor([[60], [0]]))
     for _ in range(20):
-        twins.attend(size=1000.0, tolerance=1e-3)
+        twins.attend(size=1000.0)
         residents = cast("Any", twins.manager._layers[0])._residency.page_of
         assert residents[:2].max() < twins.oracle.sealed(0, 0)
+    twins.check()
+
+
+# -- gradients and inference mode -----------------------------------------------------------------
+
+
+def test_nothing_is_recorded_for_gradients() -> None:
+    """A model in training mode must not chain its steps together through the cache."""
+    manager = KVCacheManager(2, 2, 8, small_config(num_dense_layers=1))
+    for _ in range(30):
+        for layer in range(2):
+            key, value = (torch.randn(2, 2, 2, 8, requires_grad=True) for _ in range(2))
+            manager.append(layer, key, value)
+            assert not any(held.requires_grad for held in manager.gather(layer))
+            query = torch.randn(2, 4, 2, 8, requires_grad=True)
+            assert not manager.attend(layer, query).requires_grad
+            assert not manager.attend(layer, query[:, :, :1]).requires_grad
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("num_dense_layers", [0, 1])
+def test_inference_mode_may_come_and_go(num_dense_layers: int, first: bool) -> None:
+    """What was allocated in it is written outside of it, and the other way round."""
+    twins = Twins(small_config(num_dense_layers=num_dense_layers))
+    inside = first
+    for new_tokens in (50, 1, 30, 1, 5):
+        with torch.inference_mode(inside):
+            twins.append(new_tokens)
+            twins.attend()
+            twins.attend(2)
+            twins.crop(twins.oracle.num_columns - 1)
+            twins.keep_sequences([1, 1, 0][: twins.batch + 1])
+        inside = not inside
+        twins.append(3)
+        twins.attend()
     twins.check()
 
 

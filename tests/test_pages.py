@@ -98,7 +98,7 @@ class Residents(RuleBasedStateMachine):
             return
         chosen = [data.draw(st.permutations(range(n)))[:places] for n in self.available]
         before = self.residency.page_of.copy()
-        moves = self.residency.fetch(np.array(chosen), NUM_PAGES)
+        moves = self.residency.fetch(np.array(chosen, dtype=np.int64), NUM_PAGES)
         self.check_moves(before, moves, chosen)
 
     def check_moves(self, before: Ids, moves: Moves, wanted: list[list[int]]) -> None:

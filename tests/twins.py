@@ -74,10 +74,9 @@ class Twins:
         self.manager.append(layer, key, value, mask)
         self.oracle.append(layer, key, value, mask)
 
-    def attend(
-        self, new_tokens: int = 1, *, size: float = 1.0, tolerance: float = 3e-5, **how: object
-    ) -> list[Tensor]:
+    def attend(self, new_tokens: int = 1, *, size: float = 1.0, **how: object) -> list[Tensor]:
         """Attend in every layer with random queries; fails where manager and oracle differ."""
+        tolerance = 3e-5 * max(1.0, size)  # the rounding of the logits grows with them
         return [
             self.attend_layer(layer, self.query(new_tokens, size), tolerance=tolerance, **how)
             for layer in range(self.num_layers)

@@ -204,6 +204,7 @@ class Columns(RuleBasedStateMachine):
         for known in {0, columns // 2, columns}:
             assert self.log.lengths(known).tolist() == [sum(own[:known]) for own in self.real]
             self.check_visible(known)
+            self.check_recognised(np.array([own[:known] for own in self.real], dtype=np.bool_))
         real = self.log.real(columns // 2, columns)
         part = [own[columns // 2 :] for own in self.real]
         assert all(map(all, part)) if real is None else real.tolist() == part
@@ -215,6 +216,13 @@ class Columns(RuleBasedStateMachine):
                 visible = self.log.last_visible(known, new).tolist()
                 columns = range(known - new, known)
                 assert visible == [[sum(own[: c + 1]) - 1 for c in columns] for own in self.real]
+
+    def check_recognised(self, real: NDArray[np.bool_]) -> None:
+        """It knows its own padding, and takes no other for it."""
+        assert self.log.has_padding(real)
+        if real.size:
+            real[-1, -1] ^= True
+            assert not self.log.has_padding(real)
 
     @invariant()
     def knows_the_columns_of_tokens(self) -> None:

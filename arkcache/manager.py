@@ -111,7 +111,8 @@ class KVCacheManager:
         not grow by the pages that this step seals in all layers, both before anything has changed.
         """
         self._check_append(layer, key, value, mask)
-        if not self._layers:
+        new_cache = not self._layers
+        if new_cache:
             self._allocate(key.shape[0])
         state, new_tokens = self._layers[layer], key.shape[2]
         stop = state.columns + new_tokens
@@ -120,7 +121,7 @@ class KVCacheManager:
             try:
                 self._extend(unknown, None if mask is None else mask[:, -unknown:])
             except HostTierFullError:
-                if self._log.num_columns == 0:
+                if new_cache:
                     self._clear()
                 raise
         if self._host is not None:

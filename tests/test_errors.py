@@ -297,7 +297,6 @@ def test_a_prompt_that_does_not_fit_leaves_an_empty_cache() -> None:
     assert_goes_on(twins)
 
 
-@pytest.mark.xfail(strict=True, reason="a cache without columns is taken for a new one")
 def test_a_cropped_cache_stays_as_it_was() -> None:
     """Even where nothing is left in it."""
     twins = filled(host_bytes=60 * block_bytes())

@@ -3,13 +3,13 @@
 # PYTHON        the interpreter the environments are made with (3.11 or newer)
 # PYTEST_ARGS   more arguments for pytest, as in: make test PYTEST_ARGS="-k layout -x"
 # BENCH_ARGS    more arguments for the benchmark
-# TORCH_INDEX   where the small CPU build of torch comes from; where it is out of reach, or empty,
-#               torch comes from pip's own index (on Linux the CUDA build: gigabytes)
+# TORCH_INDEX   an index with the small CPU build of torch, tried once, if pip's own index does not
+#               have it: there, on Linux, torch is the CUDA build of several gigabytes
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin

@@ -9,6 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arkcache.formats import PageLayout, PartLayout
+
+Group = list[tuple[int, int]]
+"""The (token, channel) pairs of the elements that share a scale."""
+
 
 def bounding_volume(key: Tensor, kind: str) -> Tensor:
     """Digest pages of keys [..., page_size, head_dim] into [..., features].
@@ -114,3 +119,147 @@ def attention(
         logits = torch.cat((logits, extra), dim=-1)
     probability = torch.nan_to_num(logits.softmax(dim=-1))
     return probability[..., :num_tokens] @ value
+
+
+def packed_attention(
+    query: Tensor,
+    packed: Tensor,
+    window_key: Tensor,
+    window_value: Tensor,
+    layout: PageLayout,
+    dtype: torch.dtype,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Attention of query [batch, heads, 1, dim] over packed pages and what comes after them.
+
+    packed [batch, kv_heads, pages, nbytes], window_key and window_value [batch, kv_heads, tokens,
+    dim], in full precision. One softmax over all; the rest is that of `attention`.
+    """
+    keys, values = [], []
+    for pages, key, value in zip(
+        packed.flatten(0, 1), window_key.flatten(0, 1), window_value.flatten(0, 1), strict=True
+    ):
+        parts = [unpack_page(bytes(page.tolist()), layout, dtype) for page in pages]
+        keys.append(torch.cat([part[0].float() for part in parts] + [key.float()]))
+        values.append(torch.cat([part[1].float() for part in parts] + [value.float()]))
+    heads = packed.shape[:2]
+    return attention(
+        query,
+        torch.stack(keys).unflatten(0, heads),
+        torch.stack(values).unflatten(0, heads),
+        scale=scale,
+        softcap=softcap,
+        sinks=sinks,
+        mask=mask,
+    )
+
+
+def pack_page(key: Tensor, value: Tensor, layout: PageLayout, dtype: torch.dtype) -> bytes:
+    """One page of one head, key [page_size, head_dim] and value [page_size, value_dim], to bytes.
+
+    Keys per channel, values per token (KIVI, section 3.2), where `arkcache/formats.py` puts them.
+    """
+    return _pack_part(key, layout.key, _key_groups(layout), dtype) + _pack_part(
+        value, layout.value, _value_groups(layout), dtype
+    )
+
+
+def unpack_page(data: bytes, layout: PageLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What `pack_page` packed, in the dtype of the model."""
+    cut = layout.key.nbytes
+    return (
+        _unpack_part(data[:cut], layout.key, _key_groups(layout), dtype),
+        _unpack_part(data[cut:], layout.value, _value_groups(layout), dtype),
+    )
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """The fast Walsh-Hadamard transform of [..., dim], by butterflies, divided by sqrt(block).
+
+    In blocks of the largest power of two that divides dim (QuaRot, section 4).
+    """
+    block = 1
+    while x.shape[-1] % (2 * block) == 0:
+        block *= 2
+    blocks: Tensor = x.float().unflatten(-1, (-1, block))
+    half = 1
+    while half < block:
+        low, high = blocks.unflatten(-1, (-1, 2, half)).unbind(dim=-2)
+        blocks = torch.stack((low + high, low - high), dim=-2).flatten(-3)
+        half *= 2
+    return blocks.flatten(-2).mul(block**-0.5)
+
+
+def _key_groups(layout: PageLayout) -> list[Group]:
+    tokens, channels = range(layout.page_size), range(layout.head_dim)
+    return [[(token, channel) for token in tokens] for channel in channels]
+
+
+def _value_groups(layout: PageLayout) -> list[Group]:
+    size = layout.format.group_size
+    return [
+        [(token, start + channel) for channel in range(size)]
+        for token in range(layout.page_size)
+        for start in range(0, layout.value_dim, size)
+    ]
+
+
+def _pack_part(states: Tensor, part: PartLayout, groups: list[Group], dtype: torch.dtype) -> bytes:
+    if part.bits == 16:
+        return bytes(states.to(dtype).contiguous().view(torch.uint8).flatten().tolist())
+    meta_dtype = torch.float16 if dtype == torch.float32 else dtype
+    scales, zeros, packed = [], [], [0] * (part.num_tokens * part.plane_dim)
+    for group in groups:
+        tokens, channels = map(list, zip(*group, strict=True))
+        elements = states[tokens, channels].float()
+        scale, zero, codes = _quantize_group(elements, part.bits, dtype, meta_dtype)
+        scales.append(scale)
+        zeros.append(zero)
+        for (token, channel), code in zip(group, codes, strict=True):
+            plane, byte = divmod(channel, part.plane_dim)
+            packed[token * part.plane_dim + byte] |= code << (plane * part.bits)
+    meta = torch.stack(scales + zeros).view(torch.uint8).tolist()
+    return bytes(meta + packed).ljust(part.nbytes, b"\0")
+
+
+def _quantize_group(
+    elements: Tensor, bits: int, dtype: torch.dtype, meta_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, list[int]]:
+    """Scale and zero as they are stored, and the codes that fit them (KIVI, equation 1)."""
+    levels, limits = 2**bits - 1, torch.finfo(meta_dtype)
+    low = elements.min().clamp(-limits.max, limits.max)
+    high = elements.max().clamp(-limits.max, limits.max)
+    zero = low.to(meta_dtype)
+    if dtype != meta_dtype and zero.float() > low:
+        zero = (low - low.abs() * 2**-10).clamp(-limits.max).to(meta_dtype)
+    exact = (high / 2 - zero.float() / 2) / levels * 2
+    exact = exact.clamp(max=min(limits.max, torch.finfo(torch.bfloat16).max / levels))
+    scale = exact.to(meta_dtype)
+    if zero.float() + levels * scale.float() > limits.max:
+        scale = (exact - exact * limits.eps).to(meta_dtype)
+    step = scale.float() if scale > 0 else torch.tensor(1.0)
+    codes = ((elements - zero.float()) / step).round().clamp(0, levels)
+    return scale, zero, [int(code) for code in codes.tolist()]
+
+
+def _unpack_part(data: bytes, part: PartLayout, groups: list[Group], dtype: torch.dtype) -> Tensor:
+    shape = (part.num_tokens, part.dim)
+    if part.bits == 16:
+        return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
+    meta_dtype = torch.float16 if dtype == torch.float32 else dtype
+    meta = torch.frombuffer(bytearray(data[: 2 * part.meta_bytes]), dtype=meta_dtype).float()
+    packed, states = data[2 * part.meta_bytes :], torch.zeros(shape)
+    for number, group in enumerate(groups):
+        scale, zero = meta[number], meta[part.num_groups + number]
+        codes = []
+        for token, channel in group:
+            plane, byte = divmod(channel, part.plane_dim)
+            bits = packed[token * part.plane_dim + byte] >> (plane * part.bits)
+            codes.append(bits % 2**part.bits)
+        tokens, channels = map(list, zip(*group, strict=True))
+        states[tokens, channels] = torch.tensor(codes) * scale + zero
+    return states.to(dtype)

@@ -1,11 +1,18 @@
-"""The host tier: one arena of equal blocks, each holding a sealed page of all KV heads.
+"""The host tier: one arena of bytes that holds sealed pages of all KV heads, in one or two formats.
 
 The arena is a single anonymous mapping, reserved once at its limit and backed by memory only as
-blocks are first written. It therefore grows without ever copying what it holds, and a block has one
-address for life, which is what a copy kernel and the driver's page registration need.
+pieces are first written. It therefore grows without ever copying what it holds, and its address is
+the same for life, which is what a copy kernel and the driver's page registration need.
 
-Blocks are immutable once written and counted by reference, so that beams, returned sequences and
-copies of a cache share them instead of copying the context.
+A piece is a page as one format stores it, and all pieces of a kind have one size: kind 0 is the
+finer format, kind 1 the coarser one that pages are demoted to. Kind 0 grows from the left end of
+the arena, kind 1 from the right, and what is free is the run between them. Released pieces leave
+holes, which `compact` fills with the last pieces of the same side: equal sizes always fit, so free
+memory is one run again however long the tier has served.
+
+Pieces are immutable once written and counted by reference, so that beams, returned sequences and
+copies of a cache share them instead of copying the context. Callers name them by handles, which
+stay the same when pieces move.
 """
 
 from __future__ import annotations
@@ -13,7 +20,9 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +32,13 @@ from torch import Tensor
 from arkcache.errors import HostTierFullError, IntegrityError
 
 Ids = NDArray[np.int64]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+ALIGNMENT = 16
+"""Where the right side starts: kernels read quantised pieces in words of this many bytes."""
+
+MOVE_BYTES = 64 << 20
+"""Pieces are copied in chunks of this size, so that moving many takes little extra memory."""
 
 
 def physical_memory_bytes() -> int:
@@ -34,120 +50,387 @@ def physical_memory_bytes() -> int:
 
 
 class HostTier:
-    """An arena of blocks of `block_shape` elements of `dtype`.
+    """An arena of pieces of one or two sizes.
 
     Args:
-        block_shape: shape of one block; the first axis is the KV head.
-        dtype: element type, untouched copies of the model's own.
+        piece_bytes: size of a piece of each kind.
         limit_bytes: the most it may hold; None is the machine's memory.
 
     Raises `HostTierFullError` from `allocate` before anything has changed.
     """
 
-    def __init__(
-        self, block_shape: tuple[int, ...], dtype: torch.dtype, limit_bytes: int | None
-    ) -> None:
-        self.block_shape, self.dtype = block_shape, dtype
-        self.block_bytes = int(np.prod(block_shape)) * dtype.itemsize
+    def __init__(self, piece_bytes: Sequence[int], limit_bytes: int | None) -> None:
+        self.piece_bytes = tuple(piece_bytes)
         self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
-        self.blocks = torch.empty((0, *block_shape), dtype=dtype)
-        self._references: Ids = np.zeros(0, dtype=np.int64)
-        self._free: list[int] = []
+        self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
+        self._starts, self._end = self._lay_out()
         self._origin: Ids = np.zeros(0, dtype=np.int64)
+        self._extracted: Ids = np.zeros(0, dtype=np.int64)
+        self._forget()
+
+    def _lay_out(self) -> tuple[tuple[int, ...], int]:
+        """First byte of each kind's pieces, and the bytes to map."""
+        if len(self.piece_bytes) == 1:
+            return (0,), self._capacity[0] * self.piece_bytes[0]
+        right = self._capacity[1] * self.piece_bytes[1]
+        start = -(-(self.limit_bytes - right) // ALIGNMENT) * ALIGNMENT
+        return (0, start), start + right
+
+    def _forget(self) -> None:
+        """Be as new: hold nothing and no memory."""
+        self._mapping: mmap.mmap | None = None
+        self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
+        self._sides = [_Side() for _ in self.piece_bytes]
+        self._references: Ids = np.zeros(0, dtype=np.int64)
+        self._kind: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
+        self._row: Ids = np.zeros(0, dtype=np.int64)
+        self._free = _Stack()
+
+    # -- sizes ------------------------------------------------------------------------------------
 
     @property
-    def num_blocks(self) -> int:
-        """Blocks that hold a page."""
-        return len(self._references) - len(self._free)
+    def num_pieces(self) -> int:
+        """Pieces held, of all kinds."""
+        return sum(side.count for side in self._sides)
+
+    def count(self, kind: int) -> int:
+        """Pieces of a kind held."""
+        return self._sides[kind].count
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the blocks that hold a page."""
-        return self.num_blocks * self.block_bytes
+        """Bytes of the pieces held."""
+        return sum(
+            side.count * size for side, size in zip(self._sides, self.piece_bytes, strict=True)
+        )
 
-    def bytes_of(self, blocks: Ids) -> int:
-        """Bytes of the listed blocks, each counted once however often it is listed."""
-        return len(np.unique(blocks)) * self.block_bytes
+    def bytes_of(self, handles: Ids) -> int:
+        """Bytes of the listed pieces, each counted once however often it is listed."""
+        counts = np.bincount(self._kind[np.unique(handles)], minlength=len(self.piece_bytes))
+        return int(counts @ np.array(self.piece_bytes))
 
-    def check_room(self, count: int) -> None:
-        """Raise `HostTierFullError` unless `count` more blocks fit the limit and the system."""
-        if (self.num_blocks + count) * self.block_bytes > self.limit_bytes:
+    @property
+    def _gap(self) -> int:
+        """Bytes between the two sides."""
+        extents = zip(self._sides, self.piece_bytes, strict=True)
+        return self._end - sum(side.extent * size for side, size in extents)
+
+    def has_room(self, counts: Sequence[int]) -> bool:
+        """Whether so many more of each kind fit the limit."""
+        return self.used_bytes + self._bytes_for(counts) <= self.limit_bytes
+
+    def _bytes_for(self, counts: Sequence[int]) -> int:
+        return sum(n * size for n, size in zip(counts, self.piece_bytes, strict=False))
+
+    def check_room(self, counts: Sequence[int]) -> None:
+        """Raise `HostTierFullError` unless so many more of each kind fit the limit and the system.
+
+        Kinds that are not listed get none.
+        """
+        needed = self._bytes_for(counts)
+        if not self.has_room(counts):
             raise HostTierFullError(
                 f"the host tier holds {self.used_bytes} bytes of at most {self.limit_bytes} and "
-                f"{count} more pages need {count * self.block_bytes}: raise host_bytes, shorten "
+                f"{sum(counts)} more pages need {needed}: raise host_bytes, shorten "
                 "the context, or release another cache with reset()"
             )
-        if count and len(self.blocks) == 0:
-            self.blocks = self._reserve()
+        if needed and self._mapping is None:
+            self._reserve()
 
-    def allocate(self, count: int) -> Ids:
-        """Take `count` blocks, freed ones first; each is held by one reference."""
-        self.check_room(count)
-        fresh = max(0, count - len(self._free))
-        first = len(self._references)
-        reused = [self._free.pop() for _ in range(count - fresh)]
-        if fresh:
-            self._references = np.concatenate((self._references, np.zeros(fresh, dtype=np.int64)))
-        blocks = np.concatenate(
-            (np.array(reused, dtype=np.int64), np.arange(first, first + fresh, dtype=np.int64))
-        )
-        self._references[blocks] = 1
-        return blocks
+    # -- pieces -----------------------------------------------------------------------------------
 
-    def retain(self, blocks: Ids) -> None:
-        """Add one reference per listed block (a block may be listed several times)."""
-        np.add.at(self._references, blocks, 1)
+    def allocate(self, count: int, kind: int = 0) -> Ids:
+        """Take `count` pieces of a kind, freed places first; each is held by one reference.
 
-    def release(self, blocks: Ids) -> None:
-        """Drop one reference per listed block; a block without any is free again."""
-        np.add.at(self._references, blocks, -1)
-        freed = np.unique(blocks[self._references[blocks] == 0])
-        self._free.extend(freed.tolist())
-        if self._free and self.num_blocks == 0:
-            self.blocks = self.blocks[:0].clone()
-            self._references = np.zeros(0, dtype=np.int64)
-            self._free.clear()
+        Moves pieces where what is free suffices only once the holes are closed. That happens with
+        two kinds only: the holes of one size alone are always filled by the next pieces.
+        """
+        counts = [0] * len(self.piece_bytes)
+        counts[kind] = count
+        self.check_room(counts)
+        side = self._sides[kind]
+        if max(0, count - len(side.holes)) * self.piece_bytes[kind] > self._gap:
+            self._close_holes()
+        self._grow(count - len(self._free))
+        handles, rows = self._free.pop(count), side.take(count)
+        self._references[handles] = 1
+        self._kind[handles] = kind
+        self._row[handles] = rows
+        side.handle_at[rows] = handles
+        return handles
 
-    def extract(self, blocks: Ids) -> HostTier:
-        """A new tier that holds a copy of the listed blocks, one reference for each listing."""
-        tier = HostTier(self.block_shape, self.dtype, self.limit_bytes)
-        tier._origin, listings = np.unique(blocks, return_counts=True)
-        own = tier.allocate(len(tier._origin))
-        tier.blocks[torch.from_numpy(own)] = self.blocks[torch.from_numpy(tier._origin)]
-        tier._references[own] = listings
+    def _grow(self, missing: int) -> None:
+        """Provide handles for so many more pieces."""
+        if missing <= 0:
+            return
+        old = len(self._references)
+        size = old + max(missing, old // 2)
+        self._references = _lengthened(self._references, size)
+        self._kind = _lengthened(self._kind, size)
+        self._row = _lengthened(self._row, size)
+        self._free.push(np.arange(old, size, dtype=np.int64)[::-1])  # the lowest is taken first
+
+    def write(self, handles: Ids, packed: Tensor) -> None:
+        """Fill new pieces of one kind with `packed`, bytes [pieces, bytes of a piece]."""
+        if len(handles):
+            pieces = self._pieces[int(self._kind[handles[0]])]
+            _put(pieces, self.rows(handles), packed.to(pieces.device))
+
+    def pieces(self, kind: int = 0) -> Tensor:
+        """The bytes of a kind's pieces, [places, bytes of a piece]: a view of the arena.
+
+        Has no rows while the tier holds no memory. Not every row is a piece: see `rows`.
+        """
+        return self._pieces[kind]
+
+    def kinds(self, handles: Ids) -> NDArray[np.int8]:
+        """The kind of each piece."""
+        return self._kind[handles]
+
+    def rows(self, handles: Ids) -> Ids:
+        """Where each piece is in `pieces` of its kind.
+
+        Holds until `compact`, and in a tier of two kinds until the next `allocate`.
+        """
+        rows = self._row[handles]
+        if len(self.piece_bytes) == 1:
+            return rows
+        return np.where(self._kind[handles] == 0, rows, self._view_rows(1, rows))
+
+    def _view_rows(self, kind: int, rows: Ids) -> Ids:
+        """A side's rows, which count from its end of the arena, as rows of `pieces`."""
+        return rows if kind == 0 else self._capacity[1] - 1 - rows
+
+    def retain(self, handles: Ids) -> None:
+        """Add one reference per listed piece (a piece may be listed several times)."""
+        np.add.at(self._references, handles, 1)
+
+    def release(self, handles: Ids) -> None:
+        """Drop one reference per listed piece; the place of one without any is free again.
+
+        The memory of such places serves the next pieces; `compact` gives it back to the system.
+        """
+        np.add.at(self._references, handles, -1)
+        freed = np.unique(handles[self._references[handles] == 0])
+        for kind, side in enumerate(self._sides):
+            side.holes.push(self._row[freed[self._kind[freed] == kind]])
+        self._free.push(freed)
+        if len(freed) and self.num_pieces == 0:
+            self._forget()
+
+    def is_shared(self, handles: Ids) -> NDArray[np.bool_]:
+        """Whether each piece has more than one reference."""
+        shared: NDArray[np.bool_] = self._references[handles] > 1
+        return shared
+
+    # -- compaction -------------------------------------------------------------------------------
+
+    def compact(self) -> None:
+        """Close all holes and give the memory between the two sides back to the system.
+
+        Free space is one run afterwards. Rows change, handles do not.
+        """
+        self._close_holes()
+        if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        left, page = self._sides[0].extent * self.piece_bytes[0], mmap.PAGESIZE
+        start, stop = -(-left // page) * page, (left + self._gap) // page * page
+        if start < stop:
+            with contextlib.suppress(OSError):  # memory that someone has locked stays
+                self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
+    def _close_holes(self) -> None:
+        """Move the last pieces of each side into its holes.
+
+        The books change after the bytes: a move that fails for want of memory has done nothing.
+        """
+        for kind, side in enumerate(self._sides):
+            sources, targets = side.moves()
+            pieces = self._pieces[kind]
+            _copy(pieces, self._view_rows(kind, targets), pieces, self._view_rows(kind, sources))
+            self._row[side.handle_at[sources]] = targets
+            side.move(sources, targets)
+
+    # -- copies -----------------------------------------------------------------------------------
+
+    def extract(self, handles: Ids) -> HostTier:
+        """A new tier that holds a copy of the listed pieces, one reference for each listing."""
+        tier = HostTier(self.piece_bytes, self.limit_bytes)
+        tier._origin, listings = np.unique(handles, return_counts=True)
+        tier._extracted = np.zeros_like(tier._origin)
+        for kind, pieces in enumerate(self._pieces):
+            listed = np.flatnonzero(self._kind[tier._origin] == kind)
+            own = tier.allocate(len(listed), kind)
+            tier._extracted[listed] = own
+            tier._references[own] = listings[listed]
+            _copy(tier._pieces[kind], tier.rows(own), pieces, self.rows(tier._origin[listed]))
         return tier
 
-    def extracted(self, blocks: Ids) -> Ids:
-        """Where the blocks of the tier that this one was extracted from are here."""
-        own: Ids = np.searchsorted(self._origin, blocks)
-        return own
-
-    def check(self, holders: list[Ids]) -> None:
-        """Raise `IntegrityError` unless `holders` account for all references; free + held = all."""
-        expected = np.zeros_like(self._references)
-        for blocks in holders:
-            np.add.at(expected, blocks, 1)
-        if not np.array_equal(expected, self._references):
-            raise IntegrityError("the host tier's references differ from what the caches hold")
-        if not np.array_equal(np.sort(self._free), np.flatnonzero(expected == 0)):
-            raise IntegrityError("the host tier's free blocks are not those without a reference")
+    def extracted(self, handles: Ids) -> Ids:
+        """What the pieces of the tier that this one was extracted from are called here."""
+        return self._extracted[np.searchsorted(self._origin, handles)]
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"blocks": self.blocks[: len(self._references)].clone()}
+        held = [pieces[self._used(kind)].clone() for kind, pieces in enumerate(self._pieces)]
+        return self.__dict__ | {"_mapping": None, "_pieces": held}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        content = self.blocks
-        if len(content):
-            self.blocks = self._reserve()
-            self.blocks[: len(content)] = content
+        held = self._pieces
+        if any(len(pieces) for pieces in held):
+            self._reserve()
+            for kind, pieces in enumerate(held):
+                self._pieces[kind][self._used(kind)] = pieces
 
-    def _reserve(self) -> Tensor:
+    def _used(self, kind: int) -> slice:
+        """The rows of `pieces` between the kind's end of the arena and its last piece."""
+        extent = self._sides[kind].extent
+        if kind == 0:
+            return slice(0, extent)
+        return slice(len(self._pieces[1]) - extent, None)
+
+    # -- invariants -------------------------------------------------------------------------------
+
+    def check(self, holders: list[Ids]) -> None:
+        """Raise `IntegrityError` unless `holders` account for all references and places agree."""
+        expected = np.zeros_like(self._references)
+        for handles in holders:
+            np.add.at(expected, handles, 1)
+        if not np.array_equal(expected, self._references):
+            raise IntegrityError("the host tier's references differ from what the caches hold")
+        if not np.array_equal(np.sort(self._free.ids), np.flatnonzero(expected == 0)):
+            raise IntegrityError("the host tier's free handles are not those without a reference")
+        held = np.flatnonzero(expected)
+        for kind, side in enumerate(self._sides):
+            side.check(held[self._kind[held] == kind], self._row)
+        if self.num_pieces != len(held):
+            raise IntegrityError("the host tier holds pieces of a kind that it does not have")
+        if self._gap < 0:
+            raise IntegrityError("the two sides of the host tier overlap")
+        if self.used_bytes > self.limit_bytes:
+            raise IntegrityError("the host tier holds more than its limit")
+
+    def _reserve(self) -> None:
         """Map address space for the limit; the mapping goes when the last view of it does."""
-        capacity = max(1, self.limit_bytes // self.block_bytes)
-        mapping = _map_anonymous(capacity * self.block_bytes)
+        self._mapping = mapping = _map_anonymous(max(1, self._end))
+        places = zip(self._starts, self._capacity, self.piece_bytes, strict=True)
         with torch.inference_mode(False):
-            return torch.frombuffer(mapping, dtype=self.dtype).view(capacity, *self.block_shape)
+            arena = torch.frombuffer(mapping, dtype=torch.uint8)
+            self._pieces = [arena[at : at + n * size].view(n, size) for at, n, size in places]
+
+
+class _Stack:
+    """Ids that are free: the last pushed are popped first."""
+
+    def __init__(self) -> None:
+        self._items: Ids = np.zeros(0, dtype=np.int64)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def ids(self) -> Ids:
+        """What is free, in no particular order."""
+        return self._items[: self._size]
+
+    def push(self, ids: Ids) -> None:
+        """Add ids."""
+        size = self._size + len(ids)
+        self._items = _with_room(self._items, size)
+        self._items[self._size : size] = ids
+        self._size = size
+
+    def pop(self, count: int) -> Ids:
+        """Take the last `count` ids."""
+        self._size -= count
+        return self._items[self._size : self._size + count][::-1].copy()
+
+
+class _Side:
+    """The places of one kind: rows 0, 1, 2 ... from the side's end of the arena to its last piece.
+
+    Attributes:
+        extent: rows up to the last piece, holes included.
+        holes: rows below the extent that hold nothing.
+        handle_at: the handle of the piece in each row, by which a piece that moves is found.
+    """
+
+    def __init__(self) -> None:
+        self.extent = 0
+        self.holes = _Stack()
+        self.handle_at: Ids = np.zeros(0, dtype=np.int64)
+
+    @property
+    def count(self) -> int:
+        """Pieces held."""
+        return self.extent - len(self.holes)
+
+    def take(self, count: int) -> Ids:
+        """Rows for so many pieces, holes first."""
+        reused = self.holes.pop(min(count, len(self.holes)))
+        first, self.extent = self.extent, self.extent + count - len(reused)
+        self.handle_at = _with_room(self.handle_at, self.extent)
+        return np.concatenate((reused, np.arange(first, self.extent, dtype=np.int64)))
+
+    def moves(self) -> tuple[Ids, Ids]:
+        """The rows whose pieces must move for the side to have no holes, and where to."""
+        count, holes = self.count, self.holes.ids
+        targets = np.sort(holes[holes < count])
+        is_piece = np.ones(self.extent - count, dtype=np.bool_)
+        is_piece[holes[holes >= count] - count] = False
+        return count + np.flatnonzero(is_piece), targets
+
+    def move(self, sources: Ids, targets: Ids) -> None:
+        """Note that these pieces, all that `moves` lists, have moved."""
+        self.handle_at[targets] = self.handle_at[sources]
+        self.extent, self.holes = self.count, _Stack()
+
+    def check(self, handles: Ids, row: Ids) -> None:
+        """Raise `IntegrityError` unless the pieces and the holes are all rows, each once."""
+        rows = row[handles]
+        if np.any((rows < 0) | (rows >= self.extent)):
+            raise IntegrityError("a piece of the host tier lies outside its side")
+        if len(np.unique(rows)) != len(rows):
+            raise IntegrityError("two pieces of the host tier share a place")
+        if not np.array_equal(self.handle_at[rows], handles):
+            raise IntegrityError("a place of the host tier names another piece than it holds")
+        every = np.sort(np.concatenate((rows, self.holes.ids)))
+        if not np.array_equal(every, np.arange(self.extent)):
+            raise IntegrityError("the host tier's free places are not those without a piece")
+
+
+def _lengthened(values: NDArray[Scalar], size: int) -> NDArray[Scalar]:
+    longer = np.zeros(size, dtype=values.dtype)
+    longer[: len(values)] = values
+    return longer
+
+
+def _with_room(ids: Ids, size: int) -> Ids:
+    """`ids`, or a longer copy with at least `size` entries, so that appending is cheap."""
+    return ids if size <= len(ids) else _lengthened(ids, max(size, len(ids) * 3 // 2))
+
+
+def _copy(target: Tensor, target_rows: Ids, source: Tensor, source_rows: Ids) -> None:
+    """Copy pieces to other rows; no row is both read and written."""
+    step = max(1, MOVE_BYTES // source.shape[1])
+    word = _word(source)
+    for start in range(0, len(source_rows), step):
+        read = torch.from_numpy(source_rows[start : start + step])
+        written = torch.from_numpy(target_rows[start : start + step])
+        target.view(word)[written] = source.view(word)[read]
+
+
+def _put(pieces: Tensor, rows: Ids, content: Tensor) -> None:
+    """Copy bytes into rows of `pieces`."""
+    content = content.flatten()
+    word = torch.uint8 if content.storage_offset() % 8 else _word(pieces)
+    pieces.view(word)[torch.from_numpy(rows)] = content.view(word).view(len(rows), -1)
+
+
+def _word(pieces: Tensor) -> torch.dtype:
+    """The widest elements that whole rows divide into: byte by byte, a copy takes twice as long."""
+    return torch.uint8 if pieces.shape[1] % 8 else torch.int64
 
 
 def _map_anonymous(size: int) -> mmap.mmap:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import inf
 from typing import Any
 
 from arkcache.errors import ConfigError
+from arkcache.formats import BITS, PRESETS, PageFormat
 
 INDEXES = (
     "cuboid-mean",
@@ -24,7 +24,14 @@ INDEXES = (
 GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
 """How the query heads of one KV head agree on pages; "raw-mean" is ArkVale's released code."""
 
-Budget = int | tuple[int | tuple[int, ...] | None, ...] | None
+ROTATIONS = ("none", "keys", "values", "both")
+"""What a Hadamard rotation is applied to before it is quantised."""
+
+DEFAULT_BUDGET = 2048
+_AS_MUCH_AS_FITS = 1 << 40
+
+LayerBudget = int | str | tuple[int | str, ...] | None
+Budget = LayerBudget | tuple[LayerBudget, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +45,60 @@ class CacheConfig:
         page_size: tokens per page, the unit of selection, recall and eviction (ArkVale uses 32).
         budget_tokens: tokens that each KV head attends in a decode step, sinks and recent window
             included. None is unlimited: everything is attended and stays in the device tier. A
-            tuple gives one budget per layer; a tuple of tuples one per layer and KV head. The
-            window grows by up to a page before it seals, so a budget below sinks + recent + two
-            pages selects nothing.
+            tuple gives one budget per layer; a tuple of tuples one per layer and KV head. "auto" is
+            2048 or, beside `device_bytes`, as many as fit. The window grows by up to a page before
+            it seals, so a budget below sinks + recent + two pages selects nothing.
         num_sink_tokens: the first tokens, always attended; rounded up to whole pages.
         num_recent_tokens: the newest tokens, always attended, never digested or quantised.
         num_dense_layers: the first layers that attend everything and stay in the device tier.
         device_pool_factor: slots for selected pages in the device tier, as a multiple of what one
             step selects. Above 1, pages that were selected a while ago need not be recalled.
-        key_bits, value_bits: bits per element of sealed pages; 16 is the model's dtype, untouched.
+        key_bits, value_bits: bits per element of sealed pages, one of 16, 8, 4, 2; 16 is the
+            model's dtype, untouched. `preset` sets both by name.
+        group_size: channels of a value that share a scale; it must divide the value dim. Keys share
+            theirs per channel, over a page's tokens (KIVI).
+        rotation: one of `ROTATIONS`: keys and queries, or values and outputs, are rotated by a
+            Hadamard matrix (QuaRot), which spreads outliers. Only what is quantised is rotated.
+        coarse_key_bits, coarse_value_bits: a second, coarser format. Pages are sealed in the first
+            and demoted, per KV head, when decode steps attend them little (LeanKV). None is no
+            second format; one of them alone leaves the other at the first format's bits.
+        demote_below: a page is demoted when the attention that it received is below this multiple
+            of an even share.
+        demote_after: decode steps that a page must have been through before it may be demoted.
+        packed_slots: whether pages in the device tier stay packed. None: on a GPU they do; on a CPU
+            they are unpacked once, when they are recalled, which is faster.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
         group_reduction: one of `GROUP_REDUCTIONS`.
-        host_bytes: bytes that the host tier of one manager may hold (an `ArkCache` has one manager
-            for all layers of the same shape). None: the memory that this process may use.
+        device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
+            the batch at hand; budgets that need more are cut to what fits. Dense layers and the
+            index grow with the context and are not part of it. None is no limit.
+        host_bytes: bytes that the host tier may hold. None: the memory that this process may use.
+            An `ArkCache` divides both among its groups of layers of one shape.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
             several new tokens attend all of it (chunked prefill, a next turn, drafted tokens).
     """
 
     page_size: int = 32
-    budget_tokens: Budget = 2048
+    budget_tokens: Budget = "auto"
     num_sink_tokens: int = 32
     num_recent_tokens: int = 128
     num_dense_layers: int = 2
     device_pool_factor: float = 1.0
     key_bits: int = 16
     value_bits: int = 16
+    group_size: int = 32
+    rotation: str = "none"
+    coarse_key_bits: int | None = None
+    coarse_value_bits: int | None = None
+    demote_below: float = 0.5
+    demote_after: int = 64
+    packed_slots: bool | None = None
     index: str = "cuboid-mean"
     index_bits: int = 2
     group_reduction: str = "softmax-mean"
+    device_bytes: int | None = None
     host_bytes: int | None = None
     stream_block_tokens: int = 1024
 
@@ -83,16 +114,76 @@ class CacheConfig:
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_choices()
+        self._check_formats()
+        if self.budget_tokens == "auto" and self.device_bytes is None:
+            object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
+        if self.budget_tokens is None and self.device_bytes is not None:
+            raise ConfigError(
+                f"budget_tokens=None beside device_bytes={self.device_bytes}: unlimited is "
+                "everything, whatever it takes; leave the budget out to attend as much as fits"
+            )
         for budget in _flatten(self.budget_tokens, depth=2):
             self._check_budget(budget)
-        layers = self.budget_tokens if isinstance(self.budget_tokens, Sequence) else ()
-        if any(isinstance(layer, Sequence) and None in layer for layer in layers):
+        layers = self.budget_tokens if isinstance(self.budget_tokens, list | tuple) else ()
+        if any(isinstance(layer, list | tuple) and None in layer for layer in layers):
             raise ConfigError(
                 f"budget_tokens={self.budget_tokens!r}: a layer is unlimited as a whole (None in "
                 "place of its tuple), not one of its KV heads"
             )
-        if isinstance(self.budget_tokens, Sequence):
+        if isinstance(self.budget_tokens, list | tuple):
             object.__setattr__(self, "budget_tokens", _as_tuple(self.budget_tokens))
+
+    @classmethod
+    def preset(cls, name: str, **settings: Any) -> CacheConfig:
+        """The settings for pages of a named format, one of `PRESETS`: "K8V4", "K4V2" ...
+
+        CacheConfig.preset("K4V2", budget_tokens=4096)
+        CacheConfig.preset("K8V4+K4V2")     # the second for pages that are attended little
+        """
+        formats = [PRESETS.get(part) for part in name.split("+")]
+        if None in formats or len(formats) > 2:
+            raise ConfigError(
+                f"preset {name!r}: expected one of {', '.join(PRESETS)}, or two of them as in "
+                "'K8V4+K4V2'"
+            )
+        fine, coarse = formats[0], formats[-1]
+        assert fine is not None
+        assert coarse is not None
+        settings |= {"key_bits": fine.key_bits, "value_bits": fine.value_bits}
+        if len(formats) == 2:
+            settings |= {
+                "coarse_key_bits": coarse.key_bits,
+                "coarse_value_bits": coarse.value_bits,
+            }
+        return cls(**settings)
+
+    @property
+    def format(self) -> PageFormat:
+        """The format in which pages are sealed."""
+        return PageFormat(self.key_bits, self.value_bits, self.group_size)
+
+    @property
+    def coarse_format(self) -> PageFormat | None:
+        """The format to which pages that are attended little are demoted; None if there is none."""
+        if self.coarse_key_bits is None and self.coarse_value_bits is None:
+            return None
+        return PageFormat(
+            self.coarse_key_bits or self.key_bits,
+            self.coarse_value_bits or self.value_bits,
+            self.group_size,
+        )
+
+    @property
+    def rotates_keys(self) -> bool:
+        """Whether keys are rotated: where `rotation` asks for it and they are quantised."""
+        bits = self.coarse_key_bits or self.key_bits
+        return self.rotation in ("keys", "both") and bits < 16
+
+    @property
+    def rotates_values(self) -> bool:
+        """Whether values are rotated: where `rotation` asks for it and they are quantised."""
+        bits = self.coarse_value_bits or self.value_bits
+        return self.rotation in ("values", "both") and bits < 16
 
     @property
     def num_sink_pages(self) -> int:
@@ -113,6 +204,8 @@ class CacheConfig:
             budget = budget[layer]
         if isinstance(budget, tuple):
             budget = budget[kv_head]
+        if budget == "auto":
+            return DEFAULT_BUDGET if self.device_bytes is None else _AS_MUCH_AS_FITS
         return None if budget is None else int(budget)
 
     def selected_pages(self, layer: int, kv_head: int = 0) -> int:
@@ -151,38 +244,62 @@ class CacheConfig:
             "num_recent_tokens": 1,
             "num_dense_layers": 0,
             "stream_block_tokens": self.page_size if isinstance(self.page_size, int) else 1,
+            "group_size": 1,
+            "demote_after": 0,
+            "device_bytes": 1,
             "host_bytes": 1,
         }
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if name == "host_bytes" and value is None:
+            if name in ("device_bytes", "host_bytes") and value is None:
                 continue
             if not _is_int(value) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
-        factor = self.device_pool_factor
-        if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < inf:
-            raise ConfigError(f"device_pool_factor={factor!r}: expected a number of at least 1")
+        for name, least in (("device_pool_factor", 1), ("demote_below", 0)):
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not least <= value < inf:
+                raise ConfigError(f"{name}={value!r}: expected a number of at least {least}")
 
     def _check_choices(self) -> None:
         for name, choices in (
-            ("key_bits", (16,)),
-            ("value_bits", (16,)),
+            ("key_bits", BITS),
+            ("value_bits", BITS),
+            ("coarse_key_bits", (*BITS, None)),
+            ("coarse_value_bits", (*BITS, None)),
+            ("rotation", ROTATIONS),
+            ("packed_slots", (None, False, True)),
             ("index_bits", (2, 4, 8)),
             ("index", INDEXES),
             ("group_reduction", GROUP_REDUCTIONS),
         ):
             value = getattr(self, name)
-            if type(value) is not type(choices[0]) or value not in choices:
+            if not any(type(value) is type(choice) and value == choice for choice in choices):
                 expected = ", ".join(map(repr, choices))
                 raise ConfigError(f"{name}={value!r}: expected one of {expected}")
 
+    def _check_formats(self) -> None:
+        coarse = self.coarse_format
+        if coarse is None:
+            return
+        finer = coarse.key_bits > self.key_bits or coarse.value_bits > self.value_bits
+        if finer or coarse == self.format:
+            raise ConfigError(
+                f"coarse format {coarse.name} beside {self.format.name}: expected fewer bits for "
+                "keys or values, and more for neither"
+            )
+        if self.packed_slots:
+            raise ConfigError(
+                "packed_slots=True beside two formats: slots are of one size; leave it at None"
+            )
+
     def _check_budget(self, budget: Any) -> None:
-        if budget is None:
+        if budget is None or budget == "auto":
             return
         if not _is_int(budget):
             raise ConfigError(
                 f"budget_tokens={self.budget_tokens!r}: expected an integer, None (unlimited), "
-                "or a tuple of integers per layer (and per KV head)"
+                "'auto', or a tuple of them per layer (and per KV head)"
             )
         sinks = self.num_sink_pages * self.page_size
         least = sinks + self.num_recent_tokens + self.page_size
@@ -200,12 +317,12 @@ def _is_int(value: Any) -> bool:
 
 def _flatten(budget: Any, depth: int) -> list[Any]:
     """The entries of a budget: per layer, then per KV head."""
-    if depth and budget and isinstance(budget, Sequence) and not isinstance(budget, str):
+    if depth and budget and isinstance(budget, list | tuple):
         return [leaf for item in budget for leaf in _flatten(item, depth - 1)]
     return [budget]
 
 
 def _as_tuple(budget: Any) -> Any:
-    if isinstance(budget, Sequence):
+    if isinstance(budget, list | tuple):
         return tuple(_as_tuple(item) for item in budget)
     return budget

@@ -17,13 +17,17 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.dense import DenseLayer
-from arkcache.errors import HostTierFullError, InputError
-from arkcache.kernels.torch_attention import block_attention
+from arkcache.errors import ConfigError, HostTierFullError, InputError
+from arkcache.formats import PageLayout
+from arkcache.kernels.torch_hadamard import rotate
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.packed import PackedLayer
 from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
 from arkcache.stats import CacheStats
-from arkcache.step import Expand, Step, causal_blocks
-from arkcache.tiering.device import DeviceTier, Geometry
+from arkcache.step import Expand, Step, attend_blocks
+from arkcache.store import PageStore
+from arkcache.tiering.device import DeviceTier, Geometry, TierPlan
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
     check_index_query,
@@ -32,11 +36,15 @@ from arkcache.validate import (
     check_new_tokens,
     check_padding,
     check_query,
+    check_rotation,
     check_sinks,
     check_sizes,
     empty_on,
     sequence_order,
 )
+
+NO_LIMIT = 1 << 40
+"""More pages than anything holds."""
 
 
 class KVCacheManager:
@@ -56,7 +64,8 @@ class KVCacheManager:
         latent: keys and values are latents that `attend(expand=...)` expands (multi-head latent
             attention); pages are rated by both side by side.
 
-    Raises `ConfigError` for budgets that do not fit the layers, `InputError` for sizes below 1.
+    Raises `ConfigError` for budgets, groups or rotations that do not fit the layers, `InputError`
+    for sizes below 1.
     """
 
     def __init__(
@@ -81,17 +90,27 @@ class KVCacheManager:
             head_dim=head_dim,
             value_dim=value_dim,
         )
-        self.config = config
-        self.config.check_layers(num_layers, num_kv_heads)
+        config.check_layers(num_layers, num_kv_heads)
+        check_rotation(config, head_dim, value_dim)
+        self._config = config
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
+        self._packers = self._make_packers()
         self._clear()
+
+    def _make_packers(self) -> list[PagePacker]:
+        """Of the first format and, if there is one, of the coarse one."""
+        config = self.config
+        formats = [config.format, *([config.coarse_format] if config.coarse_format else [])]
+        sizes = (config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
+        return [PagePacker(PageLayout(one, *sizes), self.dtype) for one in formats]
 
     def _clear(self) -> None:
         self._log = TokenLog(0)
-        self._layers: list[DenseLayer | PagedLayer] = []
+        self._most_selected = NO_LIMIT
+        self._layers: list[DenseLayer | PackedLayer | PagedLayer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
 
@@ -126,7 +145,9 @@ class KVCacheManager:
                 raise
         if self._host is not None:
             # Again for this layer alone: a copy that shares the host tier may have filled it.
-            self._host.check_room(state.blocks_needed(self._log.lengths(stop)))
+            self._host.check_room([state.blocks_needed(self._log.lengths(stop))])
+        key = rotate(key) if self.config.rotates_keys else key
+        value = rotate(value) if self.config.rotates_values else value
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():
@@ -182,30 +203,33 @@ class KVCacheManager:
         if index_query is not None:
             check_index_query(index_query, query, self.head_dim + self.latent * self.value_dim)
         state = self._layers[layer]
-        new_tokens = query.shape[2]
+        new_tokens, rotates = query.shape[2], expand is None and self.config.rotates_keys
         step = Step(
-            query=query,
+            query=rotate(query) if rotates else query,
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             index_query=query if index_query is None else index_query,
             softcap=softcap,
             sinks=sinks,
-            expand=expand,
+            expand=None if expand is None else self._unrotated(expand),
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
         if new_tokens == 1:
-            return state.attend_one(step)
-        return self._attend_many(state, step)
+            output = state.attend_one(step)
+        else:
+            last_visible = self._log.last_visible(state.columns, new_tokens)
+            output = attend_blocks(step, state.blocks(), self.num_kv_heads, last_visible)
+        # The rotation is its own inverse.
+        return rotate(output) if expand is None and self.config.rotates_values else output
 
-    def _attend_many(self, state: DenseLayer | PagedLayer, step: Step) -> Tensor:
-        num_heads = step.query.shape[1]
-        # With latents every query head has expanded keys of its own.
-        num_kv_heads = self.num_kv_heads if step.expand is None else num_heads
-        query = step.query.unflatten(1, (num_kv_heads, -1))
-        sinks = None if step.sinks is None else step.sinks.reshape(num_kv_heads, -1)
-        last_visible = self._log.last_visible(state.columns, step.query.shape[2])
-        blocks = causal_blocks(state.blocks(), step, last_visible)
-        output = block_attention(query, blocks, scale=step.scale, softcap=step.softcap, sinks=sinks)
-        return output.flatten(1, 2)
+    def _unrotated(self, expand: Expand) -> Expand:
+        """Expansion of latents as they were before they were rotated."""
+        config = self.config
+
+        def expand_unrotated(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            key = rotate(key) if config.rotates_keys else key
+            return expand(key, rotate(value) if config.rotates_values else value)
+
+        return expand_unrotated if config.rotates_keys or config.rotates_values else expand
 
     def _bias(self, mask: Tensor, query: Tensor, expanded: bool) -> Callable[[Ids], Tensor]:
         """The user's mask as a function of token numbers; see `Step.bias`."""
@@ -240,9 +264,34 @@ class KVCacheManager:
                 target = torch.from_numpy(columns[sequence, held]).to(self.device)
                 key[sequence][:, target] = key_block[sequence][:, source]
                 value[sequence][:, target] = value_block[sequence][:, source]
-        return key, value
+        key = rotate(key) if self.config.rotates_keys else key
+        return key, rotate(value) if self.config.rotates_values else value
 
     # -- the state of a conversation --------------------------------------------------------------
+
+    @property
+    def config(self) -> CacheConfig:
+        """The settings. Raises `InputError` when they are set while tokens are held."""
+        return self._config
+
+    @config.setter
+    def config(self, config: CacheConfig) -> None:
+        if self._layers:
+            raise InputError(
+                f"this cache holds {self.num_columns} tokens in {self._config.format.name}: other "
+                "settings need reset() first, or a cache of their own"
+            )
+        fresh = KVCacheManager(
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            config,
+            device=self.device,
+            dtype=self.dtype,
+            value_dim=self.value_dim,
+            latent=self.latent,
+        )
+        vars(self).update(vars(fresh))
 
     @property
     def batch(self) -> int:
@@ -283,7 +332,8 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        tier = self._make_device_tier(len(order))
+        tier = DeviceTier(self._plan(len(order)))
+        self._check_device_bytes(tier.plan)
         for state in self._layers:
             state.keep_sequences(order, tier)
         self._device_tier = tier
@@ -356,39 +406,86 @@ class KVCacheManager:
 
     def _allocate(self, batch: int) -> None:
         config = self.config
-        tier = self._make_device_tier(batch)
+        self._most_selected = self._pages_that_fit(batch)
+        tier = DeviceTier(self._plan(batch))
         if tier.working_sets:
-            width = config.page_size * (self.head_dim + self.value_dim)
-            self._host = HostTier((self.num_kv_heads, width), self.dtype, config.host_bytes)
+            sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
+            self._host = HostTier(sizes, config.host_bytes)
         numbers = iter(range(self.num_layers))
         for layer in range(self.num_layers):
-            if config.budget_of(layer) is None:
+            if config.budget_of(layer) is not None:
+                assert self._host is not None
+                selected, number = self._num_selected(layer), next(numbers)
+                self._layers.append(
+                    PagedLayer(
+                        config, selected, tier, number, self._host, self._packers, self.latent
+                    )
+                )
+            elif config.format.is_raw:
                 self._layers.append(DenseLayer(tier.geometry))
-                continue
-            assert self._host is not None
-            pages = self._num_selected(layer)
-            self._layers.append(
-                PagedLayer(config, pages, tier, next(numbers), self._host, self.latent)
-            )
+            else:
+                self._layers.append(PackedLayer(config, tier.geometry, self._packers[0]))
         self._device_tier, self._log = tier, TokenLog(batch)
 
-    def _make_device_tier(self, batch: int) -> DeviceTier:
+    def _plan(self, batch: int) -> TierPlan:
+        """The device tier for so many sequences."""
         config = self.config
         geometry = Geometry(
             batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
         )
-        slots = [
+        slots = tuple(
             config.num_sink_pages
             + int(np.ceil(self._num_selected(layer).max() * config.device_pool_factor))
             for layer in range(self.num_layers)
             if config.budget_of(layer) is not None
-        ]
-        block_tokens = config.stream_block_tokens // config.page_size * config.page_size
-        return DeviceTier(geometry, slots, config.page_size, config.window_tokens, block_tokens)
+        )
+        packed = config.packed_slots
+        if packed is None:
+            packed = self.device.type != "cpu" and len(self._packers) == 1
+        return TierPlan(
+            geometry,
+            slots,
+            config.page_size,
+            config.window_tokens,
+            config.stream_block_tokens // config.page_size * config.page_size,
+            self._packers[0] if packed and not config.format.is_raw else None,
+        )
+
+    def _pages_that_fit(self, batch: int) -> int:
+        """The most pages that every KV head may select within `device_bytes`."""
+        limit = self.config.device_bytes
+        if limit is None:
+            return NO_LIMIT
+        fits, too_many = 0, 2
+        while self._bytes_of(batch, too_many) <= limit and too_many < NO_LIMIT:
+            fits, too_many = too_many, 2 * too_many
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self._bytes_of(batch, middle) <= limit:
+                fits = middle
+            else:
+                too_many = middle
+        self._most_selected = max(1, fits)
+        self._check_device_bytes(self._plan(batch))
+        return self._most_selected
+
+    def _bytes_of(self, batch: int, most_selected: int) -> int:
+        self._most_selected = most_selected
+        return self._plan(batch).nbytes
+
+    def _check_device_bytes(self, plan: TierPlan) -> None:
+        limit = self.config.device_bytes
+        if limit is not None and plan.nbytes > limit:
+            raise ConfigError(
+                f"device_bytes={limit}: the device tier of {plan.geometry.batch} sequences needs "
+                f"{plan.nbytes} for the pages that each selects, its windows and its streaming "
+                "block; raise it, or lower num_recent_tokens, stream_block_tokens, page_size or "
+                "the bits"
+            )
 
     def _num_selected(self, layer: int) -> Ids:
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
-        return np.array(pages, dtype=np.int64)
+        return np.minimum(np.array(pages, dtype=np.int64), self._most_selected)
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""
@@ -396,7 +493,7 @@ class KVCacheManager:
         log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
         if self._host is not None:
             lengths = log.lengths(log.num_columns)
-            self._host.check_room(sum(state.blocks_needed(lengths) for state in self._layers))
+            self._host.check_room([sum(state.blocks_needed(lengths) for state in self._layers)])
         self._log = log
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

@@ -16,18 +16,23 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
+from arkcache.importance import Importance
 from arkcache.kernels.torch_digest import BoundingVolumes
+from arkcache.kernels.torch_hadamard import rotate
+from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.torch_tokens import TokenIndex
-from arkcache.pages import Ids, Moves, Residency, sealed_pages
+from arkcache.pages import Ids, Residency, sealed_pages
 from arkcache.policy import aggregate, ranked_pages, top_pages
+from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
-from arkcache.step import Counters, Lengths, Step, additive, attend_view
-from arkcache.tiering.device import DeviceTier, WorkingSet
+from arkcache.step import Lengths, Step, additive, attend_parts, attend_view, page_mass
+from arkcache.store import PageStore
+from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
 
-SEAL_PAGES = 64
-"""Pages digested and backed up at a time: bounds the temporaries of a long prompt."""
+DEMOTED_PAGES = 256
+"""Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
 
 RELOAD_SHARE = 0.6
 """On a CPU, with more than this share of the selection missing, all of it is copied in one pass
@@ -59,7 +64,7 @@ def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> Page
     return BoundingVolumes(config.index)
 
 
-class PagedLayer:
+class PagedLayer(SealingLayer):
     """A layer whose sealed pages live in the host tier, with a working set on the device.
 
     Args:
@@ -68,6 +73,7 @@ class PagedLayer:
         device_tier: the device tier.
         number: which of its working sets is this layer's.
         host: the host tier.
+        packers: of its pages' first format and, if there is one, of the coarse one.
         latent: rate pages by key and value side by side (multi-head latent attention).
     """
 
@@ -78,15 +84,15 @@ class PagedLayer:
         device_tier: DeviceTier,
         number: int,
         host: HostTier,
+        packers: list[PagePacker],
         latent: bool = False,
     ) -> None:
         geometry = device_tier.geometry
-        self.config, self.geometry, self.latent = config, geometry, latent
-        self.device_tier, self.number, self.host = device_tier, number, host
-        self.columns = 0
-        self.lengths = Lengths(np.zeros(geometry.batch, dtype=np.int64))
-        self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
-        self.counters = Counters()
+        super().__init__(config, geometry)
+        self.latent, self.device_tier, self.number = latent, device_tier, number
+        self._packer = packers[0]
+        self._store = PageStore(host, packers, geometry.batch, geometry.num_kv_heads)
+        self._importance = Importance(geometry.num_rows) if len(packers) > 1 else None
         self._num_selected = np.tile(num_selected, geometry.batch)
         self._num_places = self.working_set.num_slots - config.num_sink_pages
         self._least_selected = int(num_selected.min())
@@ -95,70 +101,71 @@ class PagedLayer:
         ).astype(np.int64)
         self._spare = self._num_places > int(num_selected.max())
         self._plain = self._least_selected == self._num_places
-        self._on_cpu = geometry.device.type == "cpu"
-        self._piece_bytes = host.block_bytes // geometry.num_kv_heads
+        self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
+        self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
         self._residency = Residency(geometry.num_rows, self._num_places)
         self._complete = True  # every selectable page is resident, as far as places go
-        self._blocks: Ids = np.full((geometry.batch, 64), -1, dtype=np.int64)
         index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
         self._index = make_index(config, index_dim, geometry.device)
         self._digests: GrowingTensor | None = None
 
     @property
-    def working_set(self) -> WorkingSet:
+    def working_set(self) -> WorkingSet | PackedWorkingSet:
         """This layer's part of the device tier."""
         return self.device_tier.working_sets[self.number]
+
+    @property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
+        return self.working_set.windows
+
+    @property
+    def host(self) -> HostTier:
+        """The host tier."""
+        return self._store.host
 
     # -- append and seal ------------------------------------------------------------------------
 
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        config, window = self.config, self.working_set
-        length, first = int(self.lengths.of[rows.start]), int(self.sealed[rows.start])
-        page_size = config.page_size
-        fill, new_tokens = length - first * page_size, key.shape[2]
-        last = sealed_pages(length + new_tokens, config.num_recent_tokens, page_size)
-        if last == first:
-            window.key_window[rows, :, fill : fill + new_tokens] = key
-            window.value_window[rows, :, fill : fill + new_tokens] = value
-        else:
-            if fill:
-                key = torch.cat((window.key_window[rows, :, :fill], key), dim=2)
-                value = torch.cat((window.value_window[rows, :, :fill], value), dim=2)
-            cut = (last - first) * page_size
-            self._seal(rows, first, key[:, :, :cut], value[:, :, :cut])
-            left = key.shape[2] - cut
-            window.key_window[rows, :, :left] = key[:, :, cut:]
-            window.value_window[rows, :, :left] = value[:, :, cut:]
-        self.lengths.set(rows, length + new_tokens)
+        sealed = int(self.sealed[rows.start])
+        super().append(rows, key, value)
+        if self._importance is not None and sealed < self.sealed[rows.start]:
+            self._demote(self._importance)
 
     def blocks_needed(self, new_lengths: Ids) -> int:
-        """Host blocks that growing to these lengths takes."""
-        sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
-        return int(np.maximum(sealed - self.sealed, 0).sum())
+        """Pieces of the host tier that growing to these lengths takes."""
+        return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
-        page_size = self.config.page_size
-        key = key.unflatten(2, (-1, page_size))
-        value = value.unflatten(2, (-1, page_size))
-        for start in range(0, key.shape[2], SEAL_PAGES):
-            stop = min(start + SEAL_PAGES, key.shape[2])
-            part = (key[:, :, start:stop], value[:, :, start:stop])
-            self._digest(rows, first + start, *part)
-            self._back_up(rows, first + start, *part)
-        room = min(first + key.shape[2], self.working_set.num_slots) - first
-        if room > 0:
-            self.working_set.fill_places(rows, first, key[:, :, :room], value[:, :, :room])
-            heads = self.geometry.num_kv_heads
-            cache_rows = slice(rows.start * heads, rows.stop * heads)
-            sinks = self.config.num_sink_pages
-            for page in range(max(first, sinks), first + room):
-                self._residency.place(cache_rows, page - sinks, page, self._may_hold)
-        self.sealed[rows] = first + key.shape[2]
+        self._digest(rows, first, key, value)
+        packed = self._packer.pack(key, value)
+        self._store.append(rows, first, packed.cpu())
+        self.counters.bytes_backed_up += packed.numel()
+        last, working_set = first + key.shape[2], self.working_set
+        heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
+        cache_rows = slice(rows.start * heads, rows.stop * heads)
+        if self._importance is not None:
+            self._importance.seal(cache_rows, first, last)
+        room = min(last, working_set.num_slots) - first
+        if room <= 0:
+            return
+        if isinstance(working_set, PackedWorkingSet):
+            working_set.fill_places(rows, first, packed[:, :, :room])
+        else:
+            # What is attended must not depend on whether the page stayed or was recalled.
+            working_set.fill_places(rows, first, *self._packer.unpack(packed[:, :, :room]))
+        for page in range(max(first, sinks), first + room):
+            self._residency.place(cache_rows, page - sinks, page, self._may_hold)
 
     def _digest(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        digest = self._index.digest(torch.cat((key, value), dim=-1) if self.latent else key)
+        # Boxes fit keys better as the model made them: a rotation evens out their channels.
+        key = rotate(key) if self.config.rotates_keys else key
+        if self.latent:
+            value = rotate(value) if self.config.rotates_values else value
+            key = torch.cat((key, value), dim=-1)
+        digest = self._index.digest(key)
         dim = self._index.page_dim
         if self._digests is None:
             shape = list(digest.shape)
@@ -166,17 +173,27 @@ class PagedLayer:
             self._digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
         self._digests.write(rows, first, digest)
 
-    def _back_up(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        count = key.shape[2]
-        blocks = self.host.allocate((rows.stop - rows.start) * count).reshape(-1, count)
-        packed = torch.cat((key.flatten(3), value.flatten(3)), dim=-1).transpose(1, 2)
-        target = torch.from_numpy(blocks.reshape(-1))
-        self.host.blocks[target] = packed.flatten(0, 1).to(self.host.blocks.device)
-        if self._blocks.shape[1] < first + count:
-            missing = max(first + count, 2 * self._blocks.shape[1]) - self._blocks.shape[1]
-            self._blocks = np.pad(self._blocks, ((0, 0), (0, missing)), constant_values=-1)
-        self._blocks[rows, first : first + count] = blocks
-        self.counters.bytes_backed_up += blocks.size * self.host.block_bytes
+    def _demote(self, importance: Importance) -> None:
+        """Keep pages that were attended little in the coarse format, on the device as well."""
+        config, sinks = self.config, self.config.num_sink_pages
+        if int(self.sealed.max()) <= sinks:
+            return
+        fine = self._store.is_fine(int(self.sealed.max()))[:, sinks:]
+        demoted = importance.demotable(sinks, fine, config.demote_below, config.demote_after)
+        rows, pages = np.nonzero(demoted)
+        if not len(rows):
+            return
+        for start in range(0, len(rows), DEMOTED_PAGES):
+            some = slice(start, start + DEMOTED_PAGES)
+            done = self._store.demote(rows[some], pages[some] + sinks)
+            demoted[rows[some], pages[some]] = done
+        self.counters.pages_demoted += int(np.count_nonzero(demoted))
+        self.host.compact()
+        resident = self._residency.page_of
+        numbers = np.maximum(resident - sinks, 0)
+        stale = (resident >= 0) & np.take_along_axis(demoted, numbers, axis=1)
+        rows, places = np.nonzero(stale)
+        self._copy_in(rows, places, resident[rows, places])
 
     # -- one new token: score, select, recall, attend ---------------------------------------------
 
@@ -206,8 +223,8 @@ class PagedLayer:
         num_pages = min(sealed, sinks + num_selected)
         recent = length - sealed * page_size
         self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
-        key, value = self.working_set.view(num_pages, recent)
-        return attend_view(step, key, value, None)
+        held = self._residency.page_of >= 0 if self._importance is not None else None
+        return self._attend_places(step, num_pages, recent, None, held)
 
     def _complete_residents(self, selectable: Ids) -> None:
         """Have all selectable pages resident: there are places for all of them."""
@@ -279,41 +296,37 @@ class PagedLayer:
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self._plain and count is None
-        num_copied = num_recalled
-        if alike and self._on_cpu and num_recalled > RELOAD_SHARE * num_wanted:
+        if alike and self._may_reload and num_recalled > RELOAD_SHARE * num_wanted:
             self._reload()
-            num_copied = num_wanted
         elif num_recalled:
-            self._copy_in(moves)
+            self._copy_in(moves.rows, moves.places, moves.pages)
         self.counters.pages_hit += num_wanted - num_recalled
         self.counters.pages_recalled += num_recalled
-        self.counters.bytes_recalled += num_copied * self._piece_bytes
         self.counters.pages_evicted += moves.num_evicted
 
-    def _copy_in(self, moves: Moves) -> None:
-        """Copy the missing pages from the host tier into their places."""
-        sequence, head = np.divmod(moves.rows, self.geometry.num_kv_heads)
-        pieces = self._blocks[sequence, moves.pages] * self.geometry.num_kv_heads + head
-        pages = self._host_pieces().index_select(0, torch.from_numpy(pieces))
-        device = self.geometry.device
-        self.working_set.write_pages(
-            torch.from_numpy(moves.rows).to(device),
-            torch.from_numpy(moves.places + self.config.num_sink_pages).to(device),
-            pages.to(device),
-        )
+    def _copy_in(self, rows: Ids, places: Ids, pages: Ids) -> None:
+        """Copy pages from the host tier into places."""
+        device, sinks = self.geometry.device, self.config.num_sink_pages
+        working_set = self.working_set
+        for part in self._store.read(rows, pages):
+            row = torch.from_numpy(rows[part.which]).to(device)
+            place = torch.from_numpy(places[part.which] + sinks).to(device)
+            packed = part.packed.to(device)
+            if isinstance(working_set, PackedWorkingSet):
+                working_set.write_pages(row, place, packed)
+            else:
+                working_set.write_pages(row, place, *part.packer.unpack(packed))
+            self.counters.bytes_recalled += part.nbytes
 
     def _reload(self) -> None:
         """Copy all resident pages anew, in one pass straight into the working set."""
-        heads = self.geometry.num_kv_heads
+        assert isinstance(self.working_set, WorkingSet)
         rows = np.arange(self.geometry.num_rows)[:, None]
-        pieces = self._blocks[rows // heads, self._residency.page_of] * heads + rows % heads
-        self.working_set.load_places(
-            self.config.num_sink_pages, self._host_pieces(), torch.from_numpy(pieces)
-        )
-
-    def _host_pieces(self) -> Tensor:
-        """The host tier with one row per page and head: keys, then values."""
-        return self.host.blocks.view(-1, self.host.block_shape[-1])
+        pieces = self._store.locate(rows, self._residency.page_of)
+        source = self._store.pieces().view(self.geometry.dtype)
+        sinks = self.config.num_sink_pages
+        self.working_set.load_places(sinks, source, torch.from_numpy(pieces))
+        self.counters.bytes_recalled += pieces.size * self._packer.layout.nbytes
 
     def _chosen_places(self, selected: Ids, count: Ids) -> Held:
         """Which places [rows, places] hold selected pages."""
@@ -337,7 +350,6 @@ class PagedLayer:
         if chosen is not None:
             widest = int((held * np.arange(1, self._num_places + 1)).max(initial=0))
         num_pages = int(sinks.max()) + widest
-        key, value = self.working_set.view(num_pages, int(recent.max()))
         mask = None
         if not self.lengths.uniform or chosen is not None or int(per_row.min()) < widest:
             mask = self._view_mask(held, sinks, recent, num_pages)
@@ -345,7 +357,32 @@ class PagedLayer:
             tokens = self._view_tokens(num_pages, recent)
             bias = step.bias(tokens)[:, :, :, 0]
             mask = bias if mask is None else mask + bias
-        return self.lengths.clear_empty(attend_view(step, key, value, mask))
+        output = self._attend_places(step, num_pages, int(recent.max()), mask, held)
+        return self.lengths.clear_empty(output)
+
+    def _attend_places(
+        self, step: Step, num_pages: int, recent: int, mask: Tensor | None, held: Held | None
+    ) -> Tensor:
+        """Attend the first places and the window; held [rows, places]: selected pages."""
+        working_set = self.working_set
+        if isinstance(working_set, PackedWorkingSet):
+            parts = working_set.parts(num_pages, recent)
+            return attend_parts(step, parts, self.geometry.num_kv_heads, mask)
+        key, value = working_set.view(num_pages, recent)
+        if self._importance is not None and num_pages > self.config.num_sink_pages:
+            assert held is not None
+            page_size = self.config.page_size
+            mass = page_mass(step, key, value, mask, num_pages * page_size, page_size)
+            self._observe(self._importance, mass, held)
+        return attend_view(step, key, value, mask)
+
+    def _observe(self, importance: Importance, mass: Tensor, held: Held) -> None:
+        """Note what the selected pages received: mass [batch, kv_heads, pages of the view]."""
+        # Places run right to left.
+        received = mass.flatten(0, 1).flip(1)[:, self.config.num_sink_pages :].cpu().numpy()
+        places = slice(0, received.shape[1])
+        pages = np.where(held, self._residency.page_of, -1)[:, places]
+        importance.observe(pages, received)
 
     def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
         pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sinks.sum())
@@ -381,78 +418,35 @@ class PagedLayer:
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
-    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Ids]]:
-        """All tokens, block by block through the device tier: key, value [batch, kv_heads, tokens,
-        dim] and token numbers [batch, tokens], -1 where a sequence has none.
-
-        The sealed pages come from the host tier, the rest from the window. A block is overwritten
-        when the next one is asked for.
-        """
-        self.counters.attended_tokens = int(self.lengths.of.sum())
-        page_size, batch = self.config.page_size, self.geometry.batch
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         stream = (self.device_tier.stream_key, self.device_tier.stream_value)
+        page_size, total = self.config.page_size, int(self.sealed.max())
         per_block = max(1, stream[0].shape[2] // page_size)
-        for first in range(0, int(self.sealed.max()), per_block):
-            last = min(first + per_block, int(self.sealed.max()))
-            tokens = np.arange(first * page_size, last * page_size)
-            for sequence in range(batch):
-                self._stream(sequence, first, min(last, int(self.sealed[sequence])))
-            inside = tokens < self.sealed[:, None] * page_size
-            count = len(tokens)
-            key, value = (plane[:, :, :count] for plane in stream)
-            yield key, value, np.where(inside, tokens, -1)
-        recent = self.lengths.of - self.sealed * page_size
-        tokens = np.arange(int(recent.max()))
-        numbers = np.where(tokens < recent[:, None], tokens + self.sealed[:, None] * page_size, -1)
-        yield *self.working_set.view(0, len(tokens)), numbers
+        for first in range(0, total, per_block):
+            last = min(first + per_block, total)
+            for sequence in range(self.geometry.batch):
+                held = min(last, int(self.sealed[sequence]))
+                if held > first:
+                    tokens = (held - first) * page_size
+                    states = self._read(sequence, first, held)
+                    for plane, part in zip(stream, states, strict=True):
+                        plane[sequence, :, :tokens] = part
+            key, value = (plane[:, :, : (last - first) * page_size] for plane in stream)
+            yield first, last, key, value
 
-    def _stream(self, sequence: int, first: int, last: int) -> None:
-        """Copy pages first..last of a sequence from the host tier into the streaming block."""
-        if last <= first:
-            return
-        packed = self.host.blocks[torch.from_numpy(self._blocks[sequence, first:last])]
-        packed = packed.to(self.geometry.device)
-        cut = self.config.page_size * self.geometry.head_dim
-        for plane, part in (
-            (self.device_tier.stream_key, packed[..., :cut]),
-            (self.device_tier.stream_value, packed[..., cut:]),
-        ):
-            pages = part.unflatten(2, (self.config.page_size, -1)).transpose(0, 1)
-            plane[sequence, :, : pages.shape[1] * pages.shape[2]] = pages.flatten(1, 2)
-        self.counters.bytes_streamed += packed.numel() * packed.element_size()
+    def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        device = self.geometry.device
+        key, value, moved = self._store.read_run(sequence, first, last, device)
+        self.counters.bytes_streamed += moved
+        return key, value
 
     # -- changes of shape -------------------------------------------------------------------------
 
-    def crop(self, lengths: Ids) -> None:
-        """Shorten every sequence to `lengths`; unsealed pages go back to the window."""
-        for sequence, length in enumerate(lengths.tolist()):
-            self._crop_sequence(sequence, length)
-        self.lengths = Lengths(lengths.copy())
-
-    def _crop_sequence(self, sequence: int, length: int) -> None:
-        page_size, heads = self.config.page_size, self.geometry.num_kv_heads
-        sealed = int(self.sealed[sequence])
-        left = sealed_pages(length, self.config.num_recent_tokens, page_size)
-        if left >= sealed:
-            return
-        rows = slice(sequence, sequence + 1)
-        unsealed = self._blocks[sequence, left:sealed]
-        fill = int(self.lengths.of[sequence]) - sealed * page_size
-        packed = self.host.blocks[torch.from_numpy(unsealed)].to(self.geometry.device)
-        cut = page_size * self.geometry.head_dim
-        keep = length - left * page_size
-        for window, part in (
-            (self.working_set.key_window, packed[..., :cut]),
-            (self.working_set.value_window, packed[..., cut:]),
-        ):
-            pages = part.unflatten(2, (page_size, -1)).transpose(0, 1).flatten(1, 2)
-            tokens = torch.cat((pages[None], window[rows, :, :fill]), dim=2)[:, :, :keep]
-            window[rows, :, :keep] = tokens
-        self.host.release(unsealed)
-        self._blocks[sequence, left:sealed] = -1
-        self.sealed[sequence] = left
-        num_left = max(0, left - self.config.num_sink_pages)
-        self._residency.drop_from(slice(sequence * heads, (sequence + 1) * heads), left, num_left)
+    def _unseal(self, sequence: int, first: int, last: int) -> None:
+        heads = self.geometry.num_kv_heads
+        self._store.forget(sequence, first, last)
+        num_left = max(0, first - self.config.num_sink_pages)
+        self._residency.drop_from(slice(sequence * heads, (sequence + 1) * heads), first, num_left)
         self._complete = False
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
@@ -460,12 +454,9 @@ class PagedLayer:
 
         device_tier: a new one, for as many sequences as `index` has.
         """
-        held = self.held_blocks()
-        self._blocks = self._blocks[index]
+        self._store.keep_sequences(index)
         self.sealed = self.sealed[index]
         self.lengths = Lengths(self.lengths.of[index])
-        self.host.retain(self.held_blocks())
-        self.host.release(held)
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
         self._residency.keep_rows(rows)
@@ -473,26 +464,22 @@ class PagedLayer:
         on_device = torch.from_numpy(index).to(device_tier.geometry.device)
         if self._digests is not None:
             self._digests.keep_sequences(on_device)
-        device_tier.working_sets[self.number].copy_sequences(self.working_set, on_device)
+        if self._importance is not None:
+            self._importance.keep_rows(rows)
+        copy_sequences(self.working_set, device_tier.working_sets[self.number], on_device)
         self.device_tier, self.geometry = device_tier, device_tier.geometry
 
     def release(self) -> None:
-        """Give the layer's blocks back to the host tier."""
-        self.host.release(self.held_blocks())
-        self._blocks[:] = -1
+        """Give the layer's pages back to the host tier."""
+        self._store.release()
 
     def move_blocks(self, host: HostTier) -> None:
-        """Follow the layer's blocks into a tier that was extracted from the present one."""
-        moved = host.extracted(self.held_blocks())
-        self.release()
-        for sequence, count in enumerate(self.sealed.tolist()):
-            self._blocks[sequence, :count], moved = moved[:count], moved[count:]
-        self.host = host
+        """Follow the layer's pages into a tier that was extracted from the present one."""
+        self._store.move(host)
 
     def held_blocks(self) -> Ids:
-        """Host blocks that the layer refers to, one entry per sequence and page."""
-        held: Ids = self._blocks[self._blocks >= 0]
-        return held
+        """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
+        return self._store.held()
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
@@ -500,29 +487,38 @@ class PagedLayer:
         config = self.config
         for sequence, length in enumerate(self.lengths.of.tolist()):
             expected = sealed_pages(length, config.num_recent_tokens, config.page_size)
-            blocks = self._blocks[sequence]
-            if expected != self.sealed[sequence] or np.count_nonzero(blocks >= 0) != expected:
+            if expected != self.sealed[sequence] or self._store.count(sequence) != expected:
                 raise IntegrityError(
                     f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
                 )
         self._check_residents()
 
     def _check_residents(self) -> None:
-        """Every page on the device, sinks included, must be bit-equal to its block on the host."""
-        size, cut = self.config.page_size, self.config.page_size * self.geometry.head_dim
+        """Every page on the device, sinks included, must be bit-equal to its backup on the host."""
         sinks = np.arange(self.config.num_sink_pages)
         for row, places in enumerate(self._residency.page_of):
-            sequence, head = divmod(row, self.geometry.num_kv_heads)
+            sequence = row // self.geometry.num_kv_heads
             own_sinks = np.where(sinks < self.sealed[sequence], sinks, -1)
             for place, page in enumerate(np.concatenate((own_sinks, places)).tolist()):
-                if page < 0:
-                    continue
-                block = self.host.blocks[int(self._blocks[sequence, page]), head]
-                key, value = self.working_set.view(place + 1, 0)
-                same = torch.equal(key[sequence, head, :size].cpu().flatten(), block[:cut])
-                same &= torch.equal(value[sequence, head, :size].cpu().flatten(), block[cut:])
-                if not same:
+                if page >= 0 and not self._same(row, place, page):
                     raise IntegrityError(f"page {page} of row {row} differs from its backup")
+
+    def _same(self, row: int, place: int, page: int) -> bool:
+        sequence, head = divmod(row, self.geometry.num_kv_heads)
+        (backup,) = self._store.read(np.array([row]), np.array([page]))
+        working_set = self.working_set
+        if isinstance(working_set, PackedWorkingSet):
+            slot = working_set.num_slots - 1 - place
+            return torch.equal(working_set.slots[sequence, head, slot].cpu(), backup.packed[0])
+        unpacked = backup.packer.unpack(backup.packed)
+        resident = working_set.view(place + 1, 0)
+        return all(
+            torch.equal(
+                mine[sequence, head, : self.config.page_size].cpu().view(torch.uint8),
+                other[0].view(torch.uint8),
+            )
+            for mine, other in zip(resident, unpacked, strict=True)
+        )
 
     def stats(self) -> CacheStats:
         """Counters and sizes; the device tier and the host tier are counted by the manager."""

@@ -19,8 +19,10 @@ class CacheStats:
         pages_hit: selected and already in the device tier.
         pages_recalled: selected and copied in from the host tier.
         pages_evicted: dropped from the device tier to make room (the host tier keeps them).
-        bytes_recalled: copied from the host tier to the device tier, streamed blocks excluded. On a
-            CPU a selection that is mostly missing is copied whole, hits included.
+        pages_demoted: rewritten in the coarse format (`coarse_key_bits`, `coarse_value_bits`).
+        bytes_recalled: copied from the host tier to the device tier, packed as they are there,
+            streamed blocks excluded. On a CPU a selection of 16-bit pages that is mostly missing is
+            copied whole, hits included.
         bytes_streamed: copied to the device tier for steps of several tokens, block by block.
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
@@ -36,6 +38,7 @@ class CacheStats:
     bytes_recalled: int = 0
     bytes_streamed: int = 0
     bytes_backed_up: int = 0
+    pages_demoted: int = 0
     device_bytes: int = 0
     host_bytes: int = 0
     digest_bytes: int = 0

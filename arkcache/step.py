@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.kernels.torch_attention import Block, decode_attention
+from arkcache.kernels.torch_attention import Block, block_attention, decode_attention
 from arkcache.pages import Ids
 from arkcache.stats import CacheStats
 
@@ -51,6 +52,7 @@ class Counters:
     bytes_recalled: int = 0
     bytes_streamed: int = 0
     bytes_backed_up: int = 0
+    pages_demoted: int = 0
 
     def stats(self, total_tokens: int) -> CacheStats:
         """As `CacheStats`, without sizes."""
@@ -109,6 +111,85 @@ def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> 
         mask=mask if mask is None or mask.dtype == step.query.dtype else mask.to(step.query.dtype),
     )
     return output.reshape(batch, num_heads, 1, output.shape[-1])
+
+
+def page_mass(
+    step: Step, key: Tensor, value: Tensor, mask: Tensor | None, num_tokens: int, page_size: int
+) -> Tensor:
+    """Which share of a step's attention the pages in the first `num_tokens` of a view receive.
+
+    key, value and mask as in `attend_view`. Returns [batch, kv_heads, pages], the mean over a KV
+    head's query heads, in fp32.
+    """
+    batch, num_kv_heads = key.shape[:2]
+    if step.expand is not None:
+        key, value = step.expand(key, value)
+    query = step.query.float().unflatten(1, (key.shape[1], -1))[:, :, :, 0] * step.scale
+    logits = query @ key.float().transpose(-1, -2)
+    if step.softcap is not None:
+        logits = logits.div_(step.softcap).tanh_().mul_(step.softcap)
+    if mask is not None:
+        logits = logits + mask
+    mass = logits.logsumexp(dim=-1, keepdim=True)
+    if step.sinks is not None:
+        mass = torch.logaddexp(mass, step.sinks.float().view(1, *mass.shape[1:3], 1))
+    share = (logits[..., :num_tokens] - mass).exp_().nan_to_num_()
+    share = share.unflatten(-1, (-1, page_size)).sum(dim=-1)
+    # Expanded latents have a KV head for every query head, and share their pages.
+    per_page: Tensor = share.reshape(batch, num_kv_heads, -1, share.shape[-1]).mean(dim=2)
+    return per_page
+
+
+def attend_parts(
+    step: Step, parts: Iterator[tuple[Tensor, Tensor]], num_kv_heads: int, mask: Tensor | None
+) -> Tensor:
+    """`attend_view` over a view that comes in parts, merged by log-sum-exp."""
+
+    def blocks() -> Iterator[Block]:
+        start = 0
+        for key, value in parts:
+            stop = start + key.shape[2]
+            if stop == start:
+                continue
+            own = None if mask is None else mask[:, :, :, None, start:stop]
+            if step.expand is not None:
+                key, value = step.expand(key, value)
+            yield Block(key, value, mask=None if own is None else partial(_whole, own))
+            start = stop
+
+    return _attend_all(step, blocks(), num_kv_heads)
+
+
+def attend_blocks(
+    step: Step,
+    blocks: Iterator[tuple[Tensor, Tensor, Ids]],
+    num_kv_heads: int,
+    last_visible: Ids,
+) -> Tensor:
+    """Attend new tokens over a layer's blocks (key, value, token numbers), causally.
+
+    last_visible [batch, new]: the number of the last token that each new token attends. Returns
+    [batch, heads, new, value_dim].
+    """
+    return _attend_all(step, causal_blocks(blocks, step, last_visible), num_kv_heads)
+
+
+def _attend_all(step: Step, blocks: Iterator[Block], num_kv_heads: int) -> Tensor:
+    if step.expand is not None:  # every query head has expanded keys of its own
+        num_kv_heads = step.query.shape[1]
+    output = block_attention(
+        step.query.unflatten(1, (num_kv_heads, -1)),
+        blocks,
+        scale=step.scale,
+        softcap=step.softcap,
+        sinks=None if step.sinks is None else step.sinks.reshape(num_kv_heads, -1),
+    )
+    return output.flatten(1, 2)
+
+
+def _whole(mask: Tensor, _start: int, _stop: int) -> Tensor:
+    """The mask of a single new token."""
+    return mask
 
 
 def additive(attended: NDArray[np.bool_], device: torch.device) -> Tensor:

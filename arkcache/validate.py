@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError
+from arkcache.kernels.torch_hadamard import block_dim
 from arkcache.pages import Ids
 
 
@@ -22,6 +23,19 @@ def check_sizes(config: Any, dtype: Any, **sizes: Any) -> None:
         raise InputError(f"dtype={dtype!r}: expected a floating-point torch.dtype")
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
+
+
+def check_rotation(config: CacheConfig, head_dim: int, value_dim: int) -> None:
+    """Raise unless there is something to rotate where the settings ask for it."""
+    for name, rotates, dim in (
+        ("keys", config.rotates_keys, head_dim),
+        ("values", config.rotates_values, value_dim),
+    ):
+        if rotates and block_dim(dim) == 1:
+            raise ConfigError(
+                f"rotation={config.rotation!r} of {name} of {dim} elements: expected an even "
+                "number, because blocks of a power of two are rotated"
+            )
 
 
 def check_layer(layer: int, num_layers: int) -> None:

@@ -18,7 +18,7 @@ from arkcache import (
     KVCacheManager,
     UnconsumedStepError,
     UnsupportedModelError,
-    paged,
+    sealing,
 )
 from arkcache.tiering import host as host_module
 from tests.twins import Twins, small_config
@@ -337,7 +337,7 @@ def test_room_taken_by_a_copy_between_two_layers(
     room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each append is refused whole or done whole, whoever took the room."""
-    monkeypatch.setattr(paged, "SEAL_PAGES", 1)
+    monkeypatch.setattr(sealing, "SEAL_PAGES", 1)
     twins = filled(host_bytes=(44 + 6 + 12 + room) * block_bytes())
     clone = copy.deepcopy(twins)
     twins.append_layer(0, 12)

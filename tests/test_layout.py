@@ -26,17 +26,22 @@ VERSION = PROJECT["project"]["version"]
 # part -> the parts it may import. A part is a module of arkcache/ or a whole subpackage.
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "formats": {"errors"},
+    "config": {"errors", "formats"},
     "stats": {"config", "errors"},
     "pages": {"config", "errors"},
     "policy": {"config", "errors"},
-    "kernels": {"config", "errors", "kernels"},
-    "tiering": {"config", "errors", "kernels", "pages", "stats", "tiering"},
+    "kernels": {"config", "errors", "formats", "kernels"},
+    "tiering": {"config", "errors", "formats", "kernels", "pages", "stats", "tiering"},
 }
-MAY_IMPORT["validate"] = {"config", "errors", "pages"}
-MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate"}
-MAY_IMPORT["dense"] = {*MAY_IMPORT}
-MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense"}
+MAY_IMPORT["importance"] = {"pages"}
+MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
+MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate", "importance"}
+MAY_IMPORT["store"] = {"kernels", "pages", "tiering"}
+MAY_IMPORT["sealing"] = {"config", "pages", "step", "tiering"}
+MAY_IMPORT["dense"] = {*MAY_IMPORT} - {"sealing", "store"}
+MAY_IMPORT["packed"] = {*MAY_IMPORT} - {"dense", "store"}
+MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}

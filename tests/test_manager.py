@@ -506,14 +506,14 @@ def test_a_copy_shares_pages_and_survives_the_original() -> None:
     host = twins.manager._host
     assert host is not None
     assert clone.manager._host is host
-    assert host.num_blocks == 2 * 24
+    assert host.num_pieces == 2 * 24
     del twins
     gc.collect()
     clone.check()
     clone.attend()
-    assert host.num_blocks == 2 * 24
+    assert host.num_pieces == 2 * 24
     clone.reset()
-    assert host.num_blocks == 0
+    assert host.num_pieces == 0
 
 
 def test_a_shallow_copy_leaves_the_original_alone() -> None:
@@ -538,7 +538,7 @@ def test_a_pickle_holds_its_own_pages_only() -> None:
     clone.check()
     host = clone.manager._host
     assert host is not None
-    assert host.num_blocks == 2 * 4
+    assert host.num_pieces == 2 * 4
 
 
 @pytest.mark.parametrize("start_again", [5, 70])
@@ -628,7 +628,7 @@ def damage_sink(layer: Any) -> None:
 
 def damage_backup(layer: Any) -> None:
     resident = int(layer._residency.page_of[0, 0])
-    layer.host.blocks[int(layer._blocks[0, resident])] += 1
+    layer._store.pieces()[layer._store.locate(np.array([0]), np.array([resident]))] += 1
 
 
 def damage_books(layer: Any) -> None:
@@ -644,7 +644,7 @@ def damage_length(layer: Any) -> None:
 
 
 def damage_blocks(layer: Any) -> None:
-    layer._blocks[0, 3] = -1
+    layer._store._handles[0, 0, 3] = -1
 
 
 @pytest.mark.parametrize(

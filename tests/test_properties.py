@@ -208,7 +208,7 @@ class Conversations(RuleBasedStateMachine):
                 twins.attend()
             twins.reset()
             twins.check()
-        assert all(host is None or host.num_blocks == 0 for host in hosts.values())
+        assert all(host is None or host.num_pieces == 0 for host in hosts.values())
 
 
 def check_references(alive: list[Twins]) -> None:

@@ -1,22 +1,33 @@
-"""The device tier: one allocation of equal slots, carved into a working set per layer.
+"""The device tier: one allocation, carved into a working set per layer and a streaming block.
 
-A row (a sequence and KV head of a layer) owns adjacent slots, keys and values in planes of their
-own, so that everything a row attends is one view of each plane and nothing is gathered on a hit:
+A row (a sequence and KV head of a layer) owns adjacent slots, so that what it attends is one run
+and nothing is gathered on a hit. Unpacked, keys and values are planes of their own:
 
     | ... page  page | sinks |  window: newest tokens ...      |
     <- places grow          ^ boundary                grows ->
 
 Sinks and selected pages grow from the boundary to the left, the window to the right, so what is
 valid is one run of tokens however full either side is. The order of tokens does not matter to
-attention: positions are in the keys already.
+attention: positions are in the keys already. Packed, slots hold a page's bytes, right to left in
+the same way, and the window is a plane beside them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from arkcache.kernels.torch_pages import PagePacker
+
+_ALIGNMENT = 64
+"""Bytes: of every plane in the allocation, for the widest vector loads."""
+
+UNPACKED_PAGES = 32
+"""Packed pages unpacked at a time: 32 pages of 32 tokens and head_dim 64 are 256 KiB of fp32 keys
+per KV head, which stay in the L2 cache until they have been attended."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +48,7 @@ class Geometry:
 
 
 class WorkingSet:
-    """One layer's part of the device tier.
+    """One layer's part of the device tier, unpacked.
 
     Args:
         key, value: planes [batch, kv_heads, tokens, dim] of `num_slots` pages and the window.
@@ -46,11 +57,10 @@ class WorkingSet:
     """
 
     def __init__(self, key: Tensor, value: Tensor, num_slots: int, page_size: int) -> None:
-        self.key, self.value = key, value
+        self.key, self.value = self.planes = key, value
         self.num_slots, self.page_size = num_slots, page_size
         self.boundary = num_slots * page_size
-        self.key_window = key[:, :, self.boundary :]
-        self.value_window = value[:, :, self.boundary :]
+        self.windows = (key[:, :, self.boundary :], value[:, :, self.boundary :])
         self.slots_per_row = key.shape[2] // page_size
         self._key_slots = key.view(-1, page_size * key.shape[3])
         self._value_slots = value.view(-1, page_size * value.shape[3])
@@ -70,21 +80,17 @@ class WorkingSet:
         self.key[rows, :, slots] = key.flip(2).flatten(2, 3)
         self.value[rows, :, slots] = value.flip(2).flatten(2, 3)
 
-    def write_pages(self, rows: Tensor, places: Tensor, pages: Tensor) -> None:
-        """Write packed pages [count, page_size * (head_dim + value_dim)], keys first.
-
-        rows, places: int64 [count], where each of them goes.
-        """
+    def write_pages(self, rows: Tensor, places: Tensor, key: Tensor, value: Tensor) -> None:
+        """Write pages [count, page_size, dim]; rows, places: int64 [count], where each goes."""
         slots = rows * self.slots_per_row + (self.num_slots - 1 - places)
-        key_size = self._key_slots.shape[1]
-        self._key_slots.index_copy_(0, slots, pages[:, :key_size])
-        self._value_slots.index_copy_(0, slots, pages[:, key_size:])
+        self._key_slots.index_copy_(0, slots, key.flatten(1))
+        self._value_slots.index_copy_(0, slots, value.flatten(1))
 
     def load_places(self, first_place: int, source: Tensor, pieces: Tensor) -> None:
         """Fill adjacent places from `first_place` on in one pass, on one device.
 
-        source: packed pages [count, page_size * (head_dim + value_dim)]; pieces: int64
-        [rows, places], which of them each place of each row gets.
+        source: pages [count, page_size * (head_dim + value_dim)] in the planes' dtype, keys first;
+        pieces: int64 [rows, places], which of them each place of each row gets.
         """
         stop = (self.num_slots - first_place) * self.page_size
         start = stop - pieces.shape[1] * self.page_size
@@ -96,70 +102,167 @@ class WorkingSet:
                 target = row[start:stop].view(pieces.shape[1], -1)
                 torch.index_select(part, 0, wanted, out=target)
 
-    def copy_sequences(self, source: WorkingSet, index: Tensor) -> None:
-        """Fill from another working set: sequence i from its sequence `index[i]`."""
-        self.key.copy_(source.key[index])
-        self.value.copy_(source.value[index])
+
+class PackedWorkingSet:
+    """One layer's part of the device tier, its slots packed.
+
+    Args:
+        slots: uint8 [batch, kv_heads, num_slots, nbytes].
+        windows: keys and values of the recent window [batch, kv_heads, tokens, dim].
+        packer: of the slots' pages.
+    """
+
+    def __init__(self, slots: Tensor, windows: tuple[Tensor, Tensor], packer: PagePacker) -> None:
+        self.slots, self.windows, self.packer = slots, windows, packer
+        self.planes = (slots, *windows)
+        self.num_slots = slots.shape[2]
+
+    def fill_places(self, rows: slice, first_place: int, packed: Tensor) -> None:
+        """Write pages [sequences, kv_heads, pages, nbytes] into adjacent places."""
+        stop = self.num_slots - first_place
+        # Places run right to left.
+        self.slots[rows, :, stop - packed.shape[2] : stop] = packed.flip(2)
+
+    def write_pages(self, rows: Tensor, places: Tensor, packed: Tensor) -> None:
+        """Write pages [count, nbytes]; rows, places: int64 [count], where each goes."""
+        slots = rows * self.num_slots + (self.num_slots - 1 - places)
+        self.slots.view(-1, self.slots.shape[3]).index_copy_(0, slots, packed)
+
+    def parts(self, num_pages: int, num_recent: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """What `WorkingSet.view` gives, in the same order, some pages at a time."""
+        for start in range(self.num_slots - num_pages, self.num_slots, UNPACKED_PAGES):
+            key, value = self.packer.unpack(self.slots[:, :, start : start + UNPACKED_PAGES])
+            yield key.flatten(2, 3), value.flatten(2, 3)
+        key_window, value_window = self.windows
+        yield key_window[:, :, :num_recent], value_window[:, :, :num_recent]
+
+
+def copy_sequences(
+    source: WorkingSet | PackedWorkingSet, target: WorkingSet | PackedWorkingSet, index: Tensor
+) -> None:
+    """Make sequence i of `target` what sequence `index[i]` of `source`, of the same kind, is."""
+    for plane, other in zip(target.planes, source.planes, strict=True):
+        plane.copy_(other[index])
+
+
+@dataclass(frozen=True)
+class TierPlan:
+    """What a device tier is made of, and so its size.
+
+    Attributes:
+        geometry: sizes shared by the layers.
+        slots_per_layer: slots for sinks and selected pages of each paged layer.
+        page_size: tokens per slot.
+        window_tokens: capacity of the recent window; rounded up to whole slots.
+        stream_block_tokens: tokens of the streaming block; not made without paged layers.
+        packer: where slots hold packed pages, of these; None where they are unpacked.
+    """
+
+    geometry: Geometry
+    slots_per_layer: tuple[int, ...]
+    page_size: int
+    window_tokens: int
+    stream_block_tokens: int
+    packer: PagePacker | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the allocation."""
+        layers = sum(self._plane_bytes(slots) for slots in self.slots_per_layer)
+        return layers + (self.states_bytes(self.stream_block_tokens) if layers else 0)
+
+    @property
+    def whole_window_tokens(self) -> int:
+        """`window_tokens` rounded up to whole slots, so that planes divide into slots."""
+        return -(-self.window_tokens // self.page_size) * self.page_size
+
+    def states_bytes(self, tokens: int) -> int:
+        """Bytes of a plane of keys and one of values, of so many tokens of every row."""
+        geometry = self.geometry
+        per_token = geometry.num_rows * geometry.dtype.itemsize
+        dims = (geometry.head_dim, geometry.value_dim)
+        return sum(_aligned(per_token * tokens * dim) for dim in dims)
+
+    def slots_bytes(self, slots: int) -> int:
+        """Bytes of a plane of packed slots of every row."""
+        assert self.packer is not None
+        return _aligned(self.geometry.num_rows * slots * self.packer.layout.nbytes)
+
+    def _plane_bytes(self, slots: int) -> int:
+        if self.packer is None:
+            return self.states_bytes(slots * self.page_size + self.whole_window_tokens)
+        return self.slots_bytes(slots) + self.states_bytes(self.whole_window_tokens)
 
 
 class DeviceTier:
     """The one allocation: a working set per paged layer and a block to stream the past through.
 
     Args:
-        geometry: sizes shared by the layers.
-        slots_per_layer: slots for sinks and selected pages of each paged layer.
-        page_size: tokens per slot.
-        window_tokens: capacity of the recent window; rounded up to whole slots.
-        stream_block_tokens: tokens of the streaming block; 0 without paged layers.
+        plan: what it is made of.
     """
 
-    def __init__(
-        self,
-        geometry: Geometry,
-        slots_per_layer: list[int],
-        page_size: int,
-        window_tokens: int,
-        stream_block_tokens: int,
-    ) -> None:
-        self.geometry = geometry
-        self._slots_per_layer, self._page_size = slots_per_layer, page_size
-        window_slots = -(-window_tokens // page_size)
-        self._tokens = [(slots + window_slots) * page_size for slots in slots_per_layer]
-        self._block_tokens = stream_block_tokens if slots_per_layer else 0
-        per_token = geometry.head_dim + geometry.value_dim
-        size = geometry.num_rows * (sum(self._tokens) + self._block_tokens) * per_token
+    def __init__(self, plan: TierPlan) -> None:
+        self.plan = plan
         # Zeros, not empty: what is masked out is multiplied by 0, which a stale NaN would survive.
-        # Not an inference tensor: it is written to in and out of inference mode.
+        # Not inference tensors: they are written to in and out of inference mode.
         with torch.inference_mode(False):
-            self.pool = torch.zeros(size, dtype=geometry.dtype, device=geometry.device)
-        self._carve_all()
+            self.pool = torch.zeros(plan.nbytes, dtype=torch.uint8, device=plan.geometry.device)
+            self._carve_all()
+
+    @property
+    def geometry(self) -> Geometry:
+        """Sizes shared by the layers."""
+        return self.plan.geometry
 
     @property
     def nbytes(self) -> int:
         """Bytes of the allocation."""
-        return self.pool.numel() * self.pool.element_size()
+        return self.pool.numel()
 
     def __getstate__(self) -> dict[str, object]:
-        views = ("working_sets", "stream_key", "stream_value")
-        return {name: value for name, value in vars(self).items() if name not in views}
+        return {"plan": self.plan, "pool": self.pool}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self._carve_all()
+        with torch.inference_mode(False):
+            self._carve_all()
 
     def _carve_all(self) -> None:
+        plan = self.plan
         self._next = 0
-        self.working_sets = [
-            WorkingSet(*self._carve(tokens), slots, self._page_size)
-            for tokens, slots in zip(self._tokens, self._slots_per_layer, strict=True)
-        ]
-        self.stream_key, self.stream_value = self._carve(self._block_tokens)
+        self.working_sets: list[WorkingSet | PackedWorkingSet] = []
+        window = plan.whole_window_tokens
+        for slots in plan.slots_per_layer:
+            if plan.packer is None:
+                planes = self._carve_states(slots * plan.page_size + window)
+                self.working_sets.append(WorkingSet(*planes, slots, plan.page_size))
+            else:
+                packed = self._carve_slots(slots, plan.packer)
+                windows = self._carve_states(window)
+                self.working_sets.append(PackedWorkingSet(packed, windows, plan.packer))
+        block_tokens = plan.stream_block_tokens if plan.slots_per_layer else 0
+        self.stream_key, self.stream_value = self._carve_states(block_tokens)
 
-    def _carve(self, tokens: int) -> tuple[Tensor, Tensor]:
+    def _carve_states(self, tokens: int) -> tuple[Tensor, Tensor]:
+        geometry = self.geometry
         planes = []
-        for dim in (self.geometry.head_dim, self.geometry.value_dim):
-            shape = (self.geometry.batch, self.geometry.num_kv_heads, tokens, dim)
-            size = self.geometry.num_rows * tokens * dim
-            planes.append(self.pool[self._next : self._next + size].view(shape))
-            self._next += size
+        for dim in (geometry.head_dim, geometry.value_dim):
+            shape = (geometry.batch, geometry.num_kv_heads, tokens, dim)
+            size = geometry.num_rows * tokens * dim * geometry.dtype.itemsize
+            planes.append(self._carve(size).view(geometry.dtype).view(shape))
         return planes[0], planes[1]
+
+    def _carve_slots(self, slots: int, packer: PagePacker) -> Tensor:
+        geometry = self.geometry
+        nbytes = packer.layout.nbytes
+        shape = (geometry.batch, geometry.num_kv_heads, slots, nbytes)
+        return self._carve(geometry.num_rows * slots * nbytes).view(shape)
+
+    def _carve(self, size: int) -> Tensor:
+        start = self._next
+        self._next += _aligned(size)
+        return self.pool[start : start + size]
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -14,7 +14,13 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError, UnconsumedStepError, UnsupportedModelError
-from arkcache.huggingface.attachment import Attachment, LayerShape
+from arkcache.huggingface.attachment import (
+    AttachedName,
+    Attachment,
+    LayerShape,
+    attention_configs,
+    detach,
+)
 from arkcache.huggingface.attention import TAG
 from arkcache.huggingface.core import CacheCore
 from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
@@ -179,8 +185,27 @@ class ArkCache(DynamicCache):
 
     @property
     def config(self) -> CacheConfig:
-        """The settings."""
+        """The settings. Raises `InputError` when they are set while tokens are held."""
         return self._core.config
+
+    @config.setter
+    def config(self, config: CacheConfig) -> None:
+        before, core = self._core.config, self._core
+        if self.get_seq_length():
+            raise InputError(
+                f"this cache holds {self.get_seq_length()} tokens in {before.format.name}: other "
+                "settings need reset() first, or a cache of their own"
+            )
+        core.config = config
+        try:
+            core.check()
+        except ConfigError:
+            core.config = before
+            raise
+        core.managers.clear()
+        for layer in self.layers:
+            if isinstance(layer, PagedCacheLayer):
+                layer.reset()
 
     @property
     def reason(self) -> str | None:
@@ -197,8 +222,18 @@ class ArkCache(DynamicCache):
         if self._reason_not_paged() is not None:
             warnings.warn(f"ArkCache in compat mode: {self.reason}", stacklevel=3)
             return
+        attached = any(
+            isinstance(config._attn_implementation, AttachedName)
+            for config in attention_configs(model)
+        )
         self._core.attachment = attach_and_probe(model, ArkCache._for_probe)
         self._core.reason = self._core.attachment.reason
+        try:
+            self._core.check()
+        except ConfigError:
+            if not attached:
+                detach(model)
+            raise
 
     def stats(self) -> CacheStats:
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""

@@ -67,21 +67,35 @@ class CacheCore:
             members = sorted(other for other, found in shapes.items() if found == shape)
             group = shape
         if group not in self.managers:
-            self.managers[group] = KVCacheManager(
-                len(members),
-                shape.num_kv_heads,
-                shape.head_dim,
-                self._config_of(members),
-                device=shape.device,
-                dtype=shape.dtype,
-                value_dim=shape.value_dim,
-                latent=shape.latent,
-            )
+            self.managers[group] = self._make_manager(shape, members)
         return self.managers[group], members.index(layer)
 
-    def _config_of(self, layers: list[int]) -> CacheConfig:
+    def check(self) -> None:
+        """Raise `ConfigError` where the settings do not fit the layers that the probe saw."""
+        shapes = self.attached().shapes
+        for shape in set(shapes.values()):
+            self._make_manager(shape, [layer for layer in shapes if shapes[layer] == shape])
+
+    def _make_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
+        return KVCacheManager(
+            len(layers),
+            shape.num_kv_heads,
+            shape.head_dim,
+            self._config_of(shape, layers),
+            device=shape.device,
+            dtype=shape.dtype,
+            value_dim=shape.value_dim,
+            latent=shape.latent,
+        )
+
+    def _config_of(self, shape: LayerShape, layers: list[int]) -> CacheConfig:
         """The settings of a manager that holds these layers of the model."""
-        config = self.config
+        share = self._share(shape, layers)
+        device, host = (
+            None if limit is None else max(1, int(limit * share))
+            for limit in (self.config.device_bytes, self.config.host_bytes)
+        )
+        config = replace(self.config, device_bytes=device, host_bytes=host)
         if config.budget_tokens is None:
             return replace(config, num_dense_layers=0)
         budgets: list[Any] = []
@@ -90,6 +104,18 @@ class CacheCore:
             given = config.budget_tokens
             budgets.append(None if dense else given[layer] if isinstance(given, tuple) else given)
         return replace(config, num_dense_layers=0, budget_tokens=tuple(budgets))
+
+    def _share(self, shape: LayerShape, layers: list[int]) -> float:
+        """What these layers hold of a token, as a share of what all paged layers hold."""
+
+        def size(numbers: list[int], of: LayerShape) -> int:
+            paged = sum(number >= self.config.num_dense_layers for number in numbers)
+            return paged * of.num_kv_heads * (of.head_dim + of.value_dim) * of.dtype.itemsize
+
+        known = self.attached().shapes
+        total = sum(size([number], other) for number, other in known.items())
+        own = size(layers, shape)
+        return own / total if own and all(number in known for number in layers) else 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         """The attachment by name: it belongs to the model, which stays behind."""

@@ -1,0 +1,169 @@
+"""What a cache will take, worked out from its settings alone: nothing is allocated.
+
+Every size comes from where it is decided: pages from `PageLayout`, the device tier from the
+manager's `TierPlan`, digests from the index itself, run on shapes without contents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from arkcache.config import CacheConfig
+from arkcache.errors import InputError
+from arkcache.formats import PageLayout, PartLayout
+from arkcache.manager import KVCacheManager
+from arkcache.pages import sealed_pages
+from arkcache.paged import make_index
+
+_PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
+"""Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes of what a decoder's layers that attend their whole past store.
+
+    Attributes:
+        num_layers: layers that attend their whole past.
+        num_kv_heads: of each layer.
+        head_dim, value_dim: elements of a key and of a value of one KV head.
+        dtype: of keys and values.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's keys and values in all layers and heads, unquantised."""
+        dims = self.head_dim + self.value_dim
+        return self.num_layers * self.num_kv_heads * dims * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a cache takes that holds `context_tokens` in each of `batch` sequences.
+
+    All sizes are in bytes, over all layers, KV heads and sequences unless said otherwise. What
+    grows with the context (dense layers, digests) is counted as far as it is in use; its
+    allocation has room for up to 1.5 times as much, and for 64 tokens or pages at least.
+
+    Attributes:
+        format: in which pages are sealed, "K4V2"; with a second one, "K8V4+K4V2".
+        page_bytes: a page of one KV head, in the first format.
+        code_bytes, meta_bytes, padding_bytes: its elements, scales and zeros, and padding.
+        bits_per_element: of the page, everything included.
+        attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense.
+        host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
+        host_bytes: the host tier.
+        coarse_host_bytes: the host tier once every page was demoted to the second format, which
+            sinks never are but counted as if; None without a second format.
+        tier_bytes: the device tier's one allocation: slots, windows and streaming block.
+        dense_bytes: layers that attend everything, on the device, growing.
+        digest_bytes: the page index, on the device, growing.
+        full_bytes: a full cache of the model's dtype, nothing paged.
+    """
+
+    format: str
+    context_tokens: int
+    batch: int
+    page_bytes: int
+    code_bytes: int
+    meta_bytes: int
+    padding_bytes: int
+    bits_per_element: float
+    attended_tokens: float
+    host_bytes_per_token: float
+    host_bytes: int
+    coarse_host_bytes: int | None
+    tier_bytes: int
+    dense_bytes: int
+    digest_bytes: int
+    full_bytes: int
+
+    @property
+    def device_bytes(self) -> int:
+        """The device tier and dense layers: what `CacheStats.device_bytes` counts."""
+        return self.tier_bytes + self.dense_bytes
+
+    @property
+    def device_ratio(self) -> float:
+        """Everything on the device, digests included, as a share of a full cache."""
+        return (self.device_bytes + self.digest_bytes) / self.full_bytes
+
+    @property
+    def host_ratio(self) -> float:
+        """The host tier as a share of a full cache."""
+        return self.host_bytes / self.full_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        totals = ("device_bytes", "device_ratio", "host_ratio")
+        return asdict(self) | {name: getattr(self, name) for name in totals}
+
+
+def plan_memory(
+    config: CacheConfig,
+    shape: CacheShape,
+    context_tokens: int,
+    batch: int = 1,
+    device: str = "cuda",
+) -> MemoryPlan:
+    """What a cache of these settings takes, on a device that need not be there.
+
+    Args:
+        config: the settings; dense layers are the first `num_dense_layers` of `shape`.
+        shape: of the decoder.
+        context_tokens: tokens of each sequence.
+        batch: sequences.
+        device: "cuda" or "cpu", which differ in what they keep unpacked.
+
+    Raises `ConfigError` for settings that do not fit the shape or `device_bytes`, `InputError` for
+    sizes below 1 and an unknown device.
+    """
+    _check(context_tokens, batch, device)
+    manager = KVCacheManager(
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.head_dim,
+        config,
+        device=_PLANNED_ON[device],
+        dtype=shape.dtype,
+        value_dim=shape.value_dim,
+    )
+    # Sets what every head may select; `_plan` reads it.
+    manager._most_selected = manager._pages_that_fit(batch)
+    tier = manager._plan(batch)
+    page = _layout(config, shape)
+    sealed = sealed_pages(context_tokens, config.num_recent_tokens, config.page_size)
+    paged = [layer for layer in range(shape.num_layers) if config.budget_of(layer) is not None]
+    rows = batch * shape.num_kv_heads
+    num_pages = len(paged) * rows * sealed
+    coarse = config.coarse_format
+    selected = [int(pages) for layer in paged for pages in manager._num_selected(layer)]
+    return MemoryPlan(
+        format=config.format.name + (f"+{coarse.name}" if coarse else ""),
+        context_tokens=context_tokens,
+        batch=batch,
+        page_bytes=page.nbytes,
+        code_bytes=_code_bytes(page.key) + _code_bytes(page.value),
+        meta_bytes=2 * (page.key.meta_bytes + page.value.meta_bytes),
+        padding_bytes=_padding_bytes(page.key) + _padding_bytes(page.value),
+        bits_per_element=page.bits_per_element,
+        attended_tokens=_attended(config, selected, context_tokens),
+        host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
+        host_bytes=num_pages * page.nbytes,
+        coarse_host_bytes=num_pages * _layout(config, shape, coarse=True).nbytes
+        if coarse
+        else None,
+        tier_bytes=tier.nbytes,
+        dense_bytes=(shape.num_layers - len(paged)) * rows * _dense_bytes(page, config, shape, sealed, context_tokens),
+        digest_bytes=num_pages * _page_digest_bytes(config, shape, device),
+        full_bytes=batch * context_tokens * shape.token_bytes,
+    )

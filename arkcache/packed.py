@@ -1,0 +1,115 @@
+"""The cache of a layer that attends everything, quantised, in the device tier (KIVI).
+
+Sealed pages stay packed; a step unpacks some of them at a time and merges them with the
+full-precision window by log-sum-exp, so that nothing of the size of the cache is ever made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.errors import IntegrityError
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.pages import Ids, sealed_pages
+from arkcache.sealing import SealingLayer
+from arkcache.stats import CacheStats
+from arkcache.step import Lengths, Step, attend_blocks
+from arkcache.tiering.device import UNPACKED_PAGES, DeviceTier, Geometry
+from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.host import HostTier
+
+
+class PackedLayer(SealingLayer):
+    """A layer that attends everything, its sealed pages packed.
+
+    Args:
+        config: the cache's settings.
+        geometry: sizes.
+        packer: of its pages.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
+        super().__init__(config, geometry)
+        self._packer = packer
+        shape = (geometry.batch, geometry.num_kv_heads, 64, packer.layout.nbytes)
+        self._pages = GrowingTensor(shape, 2, torch.uint8, geometry.device)
+        rows = (geometry.batch, geometry.num_kv_heads, config.window_tokens)
+        with torch.inference_mode(False):  # written to in and out of it
+            like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
+            self._windows = (
+                like.new_zeros((*rows, geometry.head_dim)),
+                like.new_zeros((*rows, geometry.value_dim)),
+            )
+
+    @property
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
+        return self._windows
+
+    def attend_one(self, step: Step) -> Tensor:
+        """Attend one new token over all tokens."""
+        heads = self.geometry.num_kv_heads
+        return attend_blocks(step, self.blocks(), heads, self.lengths.of[:, None] - 1)
+
+    def blocks_needed(self, _new_lengths: Ids) -> int:
+        """Host pieces that growing to these lengths takes: none."""
+        return 0
+
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
+        """Make sequence i what sequence `index[i]` was."""
+        self.geometry = device_tier.geometry
+        on_device = torch.from_numpy(index).to(self.geometry.device)
+        self._pages.keep_sequences(on_device)
+        with torch.inference_mode(False):
+            key_window, value_window = self._windows
+            self._windows = key_window[on_device], value_window[on_device]
+        self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
+
+    def release(self) -> None:
+        """Free what the layer holds outside itself: nothing."""
+
+    def move_blocks(self, _host: HostTier) -> None:
+        """Follow the layer's pages into another host tier: there are none."""
+
+    def held_blocks(self) -> Ids:
+        """Host pieces that the layer refers to: none."""
+        return np.zeros(0, dtype=np.int64)
+
+    def check(self) -> None:
+        """Raise `IntegrityError` if the books contradict each other."""
+        config = self.config
+        for sequence, length in enumerate(self.lengths.of.tolist()):
+            expected = sealed_pages(length, config.num_recent_tokens, config.page_size)
+            if self.sealed[sequence] != expected:
+                raise IntegrityError(
+                    f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
+                )
+        if int(self.sealed.max()) > self._pages.data.shape[2]:
+            raise IntegrityError("a packed layer counts more pages than it has room for")
+
+    def stats(self) -> CacheStats:
+        """Counters and sizes."""
+        size = self._pages.nbytes + sum(window.nbytes for window in self._windows)
+        return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)
+
+    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+        self._pages.write(rows, first, self._packer.pack(key, value))
+
+    def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        key, value = self._packer.unpack(self._pages.data[sequence, :, first:last])
+        return key.flatten(1, 2), value.flatten(1, 2)
+
+    def _unseal(self, _sequence: int, _first: int, _last: int) -> None:
+        """Nothing: `sealed` says what counts."""
+
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        total = int(self.sealed.max())
+        for first in range(0, total, UNPACKED_PAGES):
+            last = min(first + UNPACKED_PAGES, total)
+            key, value = self._packer.unpack(self._pages.data[:, :, first:last])
+            yield first, last, key.flatten(2, 3), value.flatten(2, 3)

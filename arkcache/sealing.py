@@ -1,0 +1,131 @@
+"""What layers with sealed pages share: the recent window, and when a page of it is full.
+
+Knows nothing of where sealed pages are kept, nor of which are attended.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.pages import Ids, sealed_pages
+from arkcache.step import Counters, Lengths
+from arkcache.tiering.device import Geometry
+
+SEAL_PAGES = 64
+"""Pages sealed at a time: bounds the temporaries of a long prompt."""
+
+
+class SealingLayer(ABC):
+    """A layer whose newest tokens wait in a window, in full precision, until a page is full.
+
+    Args:
+        config: the cache's settings.
+        geometry: sizes.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
+        self.config, self.geometry = config, geometry
+        self.columns = 0
+        self.lengths = Lengths(np.zeros(geometry.batch, dtype=np.int64))
+        self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
+        self.counters = Counters()
+
+    @property
+    @abstractmethod
+    def windows(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
+
+    @abstractmethod
+    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Keep pages [sequences, kv_heads, pages, page_size, dim] from number `first` on."""
+
+    @abstractmethod
+    def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Tokens of pages first..last as they were kept: key, value [kv_heads, tokens, dim]."""
+
+    @abstractmethod
+    def _unseal(self, sequence: int, first: int, last: int) -> None:
+        """Forget pages first..last, the newest of a sequence."""
+
+    @abstractmethod
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Sealed pages block by block: first and last page, key, value [batch, kv_heads, tokens,
+        dim], whatever is there for a sequence that has fewer."""
+
+    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
+        key_window, value_window = self.windows
+        length, first = int(self.lengths.of[rows.start]), int(self.sealed[rows.start])
+        page_size = self.config.page_size
+        fill, new_tokens = length - first * page_size, key.shape[2]
+        last = sealed_pages(length + new_tokens, self.config.num_recent_tokens, page_size)
+        if last == first:
+            key_window[rows, :, fill : fill + new_tokens] = key
+            value_window[rows, :, fill : fill + new_tokens] = value
+        else:
+            if fill:
+                key = torch.cat((key_window[rows, :, :fill], key), dim=2)
+                value = torch.cat((value_window[rows, :, :fill], value), dim=2)
+            cut = (last - first) * page_size
+            for start in range(first, last, SEAL_PAGES):
+                stop = min(start + SEAL_PAGES, last)
+                tokens = slice((start - first) * page_size, (stop - first) * page_size)
+                pages = (
+                    states[:, :, tokens].unflatten(2, (-1, page_size)) for states in (key, value)
+                )
+                self._seal(rows, start, *pages)
+            self.sealed[rows] = last
+            left = key.shape[2] - cut
+            key_window[rows, :, :left] = key[:, :, cut:]
+            value_window[rows, :, :left] = value[:, :, cut:]
+        self.lengths.set(rows, length + new_tokens)
+
+    def pages_to_seal(self, new_lengths: Ids) -> int:
+        """Pages, over all sequences, that growing to these lengths seals."""
+        sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
+        return int(np.maximum(sealed - self.sealed, 0).sum())
+
+    def blocks(self) -> Iterator[tuple[Tensor, Tensor, Ids]]:
+        """All tokens, block by block: key, value [batch, kv_heads, tokens, dim] and token numbers
+        [batch, tokens], -1 where a sequence has none.
+
+        A block may be overwritten when the next one is asked for.
+        """
+        self.counters.attended_tokens = int(self.lengths.of.sum())
+        page_size = self.config.page_size
+        ends = (self.sealed * page_size)[:, None]
+        for first, last, key, value in self._page_blocks():
+            tokens = np.arange(first * page_size, last * page_size)
+            yield key, value, np.where(tokens < ends, tokens, -1)
+        recent = self.lengths.of - self.sealed * page_size
+        tokens = np.arange(int(recent.max()))
+        numbers = np.where(tokens < recent[:, None], tokens + ends, -1)
+        key_window, value_window = self.windows
+        yield key_window[:, :, : len(tokens)], value_window[:, :, : len(tokens)], numbers
+
+    def crop(self, lengths: Ids) -> None:
+        """Shorten every sequence to `lengths`; unsealed pages go back to the window, as they were
+        kept: quantised pages do not regain what quantising took."""
+        for sequence, length in enumerate(lengths.tolist()):
+            self._crop_sequence(sequence, length)
+        self.lengths = Lengths(lengths.copy())
+
+    def _crop_sequence(self, sequence: int, length: int) -> None:
+        page_size, sealed = self.config.page_size, int(self.sealed[sequence])
+        left = sealed_pages(length, self.config.num_recent_tokens, page_size)
+        if left >= sealed:
+            return
+        fill = int(self.lengths.of[sequence]) - sealed * page_size
+        keep = length - left * page_size
+        unsealed = self._read(sequence, left, sealed)
+        for window, tokens in zip(self.windows, unsealed, strict=True):
+            whole = torch.cat((tokens, window[sequence, :, :fill]), dim=1)
+            window[sequence, :, :keep] = whole[:, :keep]
+        self._unseal(sequence, left, sealed)
+        self.sealed[sequence] = left

@@ -19,9 +19,12 @@ from arkcache.pages import Ids, sealed_pages
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_blocks
-from arkcache.tiering.device import UNPACKED_PAGES, DeviceTier, Geometry
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
+from arkcache.tiering.growing import ChunkedTensor
 from arkcache.tiering.host import HostTier
+
+CHUNK_PAGES = 32
+"""Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
 
 
 class PackedLayer(SealingLayer):
@@ -36,8 +39,8 @@ class PackedLayer(SealingLayer):
     def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
         super().__init__(config, geometry)
         self._packer = packer
-        shape = (geometry.batch, geometry.num_kv_heads, 64, packer.layout.nbytes)
-        self._pages = GrowingTensor(shape, 2, torch.uint8, geometry.device)
+        shape = (geometry.batch, geometry.num_kv_heads, CHUNK_PAGES, packer.layout.nbytes)
+        self._pages = ChunkedTensor(shape, 2, torch.uint8, geometry.device)
         rows = (geometry.batch, geometry.num_kv_heads, config.window_tokens)
         with torch.inference_mode(False):  # written to in and out of it
             like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
@@ -89,7 +92,7 @@ class PackedLayer(SealingLayer):
                 raise IntegrityError(
                     f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
                 )
-        if int(self.sealed.max()) > self._pages.data.shape[2]:
+        if int(self.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")
 
     def stats(self) -> CacheStats:
@@ -101,7 +104,7 @@ class PackedLayer(SealingLayer):
         self._pages.write(rows, first, self._packer.pack(key, value))
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        key, value = self._packer.unpack(self._pages.data[sequence, :, first:last])
+        key, value = self._packer.unpack(self._pages.read(first, last)[sequence])
         return key.flatten(1, 2), value.flatten(1, 2)
 
     def _unseal(self, _sequence: int, _first: int, _last: int) -> None:
@@ -109,7 +112,8 @@ class PackedLayer(SealingLayer):
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         total = int(self.sealed.max())
-        for first in range(0, total, UNPACKED_PAGES):
-            last = min(first + UNPACKED_PAGES, total)
-            key, value = self._packer.unpack(self._pages.data[:, :, first:last])
+        per_block = unpacked_pages(self.geometry, self.config.page_size)
+        for first in range(0, total, per_block):
+            last = min(first + per_block, total)
+            key, value = self._packer.unpack(self._pages.read(first, last))
             yield first, last, key.flatten(2, 3), value.flatten(2, 3)

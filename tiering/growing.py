@@ -1,4 +1,4 @@
-"""A tensor that grows along one dimension, geometrically, so that appending is amortised O(1)."""
+"""Tensors that grow along one dimension: in one piece, or in chunks that are never copied."""
 
 from __future__ import annotations
 
@@ -56,3 +56,63 @@ class GrowingTensor:
         """Make sequence i (dimension 0) what sequence `index[i]` was."""
         with torch.inference_mode(False):
             self.data = self.data[index]
+
+
+class ChunkedTensor:
+    """A tensor [..., length, ...] in chunks along `dim`: it grows without copying what it holds.
+
+    Args:
+        shape: its shape; the entry at `dim` is the length of a chunk.
+        dim: the dimension that grows.
+    """
+
+    def __init__(
+        self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.dim, self._shape = dim, shape
+        self._dtype, self._device = dtype, device
+        self._chunks: list[Tensor] = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the chunks."""
+        return sum(chunk.nbytes for chunk in self._chunks)
+
+    @property
+    def capacity(self) -> int:
+        """Entries along `dim` that there is room for."""
+        return len(self._chunks) * self._shape[self.dim]
+
+    def write(self, sequences: slice, start: int, entries: Tensor) -> None:
+        """Write `entries` of some sequences (dimension 0) from `start` on along `dim`."""
+        length = self._shape[self.dim]
+        stop = start + entries.shape[self.dim]
+        with torch.inference_mode(False):  # written to in and out of it
+            while self.capacity < stop:
+                self._chunks.append(
+                    torch.zeros(self._shape, dtype=self._dtype, device=self._device)
+                )
+        done = start
+        while done < stop:
+            number, offset = divmod(done, length)
+            count = min(length - offset, stop - done)
+            part = entries.narrow(self.dim, done - start, count)
+            self._chunks[number][sequences].narrow(self.dim, offset, count).copy_(part)
+            done += count
+
+    def read(self, first: int, last: int) -> Tensor:
+        """Entries first..last along `dim`: a view where they are in one chunk."""
+        length = self._shape[self.dim]
+        parts = []
+        while first < last:
+            number, offset = divmod(first, length)
+            count = min(length - offset, last - first)
+            parts.append(self._chunks[number].narrow(self.dim, offset, count))
+            first += count
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
+
+    def keep_sequences(self, index: Tensor) -> None:
+        """Make sequence i (dimension 0) what sequence `index[i]` was."""
+        with torch.inference_mode(False):
+            self._chunks = [chunk[index] for chunk in self._chunks]
+        self._shape = (len(index), *self._shape[1:])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import ChunkedTensor, GrowingTensor
 
 CPU = torch.device("cpu")
 
@@ -65,3 +65,36 @@ def test_keep_sequences(index: list[int]) -> None:
     tensor.write(slice(0, 2), 0, content)
     tensor.keep_sequences(torch.tensor(index))
     assert torch.equal(tensor.first(4), content[index])
+
+
+def test_chunks_hold_what_was_written_wherever_it_falls() -> None:
+    chunked = ChunkedTensor((2, 3, 4, 5), 2, torch.float32, torch.device("cpu"))
+    states = torch.randn(2, 3, 19, 5)
+    for start, stop in ((0, 1), (1, 4), (4, 13), (13, 19)):
+        chunked.write(slice(0, 1), start, states[:1, :, start:stop])
+        chunked.write(slice(1, 2), start, states[1:, :, start:stop])
+    for first in range(19):
+        for last in range(first + 1, 20):
+            assert torch.equal(chunked.read(first, last), states[:, :, first:last])
+    assert chunked.capacity == 20
+    assert chunked.nbytes == 20 * 2 * 3 * 5 * 4
+
+
+def test_chunks_stay_where_they_are_when_more_come() -> None:
+    chunked = ChunkedTensor((1, 4, 2), 1, torch.float32, torch.device("cpu"))
+    chunked.write(slice(0, 1), 0, torch.ones(1, 4, 2))
+    before = chunked.read(0, 4).data_ptr()
+    chunked.write(slice(0, 1), 4, torch.ones(1, 40, 2))
+    assert chunked.read(0, 4).data_ptr() == before
+
+
+def test_chunks_keep_sequences() -> None:
+    chunked = ChunkedTensor((3, 4, 2), 1, torch.float32, torch.device("cpu"))
+    states = torch.randn(3, 6, 2)
+    chunked.write(slice(0, 3), 0, states)
+    index = torch.tensor([2, 0, 0, 1])
+    chunked.keep_sequences(index)
+    assert torch.equal(chunked.read(0, 6), states[index])
+    more = torch.randn(4, 5, 2)
+    chunked.write(slice(0, 4), 6, more)
+    assert torch.equal(chunked.read(6, 11), more)

@@ -7,29 +7,27 @@ those that are missing into the places of those nobody wants, attend.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.importance import Importance
-from arkcache.kernels.torch_digest import BoundingVolumes
+from arkcache.index import make_index
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.kernels.torch_tokens import TokenIndex
 from arkcache.pages import Ids, Residency, sealed_pages
 from arkcache.policy import aggregate, ranked_pages, top_pages
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
-from arkcache.step import Lengths, Step, additive, attend_parts, attend_view, page_mass
+from arkcache.step import Lengths, Step, attend_parts, attend_view, page_mass
 from arkcache.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
+from arkcache.views import Held, hidden_pages, view_mask, view_tokens
 
 DEMOTED_PAGES = 256
 """Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
@@ -37,31 +35,6 @@ DEMOTED_PAGES = 256
 RELOAD_SHARE = 0.6
 """On a CPU, with more than this share of the selection missing, all of it is copied in one pass
 straight into place: 116 pages of 16 KiB take 0.19 ms so, and 104 of them 0.31 ms one by one."""
-
-
-Held = NDArray[np.bool_]
-
-
-class PageIndex(Protocol):
-    """What decides which pages matter. `page_dim` is the dimension of a digest that is the page."""
-
-    page_dim: int
-
-    def digest(self, key: Tensor) -> Tensor:
-        """Digest pages of keys [batch, kv_heads, pages, page_size, dim]."""
-        ...
-
-    def score(self, query: Tensor, digests: Tensor) -> Tensor:
-        """Rate pages for a scaled query [rows, group, dim]: [rows, group, pages]."""
-        ...
-
-
-def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> PageIndex:
-    """The page index that `config.index` names."""
-    if config.index == "tokens":
-        packed = device.type != "cpu"
-        return TokenIndex(config.page_size, head_dim, config.index_bits, packed)
-    return BoundingVolumes(config.index)
 
 
 class PagedLayer(SealingLayer):
@@ -250,28 +223,13 @@ class PagedLayer(SealingLayer):
         sealed = np.repeat(self.sealed, self.geometry.num_kv_heads)[:, None]
         outside = torch.from_numpy(np.arange(most) >= sealed - self.config.num_sink_pages)
         outside = outside.to(score.device)
-        hidden = self._hidden_pages(step, most) | outside
+        hidden = hidden_pages(step, self.config, self.geometry, most) | outside
         score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
         rating = aggregate(score, self.config.group_reduction)
         # Again, because a share of a page that exists may underflow to 0 too; pages that do not
         # exist come after those that the user's mask hides.
         rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
         return rating.masked_fill(outside, float("-inf"))
-
-    def _hidden_pages(self, step: Step, most: int) -> Tensor | bool:
-        """Which selectable pages the user's mask hides whole [rows, pages]; False for none."""
-        if step.bias is None:
-            return False
-        sinks, page_size = self.config.num_sink_pages, self.config.page_size
-        tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
-        bias = step.bias(np.broadcast_to(tokens, (self.geometry.batch, 1, len(tokens))))
-        # Some models hide with the most negative number rather than with -inf.
-        seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
-        seen = seen.unflatten(2, (most, page_size)).any(dim=3)
-        if seen.shape[1] > self.geometry.num_kv_heads:  # expanded latents share their pages
-            seen = seen.any(dim=1, keepdim=True)
-        hidden: Tensor = ~seen.expand(-1, self.geometry.num_kv_heads, -1).flatten(0, 1)
-        return hidden
 
     def _select(self, step: Step, selectable: Ids, most: int) -> Held | None:
         """Make the best pages resident; returns which places hold them where places are spare."""
@@ -352,9 +310,12 @@ class PagedLayer(SealingLayer):
         num_pages = int(sinks.max()) + widest
         mask = None
         if not self.lengths.uniform or chosen is not None or int(per_row.min()) < widest:
-            mask = self._view_mask(held, sinks, recent, num_pages)
+            mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
         if step.bias is not None:
-            tokens = self._view_tokens(num_pages, recent)
+            page_of = self._residency.page_of
+            tokens = view_tokens(
+                self.config, self.geometry, page_of, self.sealed, recent, num_pages
+            )
             bias = step.bias(tokens)[:, :, :, 0]
             mask = bias if mask is None else mask + bias
         output = self._attend_places(step, num_pages, int(recent.max()), mask, held)
@@ -387,34 +348,6 @@ class PagedLayer(SealingLayer):
     def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
         pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sinks.sum())
         self.counters.attended_tokens = round(pages * self.config.page_size) + int(recent.sum())
-
-    def _view_mask(self, held: Held, sinks: Ids, recent: Ids, num_pages: int) -> Tensor:
-        """The additive mask of a view whose rows differ: [batch, kv_heads, 1, tokens]."""
-        batch, heads = self.geometry.batch, self.geometry.num_kv_heads
-        num_sinks = self.config.num_sink_pages
-        places = np.zeros((batch, heads, self.working_set.num_slots), dtype=np.bool_)
-        places[:, :, :num_sinks] = (np.arange(num_sinks) < sinks[:, None])[:, None]
-        places[:, :, num_sinks:] = held.reshape(batch, heads, -1)
-        pages = places[:, :, :num_pages][:, :, ::-1].repeat(self.config.page_size, axis=2)
-        window = np.arange(int(recent.max())) < recent[:, None]
-        window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
-        return additive(np.concatenate((pages, window), axis=2), self.geometry.device)
-
-    def _view_tokens(self, num_pages: int, recent: Ids) -> Ids:
-        """Token numbers of a view [batch, kv_heads, tokens]; 0 for empty places."""
-        batch, heads, page_size = (
-            self.geometry.batch,
-            self.geometry.num_kv_heads,
-            self.config.page_size,
-        )
-        num_sinks = self.config.num_sink_pages
-        pages = np.zeros((batch, heads, self.working_set.num_slots), dtype=np.int64)
-        pages[:, :, :num_sinks] = np.arange(num_sinks)
-        pages[:, :, num_sinks:] = np.maximum(self._residency.page_of, 0).reshape(batch, heads, -1)
-        tokens = pages[:, :, :num_pages][:, :, ::-1, None] * page_size + np.arange(page_size)
-        window = self.sealed[:, None] * page_size + np.arange(int(recent.max()))
-        window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
-        return np.concatenate((tokens.reshape(batch, heads, -1), window), axis=2)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 

@@ -1,0 +1,78 @@
+"""Masks over what a decode step attends: a view of a layer's places and window, or its pages.
+
+A view lists tokens as they lie in the device tier: places from the last to the first, sinks being
+the first, then the window. Rows are (sequence, KV head) pairs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.pages import Ids
+from arkcache.step import Step, additive
+from arkcache.tiering.device import Geometry
+
+Held = NDArray[np.bool_]
+"""Which places hold pages that are attended [rows, places]; places of sinks are not listed."""
+
+
+def view_mask(
+    config: CacheConfig, geometry: Geometry, held: Held, sinks: Ids, recent: Ids, num_pages: int
+) -> Tensor:
+    """The additive mask of a view whose rows differ: [batch, kv_heads, 1, tokens].
+
+    sinks, recent: sink pages and window tokens of each sequence; the view has `num_pages` pages.
+    """
+    batch, heads = geometry.batch, geometry.num_kv_heads
+    num_sinks = config.num_sink_pages
+    places = np.zeros((batch, heads, num_sinks + held.shape[1]), dtype=np.bool_)
+    places[:, :, :num_sinks] = (np.arange(num_sinks) < sinks[:, None])[:, None]
+    places[:, :, num_sinks:] = held.reshape(batch, heads, -1)
+    pages = places[:, :, :num_pages][:, :, ::-1].repeat(config.page_size, axis=2)
+    window = np.arange(int(recent.max())) < recent[:, None]
+    window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
+    return additive(np.concatenate((pages, window), axis=2), geometry.device)
+
+
+def view_tokens(
+    config: CacheConfig,
+    geometry: Geometry,
+    page_of: Ids,
+    sealed: Ids,
+    recent: Ids,
+    num_pages: int,
+) -> Ids:
+    """Token numbers of a view [batch, kv_heads, tokens]; 0 for empty places.
+
+    page_of: the page in each place [rows, places]; sealed: sealed pages of each sequence.
+    """
+    batch, heads, page_size = geometry.batch, geometry.num_kv_heads, config.page_size
+    num_sinks = config.num_sink_pages
+    pages = np.zeros((batch, heads, num_sinks + page_of.shape[1]), dtype=np.int64)
+    pages[:, :, :num_sinks] = np.arange(num_sinks)
+    pages[:, :, num_sinks:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
+    tokens = pages[:, :, :num_pages][:, :, ::-1, None] * page_size + np.arange(page_size)
+    window = sealed[:, None] * page_size + np.arange(int(recent.max()))
+    window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
+    return np.concatenate((tokens.reshape(batch, heads, -1), window), axis=2)
+
+
+def hidden_pages(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | bool:
+    """Which of the first `most` selectable pages the user's mask hides whole [rows, pages]; False
+    for none."""
+    if step.bias is None:
+        return False
+    sinks, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))
+    # Some models hide with the most negative number rather than with -inf.
+    seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
+    seen = seen.unflatten(2, (most, page_size)).any(dim=3)
+    if seen.shape[1] > geometry.num_kv_heads:  # expanded latents share their pages
+        seen = seen.any(dim=1, keepdim=True)
+    hidden: Tensor = ~seen.expand(-1, geometry.num_kv_heads, -1).flatten(0, 1)
+    return hidden

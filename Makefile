@@ -2,7 +2,7 @@
 #
 # PYTHON        the interpreter the environments are made with (3.11 or newer)
 # PYTEST_ARGS   more arguments for pytest, as in: make test PYTEST_ARGS="-k layout -x"
-# BENCH_ARGS    more arguments for the benchmark
+# BENCH_ARGS    more arguments for the benchmarks
 # TORCH_INDEX   an index with the small CPU build of torch, tried once, if pip's own index does not
 #               have it: there, on Linux, torch is the CUDA build of several gigabytes
 
@@ -13,17 +13,20 @@ TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+VENV_BENCH := .venv-bench
+# quanto compiles an extension when it is first used, with the ninja of its environment.
+IN_BENCH := PATH="$(CURDIR)/$(VENV_BENCH)/bin:$$PATH"
 VENV_OLDEST := .venv-5.17
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-5.17 lint format bench dist clean
+.PHONY: help demo test test-slow test-5.17 lint format bench bench-formats dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9.-]+:.*## /{printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.ready ## a small model answers from far back in a long context
 	$(BIN)/arkcache demo
@@ -47,14 +50,17 @@ format: $(VENV)/.ready ## apply what lint can mend itself
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.ready ## decode speed here, against the full cache
-	$(BIN)/python benchmarks/bench_decode.py $(BENCH_ARGS)
+bench: $(VENV_BENCH)/.ready ## decode speed here, against the caches of transformers
+	$(IN_BENCH) python benchmarks/bench_decode.py $(BENCH_ARGS)
+
+bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
+	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)
 
 dist: $(VENV)/.ready ## the sdist and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove environments, caches and build products
-	rm -rf $(VENV) $(VENV_OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) $(VENV_OLDEST) build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -79,6 +85,13 @@ endef
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV))
 	$(call install,$(VENV),constraints.txt,cli$(comma)dev)
+
+# Apart from .venv: transformers imports hqq wherever it is installed, and the tests should not.
+# DISABLE_CUDA keeps hqq from building kernels of its own.
+$(VENV_BENCH)/.ready: export DISABLE_CUDA := 1
+$(VENV_BENCH)/.ready: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV_BENCH))
+	$(call install,$(VENV_BENCH),constraints.txt,bench)
 
 $(VENV_OLDEST)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV_OLDEST))

@@ -17,30 +17,26 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    LlamaConfig,
-    LlamaForCausalLM,
-    QuantizedCache,
-    StaticCache,
+from bench_common import (
+    RESULTS,
+    VOCABULARY,
+    append_to_ledger,
+    fill,
+    ledger_entry,
+    make_model,
+    make_past,
+    time_steps,
 )
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers import Cache, DynamicCache, LlamaForCausalLM, QuantizedCache, StaticCache
 
 from arkcache import ArkCache
-from arkcache.demo.machine import describe_machine, versions
 
-LEDGER = Path(__file__).parent / "results" / "decode.json"
-VOCABULARY = 1024
+LEDGER = RESULTS / "decode.json"
 WARM_UP_STEPS = 4
 
 
@@ -94,55 +90,14 @@ def methods(budget: int, num_steps: int) -> list[Method]:
     ]
 
 
-def make_model() -> LlamaForCausalLM:
-    """The benchmark's model, random and the same every time."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1408,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=1 << 20,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def make_past(model: LlamaForCausalLM, context: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values [1, 2, context, 64] of random tokens for every layer."""
-    tokens = torch.randint(VOCABULARY, (1, context), generator=torch.Generator().manual_seed(1))
-    past = []
-    for layer in model.model.layers:
-        hidden = layer.input_layernorm(model.model.embed_tokens(tokens))
-        shape = (1, context, 2, 64)
-        key = layer.self_attn.k_proj(hidden).view(shape).transpose(1, 2)
-        value = layer.self_attn.v_proj(hidden).view(shape).transpose(1, 2)
-        cos, sin = model.model.rotary_emb(hidden, torch.arange(context)[None])
-        past.append((apply_rotary_pos_emb(key, key, cos, sin)[0], value))
-    return past
-
-
-def time_round(model: LlamaForCausalLM, cache: Cache, tokens: list[int]) -> list[float]:
-    """Milliseconds of each step."""
-    times = []
-    for token in tokens:
-        start = time.perf_counter()
-        model(input_ids=torch.tensor([[token]]), past_key_values=cache, use_cache=True)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def measure(model: LlamaForCausalLM, context: int, chosen: list[Method], rounds: int) -> list[Row]:
     """Time all methods at one context, in turn, `rounds` times."""
     past = make_past(model, context)
     caches: dict[str, Any] = {}
     for method in chosen:
         cache = caches[method.name] = method.build(model, context)
-        for layer, (key, value) in enumerate(past):
-            cache.update(key, value, layer)
-        time_round(model, cache, [1] * WARM_UP_STEPS)
+        fill(cache, past)
+        time_steps(model, cache, [1] * WARM_UP_STEPS)
     del past
     generator = torch.Generator().manual_seed(2)
     times: dict[str, list[list[float]]] = {method.name: [] for method in chosen}
@@ -150,7 +105,7 @@ def measure(model: LlamaForCausalLM, context: int, chosen: list[Method], rounds:
         tokens = torch.randint(VOCABULARY, (1000,), generator=generator).tolist()
         for method in chosen:
             step_tokens = tokens[: method.num_steps]
-            times[method.name].append(time_round(model, caches[method.name], step_tokens))
+            times[method.name].append(time_steps(model, caches[method.name], step_tokens))
     return [row_of(name, context, times[name], cache) for name, cache in caches.items()]
 
 
@@ -210,19 +165,9 @@ def main() -> None:
             rows += measure(model, context, chosen, options.rounds)
             gc.collect()
     report(rows)
-    entry = {
-        "benchmark": "decode",
-        "settings": vars(options),
-        "machine": describe_machine(torch.device("cpu")),
-        "versions": versions(),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [asdict(row) for row in rows],
-    }
+    entry = ledger_entry("decode", vars(options), rows=[asdict(row) for row in rows])
     if options.write:
-        entries = json.loads(LEDGER.read_text()) if LEDGER.exists() else []
-        LEDGER.parent.mkdir(exist_ok=True)
-        LEDGER.write_text(json.dumps([*entries, entry], indent=1) + "\n")
+        append_to_ledger(LEDGER, entry)
     print(json.dumps(entry))
 
 

@@ -43,6 +43,8 @@ from arkcache.validate import (
     sequence_order,
 )
 
+Layer = DenseLayer | PackedLayer | PagedLayer
+
 NO_LIMIT = 1 << 40
 """More pages than anything holds."""
 
@@ -110,7 +112,7 @@ class KVCacheManager:
     def _clear(self) -> None:
         self._log = TokenLog(0)
         self._most_selected = NO_LIMIT
-        self._layers: list[DenseLayer | PackedLayer | PagedLayer] = []
+        self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
 
@@ -146,22 +148,28 @@ class KVCacheManager:
         if self._host is not None:
             # Again for this layer alone: a copy that shares the host tier may have filled it.
             self._host.check_room([state.blocks_needed(self._log.lengths(stop))])
+        self._store(state, key, value, stop)
+        state.columns = stop
+        if len(self._packers) > 1 and all(other.columns == stop for other in self._layers):
+            for other in self._layers:
+                if isinstance(other, PagedLayer):
+                    other.demote()
+
+    def _store(self, state: Layer, key: Tensor, value: Tensor, stop: int) -> None:
+        """Hand a layer the real tokens among its new columns, the last of which is `stop` - 1."""
         key = rotate(key) if self.config.rotates_keys else key
         value = rotate(value) if self.config.rotates_values else value
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():
                 state.append(rows, key[rows], value[rows])
-        else:
-            for sequence in range(key.shape[0]):
-                rows = slice(sequence, sequence + 1)
-                own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
-                if len(own):
-                    state.append(
-                        rows, key[rows].index_select(2, own), value[rows].index_select(2, own)
-                    )
-            state.lengths.settle()
-        state.columns = stop
+            return
+        for sequence in range(key.shape[0]):
+            rows = slice(sequence, sequence + 1)
+            own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
+            if len(own):
+                state.append(rows, key[rows].index_select(2, own), value[rows].index_select(2, own))
+        state.lengths.settle()
 
     @torch.no_grad()
     def attend(

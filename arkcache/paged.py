@@ -66,6 +66,7 @@ class PagedLayer(SealingLayer):
         self._packer = packers[0]
         self._store = PageStore(host, packers, geometry.batch, geometry.num_kv_heads)
         self._importance = Importance(geometry.num_rows) if len(packers) > 1 else None
+        self._may_demote = False
         self._num_selected = np.tile(num_selected, geometry.batch)
         self._num_places = self.working_set.num_slots - config.num_sink_pages
         self._least_selected = int(num_selected.min())
@@ -103,8 +104,7 @@ class PagedLayer(SealingLayer):
         """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
         sealed = int(self.sealed[rows.start])
         super().append(rows, key, value)
-        if self._importance is not None and sealed < self.sealed[rows.start]:
-            self._demote(self._importance)
+        self._may_demote |= sealed < int(self.sealed[rows.start])
 
     def blocks_needed(self, new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes."""
@@ -146,11 +146,16 @@ class PagedLayer(SealingLayer):
             self._digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
         self._digests.write(rows, first, digest)
 
-    def _demote(self, importance: Importance) -> None:
-        """Keep pages that were attended little in the coarse format, on the device as well."""
-        config, sinks = self.config, self.config.num_sink_pages
-        if int(self.sealed.max()) <= sinks:
+    def demote(self) -> None:
+        """Keep pages that were attended little in the coarse format, on the device as well.
+
+        Done when a page was sealed since the last time. All layers must have stored the step: a
+        page that is shared takes room to demote, which other layers were promised.
+        """
+        config, sinks, importance = self.config, self.config.num_sink_pages, self._importance
+        if importance is None or not self._may_demote or int(self.sealed.max()) <= sinks:
             return
+        self._may_demote = False
         fine = self._store.is_fine(int(self.sealed.max()))[:, sinks:]
         demoted = importance.demotable(sinks, fine, config.demote_below, config.demote_after)
         rows, pages = np.nonzero(demoted)

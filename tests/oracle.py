@@ -3,6 +3,11 @@
 It keeps every key and value of every column, padding included, and derives sealed pages, sinks,
 window and selection from lengths and from `kernels/reference.py` in fp32. Knows nothing of slots,
 tiers or residency, and imports nothing from the manager.
+
+Where pages are quantised, a token is from its sealing on what packing and unpacking its page gives,
+and pages are rated by the keys that were sealed. The kernels that rotate and pack are the library's
+own: their tests compare them with `kernels/reference.py`, and an element that two computations of
+one rotation round to either side of a step would differ by all of the step.
 """
 
 import itertools
@@ -15,7 +20,10 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig
+from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels import reference
+from arkcache.kernels.torch_hadamard import rotate
+from arkcache.kernels.torch_pages import PagePacker
 
 MAX_CHOICES = 64
 """Ways to break a tie that are tried; beyond that a row is not compared."""
@@ -54,7 +62,11 @@ class Oracle:
 
     Attributes:
         real: [batch, columns], which columns hold tokens.
-        keys, values: per layer [batch, kv_heads, columns, dim].
+        keys, values: per layer [batch, kv_heads, columns, dim], rotated where the settings say so,
+            and quantised where they are sealed.
+        rated: per layer, what pages are rated by [batch, kv_heads, columns, dim]: what was sealed.
+        quantised: per layer, pages of each sequence that went through `_seal`.
+        coarse: per layer, the pages (sequence, KV head, number) that were demoted.
         latent: pages are rated by key and value side by side.
     """
 
@@ -65,36 +77,110 @@ class Oracle:
     real: Tensor | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
+    rated: list[Tensor] = field(default_factory=list)
+    quantised: list[list[int]] = field(default_factory=list)
+    coarse: list[set[tuple[int, int, int]]] = field(default_factory=list)
 
     # -- the same verbs as the manager's ------------------------------------------------------
 
     def append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
+        key = rotate(key) if self.config.rotates_keys else key
+        value = rotate(value) if self.config.rotates_values else value
         if self.real is None:
             self.real = torch.ones(key.shape[0], 0, dtype=torch.bool)
             self.keys = [key[:, :, :0]] * self.num_layers
             self.values = [value[:, :, :0]] * self.num_layers
+            self.rated = [self._as_made(key, value)[:, :, :0]] * self.num_layers
+            self.quantised = [[0] * key.shape[0] for _ in range(self.num_layers)]
+            self.coarse = [set() for _ in range(self.num_layers)]
         self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
         self.values[layer] = torch.cat((self.values[layer], value), dim=2)
+        unrated = self._as_made(key, value).fill_(math.nan)  # until it is sealed
+        self.rated[layer] = torch.cat((self.rated[layer], unrated), dim=2)
         unknown = self.keys[layer].shape[2] - self.real.shape[1]
         if unknown > 0:
             if mask is None:
                 mask = torch.ones(key.shape[0], unknown, dtype=torch.bool)
             self.real = torch.cat((self.real, mask[:, -unknown:]), dim=1)
+        for sequence in range(self.batch):
+            self._seal(layer, sequence)
+
+    def demote(self, layer: int, pages: set[tuple[int, int, int]]) -> None:
+        """These pages (sequence, KV head, number) are coarse now; those that were stay so."""
+        assert self.coarse[layer] <= pages, "a page was promoted"
+        coarse = self.config.coarse_format
+        for sequence, head, page in pages - self.coarse[layer]:
+            assert coarse is not None
+            assert page < self.quantised[layer][sequence], "a page was demoted before it was sealed"
+            tokens = slice(page * self.config.page_size, (page + 1) * self.config.page_size)
+            columns = self.columns(layer, sequence)[tokens]
+            self._quantise(layer, sequence, slice(head, head + 1), columns, coarse)
+        self.coarse[layer] = set(pages)
 
     def crop(self, num_columns: int) -> None:
-        if self.real is not None:
-            self.real = self.real[:, :num_columns]
-            self.keys = [key[:, :, :num_columns] for key in self.keys]
-            self.values = [value[:, :, :num_columns] for value in self.values]
+        if self.real is None:
+            return
+        self.real = self.real[:, :num_columns]
+        self.keys = [key[:, :, :num_columns] for key in self.keys]
+        self.values = [value[:, :, :num_columns] for value in self.values]
+        self.rated = [rated[:, :, :num_columns] for rated in self.rated]
+        for layer, counts in enumerate(self.quantised):
+            counts[:] = [min(n, self.sealed(layer, i)) for i, n in enumerate(counts)]
+            self.coarse[layer] = {page for page in self.coarse[layer] if page[2] < counts[page[0]]}
 
     def keep_sequences(self, index: Tensor) -> None:
-        if self.real is not None:
-            self.real = self.real[index]
-            self.keys = [key[index] for key in self.keys]
-            self.values = [value[index] for value in self.values]
+        if self.real is None:
+            return
+        self.real = self.real[index]
+        self.keys = [key[index] for key in self.keys]
+        self.values = [value[index] for value in self.values]
+        self.rated = [rated[index] for rated in self.rated]
+        order = index.tolist()
+        self.quantised = [[counts[i] for i in order] for counts in self.quantised]
+        self.coarse = [
+            {(new, *page[1:]) for new, old in enumerate(order) for page in pages if page[0] == old}
+            for pages in self.coarse
+        ]
 
     def reset(self) -> None:
-        self.real, self.keys, self.values = None, [], []
+        self.real, self.keys, self.values, self.rated = None, [], [], []
+        self.quantised, self.coarse = [], []
+
+    # -- what sealing does ----------------------------------------------------------------------
+
+    def _seal(self, layer: int, sequence: int) -> None:
+        """Quantise the pages that have filled since, after noting what they are rated by."""
+        first, last = self.quantised[layer][sequence], self.sealed(layer, sequence)
+        self.quantised[layer][sequence] = last
+        page_size = self.config.page_size
+        columns = self.columns(layer, sequence)[first * page_size : last * page_size]
+        if len(columns):
+            states = (plane[layer][sequence, :, columns] for plane in (self.keys, self.values))
+            self.rated[layer][sequence, :, columns] = self._as_made(*states)
+            everyone = slice(0, self.num_kv_heads)
+            self._quantise(layer, sequence, everyone, columns, self.config.format)
+
+    def _quantise(
+        self, layer: int, sequence: int, heads: slice, columns: Tensor, page_format: PageFormat
+    ) -> None:
+        """Let whole pages of these heads be what packing and unpacking them gives."""
+        if page_format.is_raw:
+            return
+        planes = [plane[layer] for plane in (self.keys, self.values)]
+        page_size, dtype = self.config.page_size, planes[0].dtype
+        dims = (planes[0].shape[3], planes[1].shape[3])
+        packer = PagePacker(PageLayout(page_format, page_size, *dims, dtype.itemsize), dtype)
+        pages = [
+            plane[sequence, heads][:, columns].unflatten(1, (-1, page_size)) for plane in planes
+        ]
+        for plane, kept in zip(planes, packer.unpack(packer.pack(*pages)), strict=True):
+            plane[sequence, heads, columns] = kept.flatten(1, 2)
+
+    def _as_made(self, key: Tensor, value: Tensor) -> Tensor:
+        """What pages are rated by: the keys (and the values of latents) as the model made them."""
+        key = rotate(key) if self.config.rotates_keys else key.clone()
+        value = rotate(value) if self.config.rotates_values and self.latent else value
+        return torch.cat((key, value), dim=-1) if self.latent else key
 
     # -- what must hold -------------------------------------------------------------------------
 
@@ -119,9 +205,18 @@ class Oracle:
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values, zeros for padding."""
         assert self.real is not None
-        key, value = self.keys[layer], self.values[layer]
-        real = self.real[:, None, : key.shape[2], None]
-        return torch.where(real, key, 0), torch.where(real, value, 0)
+        real = self.real[:, None, : self.keys[layer].shape[2], None]
+        return self._unrotated(
+            torch.where(real, self.keys[layer], 0), torch.where(real, self.values[layer], 0)
+        )
+
+    def attended(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all columns as they are attended, in fp32."""
+        return self._unrotated(self.keys[layer].float(), self.values[layer].float())
+
+    def _unrotated(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        key = rotate(key) if self.config.rotates_keys else key
+        return key, rotate(value) if self.config.rotates_values else value
 
     def host_pages(self) -> int:
         """Sealed pages of all paged layers and sequences, shared or not."""
@@ -139,9 +234,11 @@ class Oracle:
         group = query.shape[1] // self.num_kv_heads
         rating_query = (query if index_query is None else index_query).float() * scale
         rows: list[list[list[Tensor]]] = []
+        states = self.attended(layer)
         attended = 0.0
         for sequence in range(self.batch):
             rows.append([])
+            columns = self.columns(layer, sequence)
             for head in range(self.num_kv_heads):
                 own = slice(head * group, (head + 1) * group)
                 hidden = self._hidden_pages(layer, sequence, own, how.get("mask"))
@@ -152,7 +249,7 @@ class Oracle:
                 if len(choices) > MAX_CHOICES:
                     choices = []
                 outputs = [
-                    self._attend_tokens(layer, sequence, head, tokens, query[:, own], how)
+                    self._attend_tokens(states, sequence, head, columns[tokens], query[:, own], how)
                     for tokens in choices
                 ]
                 rows[-1].append(outputs)
@@ -161,7 +258,7 @@ class Oracle:
     def attend_many(self, layer: int, query: Tensor, **how: Any) -> Tensor:
         """What several new tokens attend: everything up to their own column."""
         assert self.real is not None
-        key, value = self.keys[layer], self.values[layer]
+        key, value = self.attended(layer)
         if how.get("expand") is not None:
             key, value = how["expand"](key, value)
         columns = key.shape[2]
@@ -248,9 +345,7 @@ class Oracle:
         page_size = self.config.page_size
         sinks = math.ceil(self.config.num_sink_tokens / page_size) * page_size
         columns = columns[sinks : self.sealed(layer, sequence) * page_size]
-        key = self.keys[layer][sequence, head, columns]
-        if self.latent:
-            key = torch.cat((key, self.values[layer][sequence, head, columns]), dim=-1)
+        key = self.rated[layer][sequence, head, columns]
         pages = key.float().unflatten(0, (-1, page_size))[None]
         if self.config.index == "tokens":
             score = reference.token_score(query[None], *stored_codes(pages, self.config.index_bits))
@@ -266,17 +361,18 @@ class Oracle:
 
     def _attend_tokens(
         self,
-        layer: int,
+        states: tuple[Tensor, Tensor],
         sequence: int,
         head: int,
-        tokens: list[int],
+        columns: Tensor,
         query: Tensor,
         how: dict[str, Any],
     ) -> Tensor:
-        """Attend a row's tokens densely: query [batch, group, 1, dim]; gives [group, value_dim]."""
-        columns = self.columns(layer, sequence)[tokens]
-        key = self.keys[layer][sequence : sequence + 1, head : head + 1, columns]
-        value = self.values[layer][sequence : sequence + 1, head : head + 1, columns]
+        """Attend a row's columns densely: query [batch, group, 1, dim]; gives [group, value_dim].
+
+        states: keys and values of all columns.
+        """
+        key, value = (plane[sequence : sequence + 1, head : head + 1, columns] for plane in states)
         group = query.shape[1]
         own = slice(head * group, (head + 1) * group)
         sinks, mask, expand = how.get("sinks"), how.get("mask"), how.get("expand")

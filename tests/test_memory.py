@@ -1,7 +1,10 @@
 """Memory does not grow where it must not, and what is attended stays within the budget."""
 
+import re
+import sys
 import tracemalloc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -184,3 +187,29 @@ def test_a_million_tokens() -> None:
     held = manager.gather(0)
     assert torch.equal(held[0][:, :, :columns], key[0])
     assert torch.equal(held[1][:, :, :columns], value[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("name", ["K4V4", "K2V2", "K8V4+K4V2"])
+def test_host_bytes_are_the_memory_that_the_process_really_holds(name: str) -> None:
+    """At 64k tokens, to 5 %: the kernel counts whole (huge) pages."""
+    config = CacheConfig.preset(name, budget_tokens=512, num_dense_layers=0)
+    manager = KVCacheManager(4, 4, 64, config, dtype=torch.bfloat16)
+    for _ in range(16):
+        for layer in range(4):
+            manager.append(layer, *torch.randn(2, 1, 4, 4096, 64).bfloat16())
+    assert manager.num_columns == 65536
+    assert manager._host is not None
+    held = resident_bytes(manager._host.pieces().data_ptr())
+    assert held == pytest.approx(manager.stats().host_bytes, rel=0.05)
+
+
+def resident_bytes(address: int) -> int:
+    """Resident bytes of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("Rss:"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError("the address is not mapped")

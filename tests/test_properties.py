@@ -27,8 +27,30 @@ NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
 
 
 @st.composite
-def configs(draw: st.DrawFn) -> CacheConfig:
+def formats(draw: st.DrawFn, index: str, head_dim: int, value_dim: int) -> dict[str, Any]:
+    """How pages are sealed, and whether they are demoted later."""
+    key_bits, value_bits = draw(st.sampled_from([(16, 16), (8, 4), (4, 2), (2, 16), (16, 4)]))
+    settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits}
+    settings["group_size"] = draw(
+        st.sampled_from([size for size in range(1, value_dim + 1) if value_dim % size == 0])
+    )
+    if draw(st.booleans()) and value_bits > 2:
+        settings["coarse_value_bits"] = 2
+        settings["demote_after"] = draw(st.integers(0, 3))
+        settings["demote_below"] = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    else:
+        settings["packed_slots"] = draw(st.sampled_from([None, True]))
+    # A token's code, and with it a page's rating, may hang on the rounding of a rotation.
+    keys, values = head_dim % 2 == 0 and index != "tokens", value_dim % 2 == 0
+    fits = {"none": True, "keys": keys, "values": values, "both": keys and values}
+    settings["rotation"] = draw(st.sampled_from([name for name, fit in fits.items() if fit]))
+    return settings
+
+
+@st.composite
+def configs(draw: st.DrawFn, head_dim: int, value_dim: int) -> CacheConfig:
     """Every setting, at sizes that a few dozen tokens outgrow."""
+    index = draw(st.sampled_from(INDEXES))
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     sinks = draw(st.integers(0, 2 * page_size))
     recent = draw(st.integers(1, 2 * page_size + 2))
@@ -43,10 +65,11 @@ def configs(draw: st.DrawFn) -> CacheConfig:
         budget_tokens=draw(budget | st.tuples(*[limited | per_head] * NUM_LAYERS) | st.none()),
         num_dense_layers=draw(st.integers(0, 1)),
         device_pool_factor=draw(st.sampled_from([1, 1.5, 3])),
-        index=draw(st.sampled_from(INDEXES)),
+        index=index,
         index_bits=draw(st.sampled_from([2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
+        **draw(formats(index, head_dim, value_dim)),
     )
 
 
@@ -97,19 +120,18 @@ class Conversations(RuleBasedStateMachine):
 
     @initialize(
         target=caches,
-        config=configs(),
         batch=st.integers(1, 3),
         group=st.integers(1, 3),
         head_dim=st.sampled_from([8, 6, 5]),
-        value_dim=st.sampled_from([None, 3]),
+        value_dim=st.sampled_from([None, 3, 4]),
         seed=st.integers(0, 1000),
         pages=st.sampled_from([0, 5, 11, 17]),
         data=st.data(),
     )
-    def begin(
-        self, config: CacheConfig, seed: int, pages: int, data: st.DataObject, **sizes: Any
-    ) -> Twins:
+    def begin(self, seed: int, pages: int, data: st.DataObject, **sizes: Any) -> Twins:
         """A prompt that fills some pages, or an empty cache."""
+        head_dim = sizes["head_dim"]
+        config = data.draw(configs(head_dim, sizes["value_dim"] or head_dim))
         twins = Twins(
             config, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, seed=1000 * seed, **sizes
         )

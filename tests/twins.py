@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
+from arkcache.formats import PageFormat, PageLayout
+from arkcache.paged import PagedLayer
 from tests.oracle import Oracle
 
 SMALL = {
@@ -22,6 +24,19 @@ SMALL = {
 
 def small_config(**settings: object) -> CacheConfig:
     return CacheConfig(**(SMALL | settings))  # type: ignore[arg-type]
+
+
+def follow_demotions(manager: KVCacheManager, oracle: Oracle) -> None:
+    """Tell the oracle which pages are coarse; what they hold then is for it to work out."""
+    for number, layer in enumerate(manager._layers):
+        if manager.config.coarse_format is None or not isinstance(layer, PagedLayer):
+            continue
+        if layer.sealed.any():
+            coarse = ~layer._store.is_fine(int(layer.sealed.max()))
+            row, page = np.nonzero(coarse)
+            pages = zip(*np.divmod(row, manager.num_kv_heads), page, strict=True)
+            sealed = oracle.quantised[number]
+            oracle.demote(number, {(s, h, p) for s, h, p in pages if p < sealed[s]})
 
 
 class Twins:
@@ -42,14 +57,15 @@ class Twins:
         batch: int = 2,
         group: int = 2,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.manager = KVCacheManager(
-            num_layers, num_kv_heads, head_dim, config, value_dim=value_dim
+            num_layers, num_kv_heads, head_dim, config, value_dim=value_dim, dtype=dtype
         )
         self.oracle = Oracle(num_layers, num_kv_heads, config)
         self.config, self.num_layers, self.num_kv_heads = config, num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim or head_dim
-        self.start_batch, self.group, self.seed = batch, group, seed
+        self.start_batch, self.group, self.seed, self.dtype = batch, group, seed, dtype
 
     @property
     def batch(self) -> int:
@@ -57,7 +73,8 @@ class Twins:
 
     def randn(self, *shape: int) -> Tensor:
         self.seed += 1
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        numbers = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        return numbers.to(self.dtype)
 
     def query(self, new_tokens: int = 1, size: float = 1.0) -> Tensor:
         heads = self.num_kv_heads * self.group
@@ -73,10 +90,12 @@ class Twins:
         key, value = self.randn(*shape, self.head_dim), self.randn(*shape, self.value_dim)
         self.manager.append(layer, key, value, mask)
         self.oracle.append(layer, key, value, mask)
+        follow_demotions(self.manager, self.oracle)
 
     def attend(self, new_tokens: int = 1, *, size: float = 1.0, **how: object) -> list[Tensor]:
         """Attend in every layer with random queries; fails where manager and oracle differ."""
-        tolerance = 3e-5 * max(1.0, size)  # the rounding of the logits grows with them
+        # The rounding of the logits grows with them, and the dtype's with its epsilon.
+        tolerance = 3e-5 * max(1.0, size) * max(1.0, torch.finfo(self.dtype).eps / 1e-6)
         return [
             self.attend_layer(layer, self.query(new_tokens, size), tolerance=tolerance, **how)
             for layer in range(self.num_layers)
@@ -87,6 +106,7 @@ class Twins:
     ) -> Tensor:
         output = self.manager.attend(layer, query, **how)  # type: ignore[arg-type]
         assert output.shape == (*query.shape[:3], self.value_dim)
+        assert output.dtype == self.dtype
         if query.shape[2] == 1:
             self.oracle.attend_one(layer, query, **how).check(output, tolerance)
         else:
@@ -118,45 +138,96 @@ class Twins:
             assert (stats.device_bytes, stats.host_bytes, stats.total_tokens) == (0, 0, 0)
             return
         for layer in range(self.num_layers):
-            held, expected = self.manager.gather(layer), self.oracle.gather(layer)
-            assert all(torch.equal(a, b) for a, b in zip(held, expected, strict=True))
+            self.check_gathered(layer)
         assert stats.total_tokens == sum(
             len(self.oracle.columns(layer, sequence))
             for layer in range(self.num_layers)
             for sequence in range(self.batch)
         )
-        assert stats.host_bytes == self.held_pages * self.block_bytes
-        assert self.held_pages <= self.oracle.host_pages()
+        assert stats.host_bytes == self.held_bytes
+        assert self.num_held * self.heads_per_piece <= self.oracle.host_pages() * self.num_kv_heads
         assert stats.device_bytes == self.pool_bytes + self.dense_bytes
 
+    def check_gathered(self, layer: int) -> None:
+        """All tokens come back: to the bit, but for the rounding where they are rotated."""
+        held, expected = self.manager.gather(layer), self.oracle.gather(layer)
+        config = self.config
+        rotates = (config.rotates_keys, config.rotates_values)
+        for mine, other, rotated in zip(held, expected, rotates, strict=True):
+            if not rotated:
+                assert torch.equal(mine, other)
+            elif mine.numel():
+                bound = 4 * torch.finfo(self.dtype).eps * float(other.abs().max())
+                assert float((mine - other).abs().max()) <= bound
+
     @property
-    def held_pages(self) -> int:
-        """Host blocks that the layers refer to; one that sequences share counts once."""
-        blocks = [state.held_blocks() for state in self.manager._layers]
-        return len(np.unique(np.concatenate(blocks))) if blocks else 0
+    def held(self) -> list[np.ndarray]:
+        """Per format, the host pieces that the layers refer to; a shared one is listed once."""
+        host = self.manager._host
+        pieces = [state.held_blocks() for state in self.manager._layers]
+        if host is None:
+            return []
+        handles = np.unique(np.concatenate(pieces))
+        kinds = host.kinds(handles)
+        return [handles[kinds == kind] for kind in range(len(host.piece_bytes))]
+
+    @property
+    def num_held(self) -> int:
+        """Host pieces that the layers refer to; one that sequences share counts once."""
+        return sum(map(len, self.held))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the host pieces that the layers refer to must take."""
+        formats = (self.config.format, self.config.coarse_format)
+        return sum(
+            len(pieces) * self.heads_per_piece * self.page_bytes(page_format)
+            for pieces, page_format in zip(self.held, formats, strict=False)
+            if page_format is not None
+        )
+
+    @property
+    def heads_per_piece(self) -> int:
+        """Of two formats, each KV head has its own."""
+        return self.num_kv_heads if self.config.coarse_format is None else 1
+
+    def page_bytes(self, page_format: PageFormat | None = None) -> int:
+        """A sealed page of one KV head, by default in the first format."""
+        sizes = (self.config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
+        return PageLayout(page_format or self.config.format, *sizes).nbytes
 
     @property
     def block_bytes(self) -> int:
-        """A sealed page of all KV heads."""
-        return self.config.page_size * self.num_kv_heads * (self.head_dim + self.value_dim) * 4
+        """A sealed page of all KV heads in the first format."""
+        return self.num_kv_heads * self.page_bytes()
 
     @property
     def pool_bytes(self) -> int:
         """What the configuration implies for slots, windows and the streaming block."""
         config = self.config
-        slots = [
-            math.ceil(config.num_sink_tokens / config.page_size)
-            + math.ceil(
-                max(self.oracle.num_selected(layer, h) for h in range(self.num_kv_heads))
-                * config.device_pool_factor
-            )
-            + math.ceil((config.num_recent_tokens + config.page_size) / config.page_size)
-            for layer in range(self.num_layers)
-            if config.budget_of(layer) is not None
-        ]
-        if slots:
-            slots.append(config.stream_block_tokens // config.page_size)
-        return sum(slots) * self.block_bytes * self.batch
+        page_size, window = config.page_size, config.num_recent_tokens + config.page_size
+        window = math.ceil(window / page_size) * page_size
+        total, paged = 0, 0
+        for layer in range(self.num_layers):
+            if config.budget_of(layer) is None:
+                continue
+            paged += 1
+            most = max(self.oracle.num_selected(layer, h) for h in range(self.num_kv_heads))
+            slots = math.ceil(config.num_sink_tokens / page_size)
+            slots += math.ceil(most * config.device_pool_factor)
+            if config.packed_slots and not config.format.is_raw:
+                slots_bytes = self.batch * self.num_kv_heads * slots * self.page_bytes()
+                total += _aligned(slots_bytes) + self.states_bytes(window)
+            else:
+                total += self.states_bytes(slots * page_size + window)
+        block = config.stream_block_tokens // page_size * page_size
+        return total + (self.states_bytes(block) if paged else 0)
+
+    def states_bytes(self, tokens: int) -> int:
+        """A plane of keys and one of values, of so many tokens of every sequence and KV head."""
+        rows = self.batch * self.num_kv_heads
+        dims = (self.head_dim, self.value_dim)
+        return sum(_aligned(rows * tokens * dim * self.dtype.itemsize) for dim in dims)
 
     @property
     def dense_bytes(self) -> int:
@@ -166,3 +237,8 @@ class Twins:
             for layer, state in enumerate(self.manager._layers)
             if self.config.budget_of(layer) is None
         )
+
+
+def _aligned(size: int) -> int:
+    """Planes of the device tier start at multiples of 64 bytes."""
+    return math.ceil(size / 64) * 64

@@ -1,4 +1,4 @@
-"""The command line: `arkcache demo`. Needs the extra "cli"; `main` says so where it is missing.
+"""The command line: demo, describe, sweep. Needs the extra "cli"; `main` says so without it.
 
 Everything heavy is imported when a command runs, so that `--help` answers at once.
 """
@@ -6,9 +6,12 @@ Everything heavy is imported when a command runs, so that `--help` answers at on
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import arkcache
 
@@ -20,9 +23,19 @@ else:
     _missing = None
 
 if TYPE_CHECKING:
-    from arkcache.demo.run import Result, Settings
+    from rich.console import RenderableType
+
+    from arkcache.demo.run import Progress
+    from arkcache.memory import CacheShape
 
 _INTERRUPTED = 130
+_UNITS = {"B": 1} | {
+    f"{prefix}{suffix}": base**exponent
+    for exponent, prefix in enumerate("KMGT", start=1)
+    for base, suffix in ((1000, "B"), (1024, "iB"))
+}
+
+T = TypeVar("T")
 
 
 def main() -> None:
@@ -60,8 +73,9 @@ def demo(
 
     All get the same text and, but for the full cache, the same budget.
     """
-    try:
-        from arkcache.demo.run import Settings
+    with _told_in_a_line("demo"):
+        from arkcache.demo.run import Settings, run
+        from arkcache.demo.table import render
 
         settings = Settings(
             context_tokens=context,
@@ -74,24 +88,227 @@ def demo(
             device=device,
             dtype=dtype,
         )
-        result = _run_with_progress(settings)
+        result = _with_progress(lambda progress: run(settings, progress))
+        _print(result.to_dict(), lambda: render(result), as_json)
+
+
+def describe(
+    model: Annotated[
+        str | None, typer.Option(help="Take the sizes from this model's config: a folder or an id.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers, instead of a model.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(help="KV heads of each layer.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Elements of a key.")] = None,
+    value_dim: Annotated[
+        int | None, typer.Option(help="Elements of a value.", show_default="as the key's")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16.", show_default="the model's, else bfloat16"
+        ),
+    ] = None,
+    context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131072,
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens attended per step and KV head.",
+            show_default="2048, or what fits in the device bytes",
+        ),
+    ] = None,
+    dense_layers: Annotated[int, typer.Option(help="First layers that attend everything.")] = 2,
+    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 32,
+    group_size: Annotated[int, typer.Option(help="Channels of a value that share a scale.")] = 32,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--format", help="As in K4V4 or K8V4+K4V2; may be repeated.", show_default="all presets"
+        ),
+    ] = None,
+    device_bytes: Annotated[
+        str | None, typer.Option(help="Limit of the device tier, as in 2GiB or 500MB.")
+    ] = None,
+    rotation: Annotated[str, typer.Option(help="none, keys, values or both.")] = "none",
+    packed_slots: Annotated[
+        bool | None,
+        typer.Option(
+            "--packed-slots/--unpacked-slots",
+            help="Whether pages stay packed on the device.",
+            show_default="packed on cuda",
+        ),
+    ] = None,
+    index: Annotated[str, typer.Option(help="How pages are rated.")] = "cuboid-mean",
+    device: Annotated[str, typer.Option(help="cuda or cpu; it need not be here.")] = "cuda",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the tables.")
+    ] = False,
+) -> None:
+    """Say what a cache will take, in each format, before anything is loaded."""
+    with _told_in_a_line("describe"):
+        from arkcache.config import CacheConfig
+        from arkcache.demo.describe import render
+        from arkcache.formats import PRESETS
+        from arkcache.memory import plan_memory
+
+        sizes = {"layers": layers, "kv-heads": kv_heads, "head-dim": head_dim}
+        shape, numbers = _shape(model, sizes | {"value-dim": value_dim}, dtype)
+        num_dense = sum(number < dense_layers for number in numbers) if dense_layers > 0 else 0
+        settings: dict[str, Any] = {
+            "page_size": page_size,
+            "group_size": group_size,
+            "num_dense_layers": dense_layers if dense_layers < 0 else num_dense,
+            "budget_tokens": "auto" if budget is None else budget,
+            "device_bytes": None if device_bytes is None else parse_bytes(device_bytes),
+            "rotation": rotation,
+            "packed_slots": packed_slots,
+            "index": index,
+        }
+        plans = {
+            name: plan_memory(CacheConfig.preset(name, **settings), shape, context, batch, device)
+            for name in formats or PRESETS
+        }
+        heading = f"What a cache of {model or 'these sizes'} takes on {device}."
+        values = {
+            "model": model,
+            "device": device,
+            "settings": settings,
+            "shape": vars(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")},
+            "formats": {name: plan.to_dict() for name, plan in plans.items()},
+        }
+        _print(values, lambda: render(plans, shape, heading), as_json)
+
+
+def sweep(
+    file: Annotated[
+        Path | None, typer.Option(help="Text to read (UTF-8).", show_default="Python's help topics")
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Tokens attended, at equal tokens.")] = 512,
+    device_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the device tier, at equal bytes, as in 2MiB.",
+            show_default="what 384 tokens take in 16 bits",
+        ),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="May be repeated.", show_default="all presets"),
+    ] = None,
+    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 32,
+    group_size: Annotated[int, typer.Option(help="Channels of a value that share a scale.")] = 32,
+    index: Annotated[str, typer.Option(help="How pages are rated.")] = "cuboid-mean",
+    context: Annotated[
+        int, typer.Option(help="Tokens to read; the text is cut or repeated.")
+    ] = 8192,
+    facts: Annotated[int, typer.Option(help="Facts to hide in the text.")] = 16,
+    draws: Annotated[int, typer.Option(help="Texts with other facts, to average.")] = 1,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Any causal language model: a folder or a Hugging Face id.",
+            show_default="the shipped model",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(help="auto (bfloat16 for the shipped model), float32, bfloat16 or float16."),
+    ] = "auto",
+    seed: Annotated[int, typer.Option(help="Draws other facts and other places.")] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the tables.")
+    ] = False,
+) -> None:
+    """Compare the formats of pages, at equal tokens and at equal bytes.
+
+    The same text, facts and questions as the demonstration, about two minutes for each draw.
+    """
+    with _told_in_a_line("sweep"):
+        from arkcache.demo.sweep import Settings, run
+        from arkcache.demo.sweep_table import render
+        from arkcache.formats import PRESETS
+
+        settings = Settings(
+            context_tokens=context,
+            num_facts=facts,
+            num_draws=draws,
+            budget_tokens=budget,
+            device_bytes=None if device_bytes is None else parse_bytes(device_bytes),
+            page_size=page_size,
+            group_size=group_size,
+            index=index,
+            formats=tuple(formats or PRESETS),
+            file=file,
+            model=model,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        result = _with_progress(lambda progress: run(settings, progress))
+        _print(result.to_dict(), lambda: render(result), as_json)
+
+
+def parse_bytes(text: str) -> int:
+    """A number of bytes from "2GiB", "500 MB" or "4096".
+
+    Raises `InputError` for anything else, and for less than a byte.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    size = units.get(match[2].lower() or "b") if match else None
+    if match is None or size is None or int(float(match[1]) * size) < 1:
+        raise arkcache.InputError(
+            f"{text!r} bytes: expected a number and one of {', '.join(_UNITS)}, as in 2GiB"
+        )
+    return int(match[1]) * size if match[1].isdigit() else int(float(match[1]) * size)
+
+
+def _shape(
+    model: str | None, sizes: dict[str, int | None], dtype: str | None
+) -> tuple[CacheShape, list[int]]:
+    """The sizes to plan for, and the numbers of the layers that they are of."""
+    from arkcache.demo.describe import parse_dtype, shape_of_model
+    from arkcache.memory import CacheShape
+
+    given = [f"--{name}" for name, size in sizes.items() if size is not None]
+    if model is not None:
+        if given:
+            raise arkcache.InputError(
+                f"{', '.join(given)} beside --model: expected one or the other"
+            )
+        return shape_of_model(model, dtype)
+    layers, kv_heads, head_dim, value_dim = sizes.values()
+    if layers is None or kv_heads is None or head_dim is None:
+        raise arkcache.InputError(
+            f"{', '.join(given) or 'no sizes'} given: expected --model, or all of --layers, "
+            "--kv-heads and --head-dim"
+        )
+    value_dim = head_dim if value_dim is None else value_dim
+    shape = CacheShape(layers, kv_heads, head_dim, value_dim, parse_dtype(dtype or "bfloat16"))
+    return shape, list(range(layers))
+
+
+@contextmanager
+def _told_in_a_line(command: str) -> Iterator[None]:
+    """Turns what a user can mend into a line on stderr and an exit code."""
+    try:
+        yield
     except ModuleNotFoundError as error:
         _say_what_to_install(error.name or str(error))
     except arkcache.ArkCacheError as error:
-        typer.echo(f"arkcache demo: {error}", err=True)
+        typer.echo(f"arkcache {command}: {error}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        typer.echo("arkcache demo: interrupted; nothing was kept.", err=True)
+        typer.echo(f"arkcache {command}: interrupted; nothing was kept.", err=True)
         raise typer.Exit(_INTERRUPTED) from None
-    _print_result(result, as_json)
 
 
-def _run_with_progress(settings: Settings) -> Result:
+def _with_progress(work: Callable[[Progress], T]) -> T:
+    """Does work that tells what is under way: a bar on a terminal, else a line for each stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from transformers.utils import logging
-
-    from arkcache.demo.run import run
 
     logging.disable_progress_bar()  # ours says what is loaded
     console = Console(stderr=True)
@@ -113,18 +330,16 @@ def _run_with_progress(settings: Settings) -> Result:
 
     with bar:
         task = bar.add_task("Starting", total=1)
-        return run(settings, progress)
+        return work(progress)
 
 
-def _print_result(result: Result, as_json: bool) -> None:
+def _print(values: dict[str, Any], render: Callable[[], RenderableType], as_json: bool) -> None:
     if as_json:
-        typer.echo(json.dumps(result.to_dict(), indent=2))
+        typer.echo(json.dumps(values, indent=2, default=str))
         return
     from rich.console import Console
 
-    from arkcache.demo.table import render
-
-    Console().print(render(result))
+    Console().print(render())
 
 
 def _version(asked: bool) -> None:
@@ -151,6 +366,8 @@ if _missing is None:
     app = typer.Typer(no_args_is_help=True, add_completion=False)
     app.callback()(_root)
     app.command()(demo)
+    app.command()(describe)
+    app.command()(sweep)
 
 if __name__ == "__main__":
     main()

@@ -7,16 +7,18 @@ manager's `TierPlan`, digests from the index itself, run on shapes without conte
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError
-from arkcache.formats import PageLayout, PartLayout
+from arkcache.formats import PageFormat, PageLayout, PartLayout
+from arkcache.index import make_index
 from arkcache.manager import KVCacheManager
+from arkcache.packed import CHUNK_PAGES
 from arkcache.pages import sealed_pages
-from arkcache.paged import make_index
 
 _PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
@@ -50,20 +52,21 @@ class CacheShape:
 class MemoryPlan:
     """What a cache takes that holds `context_tokens` in each of `batch` sequences.
 
-    All sizes are in bytes, over all layers, KV heads and sequences unless said otherwise. What
-    grows with the context (dense layers, digests) is counted as far as it is in use; its
-    allocation has room for up to 1.5 times as much, and for 64 tokens or pages at least.
+    All sizes are in bytes, over all layers, KV heads and sequences unless said otherwise. They are
+    what is allocated, but for digests and dense layers of 16 bits: these are counted as far as they
+    are in use, and have room for up to 1.5 times as much, and for 64 tokens or pages at least.
 
     Attributes:
         format: in which pages are sealed, "K4V2"; with a second one, "K8V4+K4V2".
+        context_tokens, batch: what was planned for.
         page_bytes: a page of one KV head, in the first format.
         code_bytes, meta_bytes, padding_bytes: its elements, scales and zeros, and padding.
         bits_per_element: of the page, everything included.
         attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
         host_bytes: the host tier.
-        coarse_host_bytes: the host tier once every page was demoted to the second format, which
-            sinks never are but counted as if; None without a second format.
+        coarse_host_bytes: the host tier with every page demoted to the second format, a bound
+            that is not reached, because sinks are never demoted; None without a second format.
         tier_bytes: the device tier's one allocation: slots, windows and streaming block.
         dense_bytes: layers that attend everything, on the device, growing.
         digest_bytes: the page index, on the device, growing.
@@ -137,16 +140,15 @@ def plan_memory(
         dtype=shape.dtype,
         value_dim=shape.value_dim,
     )
-    # Sets what every head may select; `_plan` reads it.
+    # How many pages each head may select, which the plan of the device tier depends on.
     manager._most_selected = manager._pages_that_fit(batch)
-    tier = manager._plan(batch)
-    page = _layout(config, shape)
+    page = _layout(config.format, config, shape)
     sealed = sealed_pages(context_tokens, config.num_recent_tokens, config.page_size)
     paged = [layer for layer in range(shape.num_layers) if config.budget_of(layer) is not None]
     rows = batch * shape.num_kv_heads
     num_pages = len(paged) * rows * sealed
+    dense = _dense_bytes(config, shape, context_tokens, sealed)
     coarse = config.coarse_format
-    selected = [int(pages) for layer in paged for pages in manager._num_selected(layer)]
     return MemoryPlan(
         format=config.format.name + (f"+{coarse.name}" if coarse else ""),
         context_tokens=context_tokens,
@@ -156,14 +158,64 @@ def plan_memory(
         meta_bytes=2 * (page.key.meta_bytes + page.value.meta_bytes),
         padding_bytes=_padding_bytes(page.key) + _padding_bytes(page.value),
         bits_per_element=page.bits_per_element,
-        attended_tokens=_attended(config, selected, context_tokens),
+        attended_tokens=_attended(
+            config,
+            [int(pages) for layer in paged for pages in manager._num_selected(layer)],
+            context_tokens,
+            sealed,
+        ),
         host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
         host_bytes=num_pages * page.nbytes,
-        coarse_host_bytes=num_pages * _layout(config, shape, coarse=True).nbytes
-        if coarse
-        else None,
-        tier_bytes=tier.nbytes,
-        dense_bytes=(shape.num_layers - len(paged)) * rows * _dense_bytes(page, config, shape, sealed, context_tokens),
-        digest_bytes=num_pages * _page_digest_bytes(config, shape, device),
+        coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
+        tier_bytes=manager._plan(batch).nbytes,
+        dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
+        digest_bytes=num_pages * _digest_bytes(config, shape, device),
         full_bytes=batch * context_tokens * shape.token_bytes,
     )
+
+
+def _check(context_tokens: int, batch: int, device: str) -> None:
+    for name, size in (("context", context_tokens), ("batch", batch)):
+        if size < 1:
+            raise InputError(f"{name}={size}: expected at least 1")
+    if device not in _PLANNED_ON:
+        raise InputError(f"device {device!r}: expected {' or '.join(_PLANNED_ON)}")
+
+
+def _layout(one: PageFormat, config: CacheConfig, shape: CacheShape) -> PageLayout:
+    sizes = (config.page_size, shape.head_dim, shape.value_dim, shape.dtype.itemsize)
+    return PageLayout(one, *sizes)
+
+
+def _code_bytes(part: PartLayout) -> int:
+    return part.nbytes if part.bits == 16 else part.num_tokens * part.plane_dim
+
+
+def _padding_bytes(part: PartLayout) -> int:
+    return part.nbytes - _code_bytes(part) - 2 * part.meta_bytes
+
+
+def _dense_bytes(config: CacheConfig, shape: CacheShape, length: int, sealed: int) -> int:
+    """Bytes of one KV head of a sequence of this length, in a layer that attends everything."""
+    per_token = (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
+    if config.format.is_raw:
+        return length * per_token
+    page = _layout(config.format, config, shape)
+    chunks = -(-sealed // CHUNK_PAGES)
+    return chunks * CHUNK_PAGES * page.nbytes + config.window_tokens * per_token
+
+
+def _digest_bytes(config: CacheConfig, shape: CacheShape, device: str) -> int:
+    """Bytes of the digest of one page of one KV head."""
+    index = make_index(config, shape.head_dim, _PLANNED_ON[device])
+    size = (1, 1, 1, config.page_size, shape.head_dim)
+    return index.digest(torch.empty(size, dtype=shape.dtype, device="meta")).nbytes
+
+
+def _attended(config: CacheConfig, selected: list[int], length: int, sealed: int) -> float:
+    """Tokens that a step attends when it may select so many pages: the mean over all heads."""
+    if not selected:
+        return float(length)
+    sinks = min(config.num_sink_pages, sealed)
+    pages = [sinks + min(count, sealed - sinks) for count in selected]
+    return fmean(pages) * config.page_size + length - sealed * config.page_size

@@ -6,13 +6,20 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import arkcache
-from arkcache import cli
+from arkcache import CacheConfig, cli
 from arkcache.demo import run as demo
+from arkcache.demo import sweep
+from arkcache.demo.models import SHIPPED
+from arkcache.formats import PRESETS
+from arkcache.memory import CacheShape, plan_memory
 from tests.test_demo import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,15 +46,23 @@ def test_version() -> None:
 
 
 def test_help_names_the_options() -> None:
-    assert "demo" in runner.invoke(cli.app, ["--help"]).stdout
-    text = runner.invoke(cli.app, ["demo", "--help"]).stdout
-    for option in ("--file", "--budget", "--page-size", "--context", "--model", "--json", "--seed"):
-        assert option in text
+    commands = runner.invoke(cli.app, ["--help"]).stdout
+    shared = ("--budget", "--page-size", "--context", "--model", "--json", "--device")
+    for command, options in (
+        ("demo", ("--file", "--seed")),
+        ("describe", ("--layers", "--kv-heads", "--format", "--device-bytes", "--unpacked-slots")),
+        ("sweep", ("--file", "--draws", "--format", "--device-bytes")),
+    ):
+        assert command in commands
+        text = runner.invoke(cli.app, [command, "--help"]).stdout
+        for option in (*shared, *options):
+            assert option in text
 
 
-def test_help_loads_no_model_library() -> None:
+@pytest.mark.parametrize("command", ["demo", "describe", "sweep"])
+def test_help_loads_no_model_library(command: str) -> None:
     code = (
-        "import sys; sys.argv = ['arkcache', 'demo', '--help']\n"
+        f"import sys; sys.argv = ['arkcache', {command!r}, '--help']\n"
         "from arkcache.cli import main\n"
         "try: main()\n"
         "except SystemExit as done: assert not done.code\n"
@@ -110,6 +125,157 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     done = runner.invoke(cli.app, ["demo"])
     assert done.exit_code == 130
     assert "interrupted" in done.stderr
+
+
+# -- describe -------------------------------------------------------------------------------------
+
+SIZES = ["--layers", "36", "--kv-heads", "8", "--head-dim", "128"]
+
+
+def described(*arguments: str) -> dict[str, Any]:
+    done = runner.invoke(cli.app, ["describe", "--json", *arguments])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_describe_prints_a_row_for_each_preset() -> None:
+    done = runner.invoke(cli.app, ["describe", *SIZES])
+    assert done.exit_code == 0, done.output
+    for name in PRESETS:
+        assert sum(line.split()[:1] == [name] for line in done.stdout.splitlines()) == 2
+    assert "36 layers, 8 KV heads" in done.stdout
+    assert "18.0 GiB" in done.stdout  # the full cache
+    assert "…" not in done.stdout
+
+
+def test_describe_agrees_with_the_plan() -> None:
+    limits = ["--device-bytes", "2GiB", "--packed-slots", "--context", "65536", "--batch", "2"]
+    found = described(*SIZES, *limits, "--format", "K4V2", "--value-dim", "64")
+    shape = CacheShape(36, 8, 128, 64, torch.bfloat16)
+    config = CacheConfig.preset("K4V2", device_bytes=2 << 30, packed_slots=True)
+    expected = plan_memory(config, shape, 65536, 2).to_dict()
+    assert found["formats"] == {"K4V2": expected}
+    assert found["shape"]["dtype"] == "bfloat16"
+
+
+def test_describe_reads_the_config_of_a_model() -> None:
+    found = described("--model", str(SHIPPED), "--context", "8192", "--dense-layers", "1")
+    assert found["shape"] == {
+        "num_layers": 4,
+        "num_kv_heads": 2,
+        "head_dim": 64,
+        "value_dim": 64,
+        "dtype": "bfloat16",
+    }
+    assert [*found["formats"]] == [*PRESETS]
+    assert found["formats"]["K16V16"]["dense_bytes"] == 8192 * 2 * 128 * 2
+
+
+def test_describe_counts_only_layers_that_attend_their_whole_past(tmp_path: Path) -> None:
+    config = LlamaConfig(num_hidden_layers=6, num_key_value_heads=2, head_dim=64)
+    values = config.to_dict() | {
+        "model_type": "gemma3_text",
+        "sliding_window": 512,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    found = described("--model", str(tmp_path), "--context", "1000", "--dtype", "float16")
+    assert found["shape"]["num_layers"] == 3
+    assert found["settings"]["num_dense_layers"] == 1  # of the first two layers, one slides
+
+
+def test_describe_takes_two_formats() -> None:
+    done = runner.invoke(cli.app, ["describe", *SIZES, "--format", "K8V4+K4V2"])
+    assert done.exit_code == 0, done.output
+    found = described(*SIZES, "--format", "K8V4+K4V2")["formats"]["K8V4+K4V2"]
+    assert 0 < found["coarse_host_bytes"] < found["host_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no sizes given: expected --model, or all of --layers, --kv-heads and --head-dim"),
+        (["--layers", "2"], "--layers given: expected --model"),
+        (["--model", "x", *SIZES], "--layers, --kv-heads, --head-dim beside --model"),
+        (["--model", "./no-such-folder"], "no such folder"),
+        ([*SIZES, "--format", "K5V5"], "preset 'K5V5': expected one of"),
+        ([*SIZES, "--device-bytes", "2 pigs"], "'2 pigs' bytes: expected a number and one of"),
+        ([*SIZES, "--device-bytes", "1MB"], "device_bytes=1000000"),
+        ([*SIZES, "--context", "0"], "context=0: expected at least 1"),
+        ([*SIZES, "--dtype", "int8"], "dtype 'int8': expected float32, bfloat16 or float16"),
+        ([*SIZES, "--device", "abacus"], "device 'abacus': expected cpu or cuda"),
+        ([*SIZES, "--rotation", "sideways"], "rotation='sideways'"),
+        ([*SIZES, "--dense-layers", "-1"], "num_dense_layers=-1"),
+        (["--layers", "0", *SIZES[2:]], "num_layers=0: expected an integer of at least 1"),
+    ],
+)
+def test_describe_tells_mistakes_in_a_line(arguments: list[str], message: str) -> None:
+    done = runner.invoke(cli.app, ["describe", *arguments])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr
+    assert done.stderr.startswith("arkcache describe: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1", 1), ("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5 kib", 1536), ("64 b", 64)],
+)
+def test_bytes_with_units(text: str, expected: int) -> None:
+    assert cli.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "0", "0.1B", "2XB", "1 2"])
+def test_bytes_that_are_none(text: str) -> None:
+    with pytest.raises(arkcache.InputError, match="as in 2GiB"):
+        cli.parse_bytes(text)
+
+
+# -- sweep ----------------------------------------------------------------------------------------
+
+TINY = ["--context", "320", "--facts", "1", "--budget", "256", "--format", "K4V4"]
+
+
+def test_sweep_prints_tables() -> None:
+    done = runner.invoke(cli.app, ["sweep", *TINY])
+    assert done.exit_code == 0, done.output
+    for part in ("Equal tokens", "Equal bytes", "K4V4, rotated", "full cache"):
+        assert part in done.stdout
+    assert "K4V4, equal bytes" in done.stderr
+
+
+def test_sweep_as_json() -> None:
+    done = runner.invoke(cli.app, ["sweep", *TINY, "--json", "--device-bytes", "600KB"])
+    assert done.exit_code == 0, done.output
+    printed = json.loads(done.stdout)
+    assert [row["format"] for row in printed["rows"]] == ["full cache", *["K4V4"] * 4]
+    assert printed["settings"]["device_bytes"] == 600_000
+    assert printed["settings"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--draws", "0"], "draws=0: expected at least 1"),
+        (["--format", "K8V4+K4V2"], "slots are of one size"),
+        (["--device-bytes", "much"], "'much' bytes: expected a number"),
+        (["--file", "no-such-file.txt"], "cannot read no-such-file.txt"),
+    ],
+)
+def test_sweep_tells_mistakes_in_a_line(arguments: list[str], message: str) -> None:
+    done = runner.invoke(cli.app, ["sweep", *arguments])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr
+
+
+def test_an_interrupted_sweep_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "run", interrupt)
+    done = runner.invoke(cli.app, ["sweep"])
+    assert done.exit_code == 130
+    assert "arkcache sweep: interrupted" in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["typer", "transformers"])

@@ -35,8 +35,10 @@ MAY_IMPORT = {
     "tiering": {"config", "errors", "formats", "kernels", "pages", "stats", "tiering"},
 }
 MAY_IMPORT["importance"] = {"pages"}
+MAY_IMPORT["index"] = {"config", "kernels"}
 MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
 MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate", "importance"}
+MAY_IMPORT["views"] = {"config", "pages", "step", "tiering"}
 MAY_IMPORT["store"] = {"kernels", "pages", "tiering"}
 MAY_IMPORT["sealing"] = {"config", "pages", "step", "tiering"}
 MAY_IMPORT["dense"] = {*MAY_IMPORT} - {"sealing", "store"}
@@ -45,6 +47,7 @@ MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
+MAY_IMPORT["memory"] = {"config", "errors", "formats", "index", "manager", "packed", "pages"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 MAY_IMPORT["__main__"] = {"cli"}

@@ -207,6 +207,11 @@ def order_questions(hidden: list[Fact]) -> list[Fact]:
     return once + once[: max(1, count // 4)]
 
 
+def question_ids(tokenizer: PreTrainedTokenizerBase, voice: Voice, fact: Fact) -> list[int]:
+    """Token ids of the question for a fact, with what surrounds it."""
+    return encode(tokenizer, voice.between + voice.question(fact.name) + voice.closing)
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a text, without anything added."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

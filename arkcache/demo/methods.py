@@ -81,16 +81,16 @@ def methods(config: CacheConfig) -> list[Method]:
     assert isinstance(budget, int)
     num_sinks = config.num_sink_pages * config.page_size
     return [
-        Method("full", "full cache", _open_full),
+        Method("full", "full cache", open_full),
         Method(
             "arkcache-boxes",
             "ArkCache, boxes",
-            partial(_open_arkcache, config=config, index="cuboid-mean"),
+            partial(open_arkcache, config=config, index="cuboid-mean"),
         ),
         Method(
             "arkcache-tokens",
             "ArkCache, token index",
-            partial(_open_arkcache, config=config, index="tokens"),
+            partial(open_arkcache, config=config, index="tokens"),
         ),
         Method(
             "sinks-and-window",
@@ -144,13 +144,15 @@ def _is_full(layer: object) -> bool:
     return type(layer) is DynamicLayer
 
 
-def _open_full(model: PreTrainedModel, full: DynamicCache) -> DynamicCache:
+def open_full(model: PreTrainedModel, full: DynamicCache) -> DynamicCache:
+    """A full cache of the text."""
     return _filled(DynamicCache(config=model.config), full)
 
 
-def _open_arkcache(
+def open_arkcache(
     model: PreTrainedModel, full: DynamicCache, config: CacheConfig, index: str
 ) -> DynamicCache:
+    """An `ArkCache` of the text. Raises `UnsupportedModelError` where the model is not paged."""
     with warnings.catch_warnings(record=True):  # compat mode skips the row, which says why
         cache = ArkCache(model, replace(config, index=index))
     if cache.reason is not None:

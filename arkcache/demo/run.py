@@ -21,10 +21,10 @@ from arkcache.demo.baselines import observing
 from arkcache.demo.conversation import (
     Conversation,
     Voice,
-    encode,
     load_text,
     plain_voice,
     plan,
+    question_ids,
     shipped_voice,
 )
 from arkcache.demo.facts import Fact, parse_answer
@@ -221,7 +221,11 @@ def ask_all(
 
 
 class Listener:
-    """Asks a model questions token by token, and keeps count of what that takes."""
+    """Asks a model questions token by token, and keeps count of what that takes.
+
+    Attributes:
+        fed: for each question, the tokens that the model was given: the question and the answer.
+    """
 
     def __init__(
         self,
@@ -231,15 +235,16 @@ class Listener:
         voice: Voice,
     ) -> None:
         self._model, self._tokenizer, self._cache, self._voice = model, tokenizer, cache, voice
+        self.fed: list[list[int]] = []
         self._seconds: list[float] = []
         self._attended: list[float] = []
 
     def ask(self, fact: Fact) -> Answer:
         """The greedy answer to the question for a fact; both stay in the conversation."""
         voice = self._voice
-        question = voice.between + voice.question(fact.name) + voice.closing
+        self.fed.append([])
         token = 0
-        for question_token in encode(self._tokenizer, question):
+        for question_token in question_ids(self._tokenizer, voice, fact):
             token = self._step(question_token)
         answer: list[int] = []
         text = ""
@@ -272,6 +277,7 @@ class Listener:
 
     def _step(self, token: int) -> int:
         """Give the model one token; the most likely next one."""
+        self.fed[-1].append(token)
         ids = torch.tensor([[token]], device=self._model.device)
         start = time.perf_counter()
         logits = self._model(ids, past_key_values=self._cache, logits_to_keep=1).logits

@@ -1,0 +1,150 @@
+"""`arkcache describe`: the sizes of a model's cache, and the table of what each format takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from transformers import AutoConfig, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from arkcache.errors import InputError
+from arkcache.memory import CacheShape, MemoryPlan
+
+_GIVE_SIZES = "give --layers, --kv-heads and --head-dim instead of --model"
+
+
+def shape_of_model(name: str, dtype: str | None) -> tuple[CacheShape, list[int]]:
+    """What a model's cache stores, read from its config alone, and the numbers of its layers that
+    attend their whole past.
+
+    Args:
+        name: a folder or an id of the Hugging Face hub.
+        dtype: None is what the model was saved in.
+
+    Raises `InputError` where there is no such model or its config does not say all sizes.
+    """
+    # A folder that does not exist would be looked for on the hub, with a puzzling message.
+    if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
+        raise InputError(f"model {name}: no such folder")
+    try:
+        whole = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"model {name}: not a folder with a model's config.json, nor a model of which the "
+            f"Hugging Face hub gave one. {reason}"
+        ) from None
+    config = whole.get_text_config(decoder=True)
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise InputError(
+            f"model {name} has latent attention: what it stores depends on its code; {_GIVE_SIZES}"
+        )
+    layers = DynamicCache(config=config).layers
+    full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not layers:  # a config that says nothing of its layers has them all alike
+        full = list(range(_size(config, name, "num_hidden_layers", "n_layer")))
+    if not full:
+        raise InputError(f"model {name} has no layer that attends its whole past")
+    heads = _size(config, name, "num_attention_heads", "n_head")
+    hidden = _size(config, name, "hidden_size", "n_embd")
+    head_dim = _size(config, name, "head_dim", default=hidden // heads)
+    shape = CacheShape(
+        num_layers=len(full),
+        num_kv_heads=_size(config, name, "num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        value_dim=_size(config, name, "v_head_dim", default=head_dim),
+        dtype=parse_dtype(dtype or config.dtype or whole.dtype or torch.float32),
+    )
+    return shape, full
+
+
+def parse_dtype(dtype: Any) -> torch.dtype:
+    """The dtype that a name means."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype {dtype!r}: expected float32, bfloat16 or float16")
+    return found
+
+
+def _size(config: Any, model: str, *names: str, default: int | None = None) -> int:
+    values = (getattr(config, name, None) for name in names)
+    size = next((value for value in values if value is not None), default)
+    if not isinstance(size, int):
+        raise InputError(f"model {model}: its config gives no one {names[0]}; {_GIVE_SIZES}")
+    return size
+
+
+def render(plans: dict[str, MemoryPlan], shape: CacheShape, heading: str) -> RenderableType:
+    """The table: a row for each format; what was asked above it, how to read it below."""
+    any_plan = next(iter(plans.values()))
+    dtype = str(shape.dtype).removeprefix("torch.")
+    lines = (
+        f"{heading}\n{shape.num_layers} layers, {shape.num_kv_heads} KV heads, keys of "
+        f"{shape.head_dim} and values of {shape.value_dim} in {dtype}; {any_plan.batch} x "
+        f"{any_plan.context_tokens:,} tokens. A full cache takes {memory(any_plan.full_bytes)}."
+    )
+    return Group(
+        Padding(Text(lines), (1, 1, 0, 1)),
+        _table(plans, _PAGE),
+        _table(plans, _CACHE),
+        Padding(Text(_LEGEND), (0, 1, 1, 1)),
+    )
+
+
+def _table(plans: dict[str, MemoryPlan], columns: dict[str, Callable[[MemoryPlan], str]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    table.add_column("\nformat", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, plan in plans.items():
+        table.add_row(name, *(cell(plan) for cell in columns.values()))
+    return table
+
+
+def _host(plan: MemoryPlan) -> str:
+    """With a second format, from what all pages take in it to what they take in the first."""
+    if plan.coarse_host_bytes is None:
+        return memory(plan.host_bytes)
+    return f"{memory(plan.coarse_host_bytes)} - {memory(plan.host_bytes)}"
+
+
+_PAGE: dict[str, Callable[[MemoryPlan], str]] = {
+    "page\nbytes": lambda plan: f"{plan.page_bytes:,}",
+    "\n= elements": lambda plan: f"{plan.code_bytes:,}",
+    "+ scales,\nzeros": lambda plan: f"{plan.meta_bytes:,}",
+    "\n+ padding": lambda plan: f"{plan.padding_bytes:,}",
+    "bits per\nelement": lambda plan: f"{plan.bits_per_element:.2f}",
+    "host bytes\nper token": lambda plan: f"{plan.host_bytes_per_token:,.0f}",
+}
+_CACHE: dict[str, Callable[[MemoryPlan], str]] = {
+    "host\ntier": _host,
+    "device\ntier": lambda plan: memory(plan.tier_bytes),
+    "dense\nlayers": lambda plan: memory(plan.dense_bytes),
+    "\nindex": lambda plan: memory(plan.digest_bytes),
+    "tokens\nattended": lambda plan: f"{plan.attended_tokens:,.0f}",
+    "host\n/ full": lambda plan: f"{plan.host_ratio:.1%}",
+    "device\n/ full": lambda plan: f"{plan.device_ratio:.1%}",
+}
+_LEGEND = (
+    "A page is one KV head's; 16 bits are the model's own dtype. The device tier (slots, windows, "
+    "streaming block) stays as it is; dense layers and index grow with the context, the index and "
+    "dense layers of 16 bits with room for up to half as much again. Tokens attended are per step "
+    "and KV head of the layers that are not dense. / full: of a full cache; on the device, "
+    "everything counted."
+)
+
+
+def memory(num_bytes: int) -> str:
+    """Bytes in the largest unit of which they are at least one: "1.5 GiB"."""
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**exponent:
+            return f"{num_bytes / 1024**exponent:,.1f} {unit}"
+    return f"{num_bytes} B"

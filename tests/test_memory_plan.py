@@ -1,0 +1,181 @@
+"""A plan says what a cache then takes, byte for byte."""
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from arkcache import CacheConfig, ConfigError, InputError, KVCacheManager
+from arkcache.formats import PRESETS
+from arkcache.memory import CacheShape, MemoryPlan, plan_memory
+from arkcache.tiering.growing import GrowingTensor
+
+SMALL: dict[str, Any] = {
+    "page_size": 8,
+    "group_size": 8,
+    "num_sink_tokens": 8,
+    "num_recent_tokens": 12,
+    "num_dense_layers": 0,
+    "stream_block_tokens": 32,
+    "budget_tokens": 72,
+}
+SHAPE = CacheShape(num_layers=3, num_kv_heads=2, head_dim=16, value_dim=24, dtype=torch.bfloat16)
+FIRST_ROOM = 64
+"""Tokens or pages that everything that grows has room for from the start."""
+
+
+def filled(config: CacheConfig, shape: CacheShape, context: int, batch: int) -> KVCacheManager:
+    """A cache that has read `context` tokens and then one more, which it attends."""
+    torch.manual_seed(0)
+    cache = KVCacheManager(
+        shape.num_layers,
+        shape.num_kv_heads,
+        shape.head_dim,
+        config,
+        dtype=shape.dtype,
+        value_dim=shape.value_dim,
+    )
+    for new in (context - 1, 1):
+        for layer in range(shape.num_layers):
+            size = (batch, shape.num_kv_heads, new)
+            key, value = (
+                torch.randn(*size, dim, dtype=shape.dtype)
+                for dim in (shape.head_dim, shape.value_dim)
+            )
+            cache.append(layer, key, value)
+    for layer in range(shape.num_layers):
+        query = torch.randn(batch, 2 * shape.num_kv_heads, 1, shape.head_dim, dtype=shape.dtype)
+        cache.attend(layer, query)
+    return cache
+
+
+def assert_agrees(config: CacheConfig, shape: CacheShape, context: int, batch: int) -> MemoryPlan:
+    """The plan's figures are those of a real cache, growing tensors within what they may waste."""
+    plan = plan_memory(config, shape, context, batch, device="cpu")
+    stats = filled(config, shape, context, batch).stats()
+    assert plan.host_bytes == stats.host_bytes
+    dense_layers = sum(config.budget_of(layer) is None for layer in range(shape.num_layers))
+    attended = plan.attended_tokens * (shape.num_layers - dense_layers) + context * dense_layers
+    assert stats.attended_tokens == pytest.approx(attended * batch, abs=shape.num_layers * batch)
+    grows = [(plan.digest_bytes, stats.digest_bytes)]
+    if not config.format.is_raw or not dense_layers:
+        assert plan.device_bytes == stats.device_bytes
+    else:
+        grows.append((plan.dense_bytes, stats.device_bytes - plan.tier_bytes))
+    assert dense_layers or plan.device_bytes == plan.tier_bytes
+    sealed = (context - config.num_recent_tokens) // config.page_size
+    waste = max(GrowingTensor.GROWTH, FIRST_ROOM / sealed, FIRST_ROOM / context)
+    for planned, taken in grows:
+        assert planned <= taken <= waste * planned + 1
+    return plan
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", [*PRESETS, "K8V4+K4V2"])
+def test_a_plan_is_what_a_cache_takes(name: str, batch: int) -> None:
+    for changes in (
+        {},
+        {"budget_tokens": None},
+        {"num_dense_layers": 1},
+        {"budget_tokens": (40, (48, 120), None)},
+        {"device_pool_factor": 1.7, "index": "sphere-max"},
+        {"index": "tokens", "rotation": "both"},
+    ):
+        config = CacheConfig.preset(name, **(SMALL | changes))
+        for context in (30, 333):
+            assert_agrees(config, SHAPE, context, batch)
+
+
+@pytest.mark.parametrize("packed_slots", [False, True])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_byte_budget_is_used_up(name: str, packed_slots: bool) -> None:
+    limit = 60_000
+    changes = {"budget_tokens": "auto", "device_bytes": limit, "packed_slots": packed_slots}
+    config = CacheConfig.preset(name, **(SMALL | changes))
+    plan = assert_agrees(config, SHAPE, 1000, batch=2)
+    one_more = plan.page_bytes if packed_slots else 2 * 8 * (16 + 24)
+    assert limit - 64 - one_more * 3 * 2 * 2 < plan.tier_bytes <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["K16V16", "K4V4"])
+def test_nothing_is_wasted_where_room_is_just_enough(name: str, dtype: torch.dtype) -> None:
+    """128 sealed pages, a multiple of what is sealed at a time: every tensor has just that room."""
+    shape = dataclasses.replace(SHAPE, dtype=dtype)
+    config = CacheConfig.preset(name, **(SMALL | {"num_dense_layers": 1}))
+    context = 128 * 8 + 12 + 1
+    plan = plan_memory(config, shape, context, 2, device="cpu")
+    cache = filled(config, shape, context, 2)
+    stats = cache.stats()
+    assert stats.digest_bytes == plan.digest_bytes
+    grown = 0
+    if config.format.is_raw:  # the last token came alone: half as much room was made for it
+        growing = int((context - 1) * GrowingTensor.GROWTH)
+        grown = plan.dense_bytes * growing // context - plan.dense_bytes
+    assert stats.device_bytes == plan.device_bytes + grown
+
+
+def test_parts_of_a_page_add_up() -> None:
+    shape = CacheShape(2, 2, 10, 15, torch.float32)
+    for name in PRESETS:
+        config = CacheConfig.preset(name, page_size=5, group_size=5, budget_tokens=512)
+        plan = plan_memory(config, shape, 4096)
+        assert plan.page_bytes == plan.code_bytes + plan.meta_bytes + plan.padding_bytes
+        assert plan.bits_per_element == pytest.approx(8 * plan.page_bytes / (5 * 25))
+        quantised = name != "K16V16"
+        assert (plan.meta_bytes > 0) == quantised
+        # 10 keys of 4 bits are 5 bytes; what does not divide is padded.
+        if name == "K4V4":
+            assert plan.code_bytes == 5 * (5 + 8)
+            assert plan.meta_bytes == 4 * (10 + 5 * 3)
+            assert plan.padding_bytes == (80 - 65) + (112 - 100)
+
+
+def test_fewer_bits_hold_more_tokens_in_the_same_bytes() -> None:
+    shape = CacheShape(32, 8, 128, 128, torch.bfloat16)
+    plans = [
+        plan_memory(CacheConfig.preset(name, device_bytes=1 << 30), shape, 131072)
+        for name in PRESETS
+    ]
+    attended = [plan.attended_tokens for plan in plans]
+    assert attended == sorted(attended)
+    assert attended[-1] > 3 * attended[0]
+    assert all(plan.tier_bytes <= 1 << 30 for plan in plans)
+    assert [plan.host_bytes for plan in plans] == sorted(
+        (plan.host_bytes for plan in plans), reverse=True
+    )
+    assert math.isclose(plans[0].host_bytes_per_token, 30 * 8 * 256 * 2)
+    assert plans[0].full_bytes == 131072 * 32 * 8 * 256 * 2
+
+
+def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
+    config = CacheConfig.preset("K4V4", index="tokens", num_dense_layers=0)
+    shape = CacheShape(4, 2, 64, 64, torch.bfloat16)
+    on_gpu, on_cpu = (plan_memory(config, shape, 8192, device=name) for name in ("cuda", "cpu"))
+    assert on_gpu.tier_bytes < on_cpu.tier_bytes
+    assert on_gpu.digest_bytes < on_cpu.digest_bytes
+    assert on_gpu.host_bytes == on_cpu.host_bytes
+
+
+def test_impossible_plans_are_refused() -> None:
+    config = CacheConfig(**SMALL)
+    with pytest.raises(InputError, match="context=0: expected at least 1"):
+        plan_memory(config, SHAPE, 0)
+    with pytest.raises(InputError, match="batch=0: expected at least 1"):
+        plan_memory(config, SHAPE, 10, 0)
+    with pytest.raises(InputError, match="device 'abacus': expected cpu or cuda"):
+        plan_memory(config, SHAPE, 10, device="abacus")
+    tight = CacheConfig(**(SMALL | {"budget_tokens": "auto", "device_bytes": 100}))
+    with pytest.raises(ConfigError, match="device_bytes=100"):
+        plan_memory(tight, SHAPE, 10)
+    with pytest.raises(ConfigError, match="group_size=7 does not divide"):
+        plan_memory(CacheConfig.preset("K4V4", **(SMALL | {"group_size": 7})), SHAPE, 10)
+
+
+def test_planning_allocates_nothing() -> None:
+    """A plan for terabytes of cache on any machine."""
+    shape = CacheShape(126, 8, 128, 128, torch.bfloat16)
+    plan = plan_memory(CacheConfig.preset("K2V2"), shape, 1 << 24, batch=64)
+    assert plan.host_bytes > 1 << 40

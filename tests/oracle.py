@@ -109,10 +109,14 @@ class Oracle:
         """These pages (sequence, KV head, number) are coarse now; those that were stay so."""
         assert self.coarse[layer] <= pages, "a page was promoted"
         coarse = self.config.coarse_format
+        new: dict[tuple[int, int], list[int]] = {}
         for sequence, head, page in pages - self.coarse[layer]:
-            assert coarse is not None
             assert page < self.quantised[layer][sequence], "a page was demoted before it was sealed"
-            tokens = slice(page * self.config.page_size, (page + 1) * self.config.page_size)
+            new.setdefault((sequence, head), []).append(page)
+        for (sequence, head), own in new.items():
+            assert coarse is not None
+            tokens = torch.tensor(own)[:, None] * self.config.page_size
+            tokens = (tokens + torch.arange(self.config.page_size)).flatten()
             columns = self.columns(layer, sequence)[tokens]
             self._quantise(layer, sequence, slice(head, head + 1), columns, coarse)
         self.coarse[layer] = set(pages)

@@ -340,8 +340,9 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        tier = DeviceTier(self._plan(len(order)))
-        self._check_device_bytes(tier.plan)
+        plan = self._plan(len(order))
+        self._check_device_bytes(plan)
+        tier = DeviceTier(plan)
         for state in self._layers:
             state.keep_sequences(order, tier)
         self._device_tier = tier

@@ -130,7 +130,7 @@ class PageStore:
         handles = self._handles[:, :, :num_pages]
         fine: NDArray[np.bool_] = handles >= 0
         fine &= self.host.kinds(np.maximum(handles, 0)) == 0
-        return fine.reshape(-1, num_pages)
+        return fine.reshape(len(self._handles) * self.num_kv_heads, num_pages)
 
     def demote(self, rows: Ids, pages: Ids) -> NDArray[np.bool_]:
         """Keep pages of the first format in the coarse one from now on; returns which now are.

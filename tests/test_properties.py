@@ -36,9 +36,6 @@ def formats(draw: st.DrawFn, index: str, head_dim: int, value_dim: int) -> dict[
     )
     if draw(st.booleans()) and value_bits > 2:
         settings["coarse_value_bits"] = 2
-        # Without a limit the arena may exceed the machine's memory: see tests/test_quantised.py,
-        # `test_two_formats_map_no_more_than_the_limit`.
-        settings["host_bytes"] = 1 << 28
         settings["demote_after"] = draw(st.integers(0, 3))
         settings["demote_below"] = draw(st.sampled_from([0.5, 1.0, 2.0]))
     else:

@@ -798,9 +798,6 @@ def test_demotion_of_shared_pages_takes_no_room_that_was_promised(
     cache.twins.attend()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the right side is aligned upwards, beyond what the system may grant"
-)
 def test_two_formats_map_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit may be all of the memory: a byte more of address space may be refused."""
     sizes, map_anonymous = [], host_module._map_anonymous

@@ -64,6 +64,10 @@ class HostTier:
         self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
         self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
         self._starts, self._end = self._lay_out()
+        if len(self.piece_bytes) > 1:
+            # The right side starts aligned, which may leave a few bytes of the limit unused.
+            self.limit_bytes = self._end
+            self._capacity = (self._end // self.piece_bytes[0], self._capacity[1])
         self._origin: Ids = np.zeros(0, dtype=np.int64)
         self._extracted: Ids = np.zeros(0, dtype=np.int64)
         self._forget()
@@ -73,7 +77,7 @@ class HostTier:
         if len(self.piece_bytes) == 1:
             return (0,), self._capacity[0] * self.piece_bytes[0]
         right = self._capacity[1] * self.piece_bytes[1]
-        start = -(-(self.limit_bytes - right) // ALIGNMENT) * ALIGNMENT
+        start = (self.limit_bytes - right) // ALIGNMENT * ALIGNMENT
         return (0, start), start + right
 
     def _forget(self) -> None:

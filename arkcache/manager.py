@@ -17,17 +17,16 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.dense import DenseLayer
-from arkcache.errors import ConfigError, HostTierFullError, InputError
-from arkcache.formats import PageLayout
+from arkcache.errors import HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.kernels.torch_pages import PagePacker
 from arkcache.packed import PackedLayer
 from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
+from arkcache.planning import NO_LIMIT, Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks
 from arkcache.store import PageStore
-from arkcache.tiering.device import DeviceTier, Geometry, TierPlan
+from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
     check_index_query,
@@ -44,9 +43,6 @@ from arkcache.validate import (
 )
 
 Layer = DenseLayer | PackedLayer | PagedLayer
-
-NO_LIMIT = 1 << 40
-"""More pages than anything holds."""
 
 
 class KVCacheManager:
@@ -99,15 +95,11 @@ class KVCacheManager:
         self.head_dim, self.value_dim = head_dim, value_dim
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
-        self._packers = self._make_packers()
+        self.planner = Planner(
+            config, num_layers, num_kv_heads, head_dim, value_dim, dtype, self._like.device
+        )
+        self._packers = self.planner.packers()
         self._clear()
-
-    def _make_packers(self) -> list[PagePacker]:
-        """Of the first format and, if there is one, of the coarse one."""
-        config = self.config
-        formats = [config.format, *([config.coarse_format] if config.coarse_format else [])]
-        sizes = (config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
-        return [PagePacker(PageLayout(one, *sizes), self.dtype) for one in formats]
 
     def _clear(self) -> None:
         self._log = TokenLog(0)
@@ -340,8 +332,8 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        plan = self._plan(len(order))
-        self._check_device_bytes(plan)
+        plan = self.planner.plan(len(order), self._most_selected)
+        self.planner.check(plan)
         tier = DeviceTier(plan)
         for state in self._layers:
             state.keep_sequences(order, tier)
@@ -415,8 +407,8 @@ class KVCacheManager:
 
     def _allocate(self, batch: int) -> None:
         config = self.config
-        self._most_selected = self._pages_that_fit(batch)
-        tier = DeviceTier(self._plan(batch))
+        most = self.planner.pages_that_fit(batch)
+        tier = DeviceTier(self.planner.plan(batch, most))
         if tier.working_sets:
             sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
             self._host = HostTier(sizes, config.host_bytes)
@@ -424,7 +416,7 @@ class KVCacheManager:
         for layer in range(self.num_layers):
             if config.budget_of(layer) is not None:
                 assert self._host is not None
-                selected, number = self._num_selected(layer), next(numbers)
+                selected, number = self.planner.selected(layer, most), next(numbers)
                 self._layers.append(
                     PagedLayer(
                         config, selected, tier, number, self._host, self._packers, self.latent
@@ -434,67 +426,7 @@ class KVCacheManager:
                 self._layers.append(DenseLayer(tier.geometry))
             else:
                 self._layers.append(PackedLayer(config, tier.geometry, self._packers[0]))
-        self._device_tier, self._log = tier, TokenLog(batch)
-
-    def _plan(self, batch: int) -> TierPlan:
-        """The device tier for so many sequences."""
-        config = self.config
-        geometry = Geometry(
-            batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
-        )
-        slots = tuple(
-            config.num_sink_pages
-            + int(np.ceil(self._num_selected(layer).max() * config.device_pool_factor))
-            for layer in range(self.num_layers)
-            if config.budget_of(layer) is not None
-        )
-        packed = config.packed_slots
-        if packed is None:
-            packed = self.device.type != "cpu" and len(self._packers) == 1
-        return TierPlan(
-            geometry,
-            slots,
-            config.page_size,
-            config.window_tokens,
-            config.stream_block_tokens // config.page_size * config.page_size,
-            self._packers[0] if packed and not config.format.is_raw else None,
-        )
-
-    def _pages_that_fit(self, batch: int) -> int:
-        """The most pages that every KV head may select within `device_bytes`."""
-        limit = self.config.device_bytes
-        if limit is None:
-            return NO_LIMIT
-        fits, too_many = 0, 2
-        while self._bytes_of(batch, too_many) <= limit and too_many < NO_LIMIT:
-            fits, too_many = too_many, 2 * too_many
-        while too_many - fits > 1:
-            middle = (fits + too_many) // 2
-            if self._bytes_of(batch, middle) <= limit:
-                fits = middle
-            else:
-                too_many = middle
-        self._most_selected = max(1, fits)
-        self._check_device_bytes(self._plan(batch))
-        return self._most_selected
-
-    def _bytes_of(self, batch: int, most_selected: int) -> int:
-        self._most_selected = most_selected
-        return self._plan(batch).nbytes
-
-    def _check_device_bytes(self, plan: TierPlan) -> None:
-        limit = self.config.device_bytes
-        if limit is not None and plan.nbytes > limit:
-            raise ConfigError(
-                f"device_bytes={limit}: the device tier of {plan.geometry.batch} sequences needs "
-                f"{plan.nbytes} for the pages that each selects, its windows and its streaming "
-                "block; raise it, or lower num_recent_tokens, stream_block_tokens, page_size or "
-                "the bits"
-            )
-
-    def _num_selected(self, layer: int) -> Ids:
-        pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
-        return np.minimum(np.array(pages, dtype=np.int64), self._most_selected)
+        self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""

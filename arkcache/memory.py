@@ -1,7 +1,7 @@
 """What a cache will take, worked out from its settings alone: nothing is allocated.
 
 Every size comes from where it is decided: pages from `PageLayout`, the device tier from the
-manager's `TierPlan`, digests from the index itself, run on shapes without contents.
+manager's `Planner`, digests from the index itself, run on shapes without contents.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def plan_memory(
     sizes below 1 and an unknown device.
     """
     _check(context_tokens, batch, device)
-    manager = KVCacheManager(
+    planner = KVCacheManager(
         shape.num_layers,
         shape.num_kv_heads,
         shape.head_dim,
@@ -139,9 +139,8 @@ def plan_memory(
         device=_PLANNED_ON[device],
         dtype=shape.dtype,
         value_dim=shape.value_dim,
-    )
-    # How many pages each head may select, which the plan of the device tier depends on.
-    manager._most_selected = manager._pages_that_fit(batch)
+    ).planner
+    most = planner.pages_that_fit(batch)
     page = _layout(config.format, config, shape)
     sealed = sealed_pages(context_tokens, config.num_recent_tokens, config.page_size)
     paged = [layer for layer in range(shape.num_layers) if config.budget_of(layer) is not None]
@@ -160,14 +159,14 @@ def plan_memory(
         bits_per_element=page.bits_per_element,
         attended_tokens=_attended(
             config,
-            [int(pages) for layer in paged for pages in manager._num_selected(layer)],
+            [int(pages) for layer in paged for pages in planner.selected(layer, most)],
             context_tokens,
             sealed,
         ),
         host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
         host_bytes=num_pages * page.nbytes,
         coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
-        tier_bytes=manager._plan(batch).nbytes,
+        tier_bytes=planner.plan(batch, most).nbytes,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
         digest_bytes=num_pages * _digest_bytes(config, shape, device),
         full_bytes=batch * context_tokens * shape.token_bytes,

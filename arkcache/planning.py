@@ -1,0 +1,109 @@
+"""From budgets to slots: what the device tier is made of, and how much of it fits in bytes.
+
+Knows sizes only; `DeviceTier` allocates what is planned here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from arkcache.config import CacheConfig
+from arkcache.errors import ConfigError
+from arkcache.formats import PageLayout
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.pages import Ids
+from arkcache.tiering.device import Geometry, TierPlan
+
+NO_LIMIT = 1 << 40
+"""More pages than anything holds."""
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the device tier of a manager.
+
+    Args:
+        config: the settings.
+        num_layers, num_kv_heads, head_dim, value_dim, dtype, device: of the manager.
+    """
+
+    config: CacheConfig
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def packers(self) -> list[PagePacker]:
+        """Of the pages' first format and, if there is one, of the coarse one.
+
+        Raises `ConfigError` where groups do not divide the values.
+        """
+        coarse = self.config.coarse_format
+        formats = [self.config.format, *([] if coarse is None else [coarse])]
+        sizes = (self.config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
+        return [PagePacker(PageLayout(one, *sizes), self.dtype) for one in formats]
+
+    def selected(self, layer: int, most: int) -> Ids:
+        """Pages that each KV head of a layer may select [num_kv_heads], at most `most`."""
+        pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
+        return np.minimum(np.array(pages, dtype=np.int64), most)
+
+    def plan(self, batch: int, most: int) -> TierPlan:
+        """The device tier for so many sequences, whose heads select at most `most` pages."""
+        config = self.config
+        geometry = Geometry(
+            batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
+        )
+        slots = tuple(
+            config.num_sink_pages
+            + int(np.ceil(self.selected(layer, most).max() * config.device_pool_factor))
+            for layer in range(self.num_layers)
+            if config.budget_of(layer) is not None
+        )
+        packed = config.packed_slots
+        if packed is None:
+            packed = self.device.type != "cpu" and config.coarse_format is None
+        return TierPlan(
+            geometry,
+            slots,
+            config.page_size,
+            config.window_tokens,
+            config.stream_block_tokens // config.page_size * config.page_size,
+            self.packers()[0] if packed and not config.format.is_raw else None,
+        )
+
+    def pages_that_fit(self, batch: int) -> int:
+        """The most pages that every KV head may select within `device_bytes`.
+
+        Raises `ConfigError` where not even one fits.
+        """
+        limit = self.config.device_bytes
+        if limit is None:
+            return NO_LIMIT
+        fits, too_many = 1, 2
+        while self.plan(batch, too_many).nbytes <= limit and too_many < NO_LIMIT:
+            fits, too_many = too_many, 2 * too_many
+        while too_many - fits > 1:
+            middle = (fits + too_many) // 2
+            if self.plan(batch, middle).nbytes <= limit:
+                fits = middle
+            else:
+                too_many = middle
+        self.check(self.plan(batch, fits))
+        return fits
+
+    def check(self, plan: TierPlan) -> None:
+        """Raise `ConfigError` where a plan exceeds `device_bytes`."""
+        limit = self.config.device_bytes
+        if limit is not None and plan.nbytes > limit:
+            raise ConfigError(
+                f"device_bytes={limit}: the device tier of {plan.geometry.batch} sequences needs "
+                f"{plan.nbytes} for the pages that each selects, its windows and its streaming "
+                "block; raise it, or lower num_recent_tokens, stream_block_tokens, page_size or "
+                "the bits"
+            )

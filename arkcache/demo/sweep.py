@@ -73,15 +73,16 @@ class Settings:
     def cache_config(self, name: str, rotation: str) -> CacheConfig:
         """The settings of a format at equal tokens, with a device tier that is all slots.
 
-        Slots stay packed, so that bytes are what the bits say, and the streaming block, which
-        questions never need, is as small as it can be. Raises `ConfigError` for what is impossible.
+        Slots stay packed, so that bytes are what the bits say (of two formats they cannot, on a
+        CPU), and the streaming block, which questions never need, is as small as it can be. Raises
+        `ConfigError` for what is impossible.
         """
         base = demo.Settings(budget_tokens=self.budget_tokens, page_size=self.page_size)
         config = base.cache_config()
         return CacheConfig.preset(
             name,
             rotation=rotation,
-            packed_slots=True,
+            packed_slots=None if "+" in name else True,
             group_size=self.group_size,
             index=self.index,
             stream_block_tokens=self.page_size,
@@ -328,12 +329,14 @@ def _row(
         stats = cache.stats()
     planned = plan_memory(case.config, shape, len(conversation.text_ids), device=_device_of(full))
     outcome = _outcome(row) | {"device_bytes": stats.device_bytes}
+    # Pages that were demoted take less than they did when they were backed up.
+    left = stats.host_bytes / stats.bytes_backed_up if stats.bytes_backed_up else 1.0
     return Row(
         mode=case.mode,
         format=case.format,
         rotation=case.rotation,
         digest_bytes=stats.digest_bytes,
-        host_bytes_per_token=planned.host_bytes_per_token,
+        host_bytes_per_token=planned.host_bytes_per_token * left,
         kl=float(kl.mean()),
         kl_answers=float(kl[reference.answers].mean()),
         agreement=float(same[reference.answers].float().mean()),

@@ -28,7 +28,8 @@ ROTATIONS = ("none", "keys", "values", "both")
 """What a Hadamard rotation is applied to before it is quantised."""
 
 DEFAULT_BUDGET = 2048
-_AS_MUCH_AS_FITS = 1 << 40
+NO_LIMIT = 1 << 40
+"""More pages or tokens than anything holds."""
 
 LayerBudget = int | str | tuple[int | str, ...] | None
 Budget = LayerBudget | tuple[LayerBudget, ...]
@@ -61,12 +62,13 @@ class CacheConfig:
             Hadamard matrix (QuaRot), which spreads outliers. Only what is quantised is rotated.
         coarse_key_bits, coarse_value_bits: a second, coarser format. Pages are sealed in the first
             and demoted, per KV head, when decode steps attend them little (LeanKV). None is no
-            second format; one of them alone leaves the other at the first format's bits.
+            second format; one of them alone leaves the other at the first format's bits. Layers
+            that attend everything keep the first.
         demote_below: a page is demoted when the attention that it received is below this multiple
             of an even share.
         demote_after: decode steps that a page must have been through before it may be demoted.
-        packed_slots: whether pages in the device tier stay packed. None: on a GPU they do; on a CPU
-            they are unpacked once, when they are recalled, which is faster.
+        packed_slots: whether quantised pages in the device tier stay packed. None: on a GPU they
+            do; on a CPU they are unpacked once, when they are recalled, which is faster.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
@@ -140,11 +142,16 @@ class CacheConfig:
         CacheConfig.preset("K4V2", budget_tokens=4096)
         CacheConfig.preset("K8V4+K4V2")     # the second for pages that are attended little
         """
-        formats = [PRESETS.get(part) for part in name.split("+")]
+        formats = [PRESETS.get(part) for part in str(name).split("+")]
         if None in formats or len(formats) > 2:
             raise ConfigError(
                 f"preset {name!r}: expected one of {', '.join(PRESETS)}, or two of them as in "
                 "'K8V4+K4V2'"
+            )
+        given = [setting for setting in settings if setting.endswith(("key_bits", "value_bits"))]
+        if given:
+            raise ConfigError(
+                f"preset {name!r} beside {', '.join(given)}: the preset sets the bits"
             )
         fine, coarse = formats[0], formats[-1]
         assert fine is not None
@@ -205,7 +212,7 @@ class CacheConfig:
         if isinstance(budget, tuple):
             budget = budget[kv_head]
         if budget == "auto":
-            return DEFAULT_BUDGET if self.device_bytes is None else _AS_MUCH_AS_FITS
+            return DEFAULT_BUDGET if self.device_bytes is None else NO_LIMIT
         return None if budget is None else int(budget)
 
     def selected_pages(self, layer: int, kv_head: int = 0) -> int:
@@ -287,6 +294,11 @@ class CacheConfig:
             raise ConfigError(
                 f"coarse format {coarse.name} beside {self.format.name}: expected fewer bits for "
                 "keys or values, and more for neither"
+            )
+        if self.budget_tokens is None:
+            raise ConfigError(
+                f"coarse format {coarse.name} beside budget_tokens=None: layers that attend "
+                "everything demote no page; give a budget, or the coarse format alone"
             )
         if self.packed_slots:
             raise ConfigError(

@@ -27,7 +27,8 @@ def demotable(
 
     Args:
         mass: attention that each page received so far [rows, pages].
-        steps: decode steps since it was sealed, broadcast to [rows, pages].
+        steps: decode steps since it was sealed, broadcast to [rows, pages]; negative where there
+            is no page, which counts for nothing.
         fine: whether it is still in the finer format [rows, pages]; others are never chosen.
         below: multiple of an even share (LeanKV's thresholds are multiples of 1/N, too).
         after: steps that a page must have been through.
@@ -37,6 +38,10 @@ def demotable(
     even = rate.sum(axis=1, keepdims=True) / np.maximum(judged.sum(axis=1, keepdims=True), 1)
     demoted: NDArray[np.bool_] = fine & judged & (rate < below * even)
     return demoted
+
+
+_NEVER = np.iinfo(np.int64).max
+"""When a page is sealed that does not exist."""
 
 
 class Importance:
@@ -49,16 +54,21 @@ class Importance:
     def __init__(self, num_rows: int) -> None:
         self.num_steps = 0
         self.mass = np.zeros((num_rows, 64), dtype=np.float32)
-        self._sealed_at = np.zeros((num_rows, 64), dtype=np.int64)
+        self._sealed_at = np.full((num_rows, 64), _NEVER)
 
     def seal(self, rows: slice, first: int, last: int) -> None:
         """Pages first..last were sealed now."""
         width = self.mass.shape[1]
         if width < last:
             more = ((0, 0), (0, max(last, 2 * width) - width))
-            self.mass, self._sealed_at = np.pad(self.mass, more), np.pad(self._sealed_at, more)
+            self.mass = np.pad(self.mass, more)
+            self._sealed_at = np.pad(self._sealed_at, more, constant_values=_NEVER)
         self.mass[rows, first:last] = 0
         self._sealed_at[rows, first:last] = self.num_steps
+
+    def unseal(self, rows: slice, first: int) -> None:
+        """The pages from `first` on exist no longer."""
+        self._sealed_at[rows, first:] = _NEVER
 
     def observe(self, pages: Ids, received: NDArray[np.float32]) -> None:
         """One decode step: row r's page `pages[r, i]` received `received[r, i]`; -1 is no page."""

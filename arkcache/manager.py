@@ -22,7 +22,7 @@ from arkcache.kernels.torch_hadamard import rotate
 from arkcache.packed import PackedLayer
 from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
-from arkcache.planning import NO_LIMIT, Planner
+from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks
 from arkcache.store import PageStore
@@ -103,7 +103,6 @@ class KVCacheManager:
 
     def _clear(self) -> None:
         self._log = TokenLog(0)
-        self._most_selected = NO_LIMIT
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
@@ -142,10 +141,8 @@ class KVCacheManager:
             self._host.check_room([state.blocks_needed(self._log.lengths(stop))])
         self._store(state, key, value, stop)
         state.columns = stop
-        if len(self._packers) > 1 and all(other.columns == stop for other in self._layers):
-            for other in self._layers:
-                if isinstance(other, PagedLayer):
-                    other.demote()
+        if isinstance(state, PagedLayer):
+            state.demote()
 
     def _store(self, state: Layer, key: Tensor, value: Tensor, stop: int) -> None:
         """Hand a layer the real tokens among its new columns, the last of which is `stop` - 1."""
@@ -326,19 +323,29 @@ class KVCacheManager:
 
     @torch.no_grad()
     def keep_sequences(self, index: Tensor | Ids) -> None:
-        """Make sequence i what sequence `index[i]` was (beams, repeats, finished sequences)."""
+        """Make sequence i what sequence `index[i]` was (beams, repeats, finished sequences).
+
+        Under `device_bytes` budgets are cut to what fits the new number of sequences; raises
+        `ConfigError`, before anything has changed, where not even one page does.
+        """
         if not self._layers:
             return
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        plan = self.planner.plan(len(order), self._most_selected)
-        self.planner.check(plan)
-        tier = DeviceTier(plan)
-        for state in self._layers:
-            state.keep_sequences(order, tier)
+        most = self.planner.pages_that_fit(len(order))
+        tier = DeviceTier(self.planner.plan(len(order), most))
+        for number, state in enumerate(self._layers):
+            if isinstance(state, PagedLayer):
+                state.keep_sequences(order, tier, self.planner.selected(number, most))
+            else:
+                state.keep_sequences(order, tier)
         self._device_tier = tier
         self._log.keep_sequences(order)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""
+        self.planner.pages_that_fit(batch)
 
     def reset(self) -> None:
         """Forget everything and free what it took."""
@@ -370,7 +377,8 @@ class KVCacheManager:
         host = self._host
         if host is not None:
             memo[id(host)] = host
-        state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
+        with torch.inference_mode(False):  # the copy is written to in and out of it
+            state = {name: copy.deepcopy(value, memo) for name, value in vars(self).items()}
         clone = object.__new__(KVCacheManager)
         memo[id(self)] = clone
         vars(clone).update(state)
@@ -426,7 +434,7 @@ class KVCacheManager:
                 self._layers.append(DenseLayer(tier.geometry))
             else:
                 self._layers.append(PackedLayer(config, tier.geometry, self._packers[0]))
-        self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
+        self._device_tier, self._log = tier, TokenLog(batch)
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""

@@ -65,8 +65,8 @@ class MemoryPlan:
         attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
         host_bytes: the host tier.
-        coarse_host_bytes: the host tier with every page demoted to the second format, a bound
-            that is not reached, because sinks are never demoted; None without a second format.
+        coarse_host_bytes: the host tier with every page demoted to the second format, a bound:
+            sinks are never demoted; None without a second format.
         tier_bytes: the device tier's one allocation: slots, windows and streaming block.
         dense_bytes: layers that attend everything, on the device, growing.
         digest_bytes: the page index, on the device, growing.

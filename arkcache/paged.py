@@ -29,9 +29,6 @@ from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
 from arkcache.views import Held, hidden_pages, view_mask, view_tokens
 
-DEMOTED_PAGES = 256
-"""Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
-
 RELOAD_SHARE = 0.6
 """On a CPU, with more than this share of the selection missing, all of it is copied in one pass
 straight into place: 116 pages of 16 KiB take 0.19 ms so, and 104 of them 0.31 ms one by one."""
@@ -67,14 +64,7 @@ class PagedLayer(SealingLayer):
         self._store = PageStore(host, packers, geometry.batch, geometry.num_kv_heads)
         self._importance = Importance(geometry.num_rows) if len(packers) > 1 else None
         self._may_demote = False
-        self._num_selected = np.tile(num_selected, geometry.batch)
-        self._num_places = self.working_set.num_slots - config.num_sink_pages
-        self._least_selected = int(num_selected.min())
-        self._may_hold = np.minimum(
-            np.ceil(self._num_selected * config.device_pool_factor), self._num_places
-        ).astype(np.int64)
-        self._spare = self._num_places > int(num_selected.max())
-        self._plain = self._least_selected == self._num_places
+        self._allot(num_selected)
         self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
         self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
         self._residency = Residency(geometry.num_rows, self._num_places)
@@ -97,6 +87,17 @@ class PagedLayer(SealingLayer):
     def host(self) -> HostTier:
         """The host tier."""
         return self._store.host
+
+    def _allot(self, num_selected: Ids) -> None:
+        """Share out the places of the working set; num_selected: pages, per KV head."""
+        self._num_selected = np.tile(num_selected, self.geometry.batch)
+        self._num_places = self.working_set.num_slots - self.config.num_sink_pages
+        self._least_selected = int(num_selected.min())
+        self._may_hold = np.minimum(
+            np.ceil(self._num_selected * self.config.device_pool_factor), self._num_places
+        ).astype(np.int64)
+        self._spare = self._num_places > int(num_selected.max())
+        self._plain = self._least_selected == self._num_places
 
     # -- append and seal ------------------------------------------------------------------------
 
@@ -149,8 +150,7 @@ class PagedLayer(SealingLayer):
     def demote(self) -> None:
         """Keep pages that were attended little in the coarse format, on the device as well.
 
-        Done when a page was sealed since the last time. All layers must have stored the step: a
-        page that is shared takes room to demote, which other layers were promised.
+        Done when a page was sealed since the last time.
         """
         config, sinks, importance = self.config, self.config.num_sink_pages, self._importance
         if importance is None or not self._may_demote or int(self.sealed.max()) <= sinks:
@@ -161,10 +161,7 @@ class PagedLayer(SealingLayer):
         rows, pages = np.nonzero(demoted)
         if not len(rows):
             return
-        for start in range(0, len(rows), DEMOTED_PAGES):
-            some = slice(start, start + DEMOTED_PAGES)
-            done = self._store.demote(rows[some], pages[some] + sinks)
-            demoted[rows[some], pages[some]] = done
+        demoted[rows, pages] = self._store.demote(rows, pages + sinks)
         self.counters.pages_demoted += int(np.count_nonzero(demoted))
         self.host.compact()
         resident = self._residency.page_of
@@ -383,29 +380,46 @@ class PagedLayer(SealingLayer):
     def _unseal(self, sequence: int, first: int, last: int) -> None:
         heads = self.geometry.num_kv_heads
         self._store.forget(sequence, first, last)
+        if self._importance is not None:
+            self._importance.unseal(slice(sequence * heads, (sequence + 1) * heads), first)
         num_left = max(0, first - self.config.num_sink_pages)
         self._residency.drop_from(slice(sequence * heads, (sequence + 1) * heads), first, num_left)
         self._complete = False
 
-    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
 
-        device_tier: a new one, for as many sequences as `index` has.
+        device_tier: a new one, for as many sequences as `index` has; num_selected: pages that a
+        step may select there, per KV head.
         """
         self._store.keep_sequences(index)
         self.sealed = self.sealed[index]
         self.lengths = Lengths(self.lengths.of[index])
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
-        self._residency.keep_rows(rows)
-        self._num_selected, self._may_hold = self._num_selected[rows], self._may_hold[rows]
         on_device = torch.from_numpy(index).to(device_tier.geometry.device)
         if self._digests is not None:
             self._digests.keep_sequences(on_device)
         if self._importance is not None:
             self._importance.keep_rows(rows)
-        copy_sequences(self.working_set, device_tier.working_sets[self.number], on_device)
+        before = self.working_set
         self.device_tier, self.geometry = device_tier, device_tier.geometry
+        self._allot(num_selected)
+        if before.num_slots == self.working_set.num_slots:
+            self._residency.keep_rows(rows)
+            copy_sequences(before.planes, self.working_set.planes, on_device)
+        else:
+            copy_sequences(before.windows, self.windows, on_device)
+            self._start_anew()
+
+    def _start_anew(self) -> None:
+        """Fill a working set of another size: sinks now, pages when they are selected."""
+        self._residency = Residency(self.geometry.num_rows, self._num_places)
+        self._complete = False
+        sinks = self.config.num_sink_pages
+        held = np.minimum(self.sealed, sinks).repeat(self.geometry.num_kv_heads)
+        rows, pages = np.nonzero(np.arange(sinks) < held[:, None])
+        self._copy_in(rows, pages - sinks, pages)
 
     def release(self) -> None:
         """Give the layer's pages back to the host tier."""

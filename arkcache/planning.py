@@ -10,15 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from arkcache.config import CacheConfig
+from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import ConfigError
 from arkcache.formats import PageLayout
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids
 from arkcache.tiering.device import Geometry, TierPlan
-
-NO_LIMIT = 1 << 40
-"""More pages than anything holds."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the two kinds of layers share: a step's parameters, its masks, and how a view is attended.
+"""What all kinds of layers share: a step's parameters, its masks, and how a view is attended.
 
 Tokens are numbered per sequence, without padding; the manager knows their columns.
 """

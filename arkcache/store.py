@@ -18,6 +18,9 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids
 from arkcache.tiering.host import HostTier
 
+DEMOTED_PAGES = 256
+"""Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
+
 
 class PackedPages(NamedTuple):
     """Pages of one format: which of those asked for, their bytes [count, nbytes], how to unpack."""
@@ -62,11 +65,6 @@ class PageStore:
     def pieces_per_page(self) -> int:
         """Pieces of the host tier that a page of all KV heads takes."""
         return int(self._handles.shape[1])
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of a page of all KV heads in the first format."""
-        return self.packers[0].layout.nbytes * self.num_kv_heads
 
     def append(self, sequences: slice, first: int, packed: Tensor) -> None:
         """Keep pages [sequences, kv_heads, pages, nbytes] from number `first` on."""
@@ -135,21 +133,29 @@ class PageStore:
     def demote(self, rows: Ids, pages: Ids) -> NDArray[np.bool_]:
         """Keep pages of the first format in the coarse one from now on; returns which now are.
 
-        A page that is shared with another sequence or cache stays fine there, and here too where
-        there is no room for both.
+        A page that is shared is demoted once, for all who share it, and only if all of them are
+        listed: another sequence or cache that wants it fine keeps it fine for all.
         """
         handles = self._handles[*np.divmod(rows, self.num_kv_heads), pages]
-        demoted = ~self.host.is_shared(handles)
-        demoted |= self.host.has_room([0, int(np.count_nonzero(~demoted))])
-        handles, rows, pages = handles[demoted], rows[demoted], pages[demoted]
+        listed, which, listings = np.unique(handles, return_inverse=True, return_counts=True)
+        agreed = self.host.references(listed) == listings
+        for start in range(0, len(listed), DEMOTED_PAGES):
+            some = np.flatnonzero(agreed[start : start + DEMOTED_PAGES]) + start
+            listed[some] = self._demote(listed[some], listings[some])
+        self._handles[*np.divmod(rows, self.num_kv_heads), pages] = listed[which]
+        demoted: NDArray[np.bool_] = agreed[which]
+        return demoted
+
+    def _demote(self, handles: Ids, references: Ids) -> Ids:
+        """New handles, of the coarse format and with these references, in place of these."""
         fine, coarse = self.packers
         states = fine.unpack(_take(self.host.pieces(0), self.host.rows(handles)))
-        # Released first: what is not shared makes room for itself, even in a full tier.
-        self.host.release(handles)
+        # Released first: pages make room for themselves, even in a full tier.
+        self.host.release(np.repeat(handles, references))
         fresh = self.host.allocate(len(handles), kind=1)
         self.host.write(fresh, coarse.pack(*states))
-        self._handles[*np.divmod(rows, self.num_kv_heads), pages] = fresh
-        return demoted
+        self.host.retain(np.repeat(fresh, references - 1))
+        return fresh
 
     def forget(self, sequence: int, first: int, last: int) -> None:
         """Give pages first..last of a sequence back to the host tier."""

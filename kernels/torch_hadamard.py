@@ -33,8 +33,10 @@ def rotate(states: Tensor) -> Tensor:
 @cache
 def _matrix(dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        matrix = torch.ones(1, 1)
+        # Whatever the defaults are at the first call: the result is kept for all others.
+        step = torch.tensor([[1, 1], [1, -1]], dtype=torch.float64, device="cpu")
+        matrix = step[:1, :1]
         while len(matrix) < dim:
-            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-        matrix *= dim**-0.5
-        return matrix.to(device, dtype)
+            matrix = torch.kron(step, matrix)
+        rotation: Tensor = (matrix * dim**-0.5).to(device, dtype)
+        return rotation

@@ -257,7 +257,6 @@ def test_sweep_as_json() -> None:
     ("arguments", "message"),
     [
         (["--draws", "0"], "draws=0: expected at least 1"),
-        (["--format", "K8V4+K4V2"], "slots are of one size"),
         (["--device-bytes", "much"], "'much' bytes: expected a number"),
         (["--file", "no-such-file.txt"], "cannot read no-such-file.txt"),
     ],

@@ -130,3 +130,18 @@ def test_a_step_never_attends_more_than_its_budget(
     assert attended <= least + more
     if attended < length:
         assert attended > least + more - 2 * page_size
+
+
+def test_a_preset_sets_the_bits() -> None:
+    mixed = CacheConfig.preset("K8V4+K4V2", budget_tokens=512)
+    assert (mixed.key_bits, mixed.value_bits, mixed.budget_tokens) == (8, 4, 512)
+    assert (mixed.coarse_key_bits, mixed.coarse_value_bits) == (4, 2)
+    for name, settings in (
+        ("K4V2", {"key_bits": 8}),
+        ("K8V4+K4V2", {"coarse_value_bits": 4}),
+        ("K5V5", {}),
+        ("K8V4+K4V4+K2V2", {}),
+        (4, {}),
+    ):
+        with pytest.raises(ConfigError, match="preset"):
+            CacheConfig.preset(name, **settings)

@@ -83,6 +83,8 @@ def test_a_plan_is_what_a_cache_takes(name: str, batch: int) -> None:
         {"device_pool_factor": 1.7, "index": "sphere-max"},
         {"index": "tokens", "rotation": "both"},
     ):
+        if "+" in name and changes == {"budget_tokens": None}:  # an error: nothing would demote
+            continue
         config = CacheConfig.preset(name, **(SMALL | changes))
         for context in (30, 333):
             assert_agrees(config, SHAPE, context, batch)

@@ -86,6 +86,10 @@ def test_conversations(name: str, rotation: str) -> None:
 @pytest.mark.parametrize("budget", [32, ((12, 40),), None])
 def test_budgets_and_pool_sizes(budget: Any, factor: float, group: int, name: str) -> None:
     settings = {"budget_tokens": budget, "device_pool_factor": factor}
+    if budget is None and "+" in name:
+        with pytest.raises(ConfigError, match="layers that attend everything demote no page"):
+            config_of(name, **settings)
+        return
     twins = Twins(config_of(name, rotation="keys", **settings), group=group)
     converse(twins, LEFT_PADDED)
 
@@ -123,7 +127,8 @@ def options(twins: Twins, columns: int) -> dict[str, dict[str, Any]]:
 def test_options(
     option: str, mask: Tensor | None, budget: int | None, packed_slots: bool | None, name: str
 ) -> None:
-    packed_slots = None if "+" in name else packed_slots
+    if "+" in name:  # slots of one size, and a budget
+        packed_slots, budget = None, 32
     twins = Twins(config_of(name, budget_tokens=budget, packed_slots=packed_slots, rotation="both"))
     twins.append(60, mask)
     twins.attend(**options(twins, 60)[option])
@@ -470,6 +475,32 @@ def test_device_bytes_beside_an_unlimited_budget() -> None:
         config_of("K4V4", budget_tokens=None, device_bytes=1000)
 
 
+@pytest.mark.parametrize("packed_slots", [None, True])
+def test_budgets_follow_the_number_of_sequences(packed_slots: bool | None) -> None:
+    """What beams attend within `device_bytes` is what as many sequences from the start would."""
+    config = config_of("K4V4", budget_tokens="auto", device_bytes=20_000, packed_slots=packed_slots)
+    key, query = torch.randn(2, 2, 300, 8), torch.randn(4, 4, 1, 8)
+    manager = KVCacheManager(1, 2, 8, config)
+    manager.append(0, key, key)
+    manager.attend(0, query[:2])
+    for order in ([0, 1, 1], [2, 0, 0, 1], [3, 1], [0]):
+        key = key[order]
+        manager.keep_sequences(torch.tensor(order))
+        fresh = KVCacheManager(1, 2, 8, config)
+        fresh.append(0, key, key)
+        own = query[: len(order)]
+        for _ in range(2):
+            torch.testing.assert_close(manager.attend(0, own), fresh.attend(0, own))
+            own = own.flip(3)
+        manager.check_integrity()
+        stats, other = manager.stats(), fresh.stats()
+        assert stats.device_bytes == other.device_bytes <= 20_000
+        assert stats.attended_tokens == other.attended_tokens
+        new = torch.randn(len(order), 2, 40, 8)
+        manager.append(0, new, new)
+        key = torch.cat((key, new), dim=2)
+
+
 def test_beams_beyond_device_bytes() -> None:
     """Refused, and nothing has changed; fewer sequences may follow."""
     config = config_of("K4V4", **DEVICE, device_bytes=20_000)
@@ -477,14 +508,55 @@ def test_beams_beyond_device_bytes() -> None:
     key, query = torch.randn(2, 2, 300, 8), torch.randn(2, 4, 1, 8)
     manager.append(0, key, key)
     before, stats = manager.attend(0, query), manager.stats()
-    with pytest.raises(ConfigError, match="device_bytes=20000: the device tier of 3 sequences"):
-        manager.keep_sequences(torch.tensor([0, 1, 1]))
+    with pytest.raises(ConfigError, match="device_bytes=20000: the device tier of 64 sequences"):
+        manager.keep_sequences(torch.arange(64) % 2)
     assert (manager.batch, manager.stats()) == (2, stats)
     manager.check_integrity()
     assert torch.equal(manager.attend(0, query), before)
     manager.keep_sequences(torch.tensor([1]))
-    torch.testing.assert_close(manager.attend(0, query[1:]), before[1:])
-    assert manager.stats().device_bytes < stats.device_bytes
+    manager.check_integrity()
+    manager.attend(0, query[1:])
+
+
+def test_demotion_does_not_depend_on_the_neighbours() -> None:
+    """A short sequence keeps beside a long one what it keeps alone."""
+    config = config_of("K8V8+K2V2", demote_below=0.8, demote_after=4)
+    keys, queries = torch.randn(24, 2, 2, 1, 8), torch.randn(24, 2, 4, 1, 8)
+    past = torch.randn(2, 2, 240, 8)
+    mask = torch.ones(2, 240, dtype=torch.bool)
+    mask[0, :180] = False
+    both, alone = KVCacheManager(1, 2, 8, config), KVCacheManager(1, 2, 8, config)
+    both.append(0, past, past, mask)
+    alone.append(0, past[:1, :, 180:], past[:1, :, 180:])
+    for key, query in zip(keys, queries, strict=True):
+        both.append(0, key, key)
+        alone.append(0, key[:1], key[:1])
+        torch.testing.assert_close(both.attend(0, query)[:1], alone.attend(0, query[:1]))
+    fine = [cast(PagedLayer, one._layers[0])._store.is_fine(20)[:2] for one in (both, alone)]
+    assert np.array_equal(*fine)
+    assert alone.stats().pages_demoted > 0
+
+
+def test_beams_share_what_they_demote() -> None:
+    """A second format never makes the host tier larger, however many share a page."""
+    config = config_of("K8V8+K2V2", demote_below=2.0, demote_after=2)
+    manager = KVCacheManager(1, 2, 8, config)
+    past = torch.randn(1, 2, 100, 8)
+    manager.append(0, past, past)
+    manager.keep_sequences(torch.zeros(4, dtype=torch.int64))
+    sizes = [manager.stats().host_bytes]
+    for _ in range(3):
+        key, query = torch.randn(1, 2, 1, 8).expand(4, -1, -1, -1), torch.randn(1, 4, 1, 8)
+        manager.append(0, key, key)
+        manager.attend(0, query.expand(4, -1, -1, -1))
+    manager.append(0, *torch.randn(2, 1, 2, 4, 8).expand(2, 4, -1, -1, -1))
+    sizes.append(manager.stats().host_bytes)
+    assert manager.stats().pages_demoted >= 4
+    fresh = 4 * 2 * PageLayout(config.format, 4, 8, 8, 4).nbytes  # one page of four rows, two heads
+    assert sizes[1] < sizes[0] + 2 * fresh
+    manager.check_integrity()
+    assert manager._host is not None
+    manager._host.check([manager._held_blocks()])
 
 
 # -- which pages are demoted ----------------------------------------------------------------------
@@ -812,3 +884,20 @@ def test_two_formats_map_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch)
         manager = KVCacheManager(1, 1, 5, config)
         manager.append(0, torch.randn(1, 1, 20, 5), torch.randn(1, 1, 20, 5))
         assert sizes.pop() <= limit
+
+
+@pytest.mark.parametrize("settings", [{}, {"budget_tokens": None}, {"num_dense_layers": 1}])
+def test_a_copy_made_in_inference_mode_goes_on_outside(settings: dict[str, Any]) -> None:
+    twins = Twins(config_of("K4V4", **settings), num_layers=2)
+    twins.append(60)
+    with torch.inference_mode():
+        clone = copy.deepcopy(twins)
+    for one in (twins, clone):
+        one.append(9)
+        one.attend()
+        one.check()
+
+
+def test_dtypes_that_torch_hardly_computes_in_are_refused() -> None:
+    with pytest.raises(InputError, match=r"expected one of torch.float16"):
+        KVCacheManager(1, 1, 8, dtype=torch.float8_e4m3fn)

@@ -64,7 +64,8 @@ class WorkingSet:
     """
 
     def __init__(self, key: Tensor, value: Tensor, num_slots: int, page_size: int) -> None:
-        self.key, self.value = self.planes = key, value
+        self.key, self.value = key, value
+        self.planes: tuple[Tensor, ...] = (key, value)
         self.num_slots, self.page_size = num_slots, page_size
         self.boundary = num_slots * page_size
         self.windows = (key[:, :, self.boundary :], value[:, :, self.boundary :])
@@ -152,11 +153,9 @@ class PackedWorkingSet:
         yield key_window[:, :, :num_recent], value_window[:, :, :num_recent]
 
 
-def copy_sequences(
-    source: WorkingSet | PackedWorkingSet, target: WorkingSet | PackedWorkingSet, index: Tensor
-) -> None:
-    """Make sequence i of `target` what sequence `index[i]` of `source`, of the same kind, is."""
-    for plane, other in zip(target.planes, source.planes, strict=True):
+def copy_sequences(source: tuple[Tensor, ...], target: tuple[Tensor, ...], index: Tensor) -> None:
+    """Make sequence i of the planes of `target` what sequence `index[i]` of `source` is."""
+    for plane, other in zip(target, source, strict=True):
         plane.copy_(other[index])
 
 

@@ -119,20 +119,13 @@ class HostTier:
         extents = zip(self._sides, self.piece_bytes, strict=True)
         return self._end - sum(side.extent * size for side, size in extents)
 
-    def has_room(self, counts: Sequence[int]) -> bool:
-        """Whether so many more of each kind fit the limit."""
-        return self.used_bytes + self._bytes_for(counts) <= self.limit_bytes
-
-    def _bytes_for(self, counts: Sequence[int]) -> int:
-        return sum(n * size for n, size in zip(counts, self.piece_bytes, strict=False))
-
     def check_room(self, counts: Sequence[int]) -> None:
         """Raise `HostTierFullError` unless so many more of each kind fit the limit and the system.
 
         Kinds that are not listed get none.
         """
-        needed = self._bytes_for(counts)
-        if not self.has_room(counts):
+        needed = sum(n * size for n, size in zip(counts, self.piece_bytes, strict=False))
+        if self.used_bytes + needed > self.limit_bytes:
             raise HostTierFullError(
                 f"the host tier holds {self.used_bytes} bytes of at most {self.limit_bytes} and "
                 f"{sum(counts)} more pages need {needed}: raise host_bytes, shorten "
@@ -222,10 +215,9 @@ class HostTier:
         if len(freed) and self.num_pieces == 0:
             self._forget()
 
-    def is_shared(self, handles: Ids) -> NDArray[np.bool_]:
-        """Whether each piece has more than one reference."""
-        shared: NDArray[np.bool_] = self._references[handles] > 1
-        return shared
+    def references(self, handles: Ids) -> Ids:
+        """How many references each piece has."""
+        return self._references[handles]
 
     # -- compaction -------------------------------------------------------------------------------
 

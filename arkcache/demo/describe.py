@@ -49,6 +49,11 @@ def shape_of_model(name: str, dtype: str | None) -> tuple[CacheShape, list[int]]
         )
     layers = DynamicCache(config=config).layers
     full = [number for number, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if getattr(config, "multi_query", False) or getattr(config, "num_kv_shared_layers", 0):
+        raise InputError(
+            f"model {name} shares keys and values between heads or layers in a way that its config "
+            f"leaves to its code; {_GIVE_SIZES}"
+        )
     if not layers:  # a config that says nothing of its layers has them all alike
         full = list(range(_size(config, name, "num_hidden_layers", "n_layer")))
     if not full:
@@ -75,7 +80,10 @@ def parse_dtype(dtype: Any) -> torch.dtype:
 
 
 def _size(config: Any, model: str, *names: str, default: int | None = None) -> int:
-    values = (getattr(config, name, None) for name in names)
+    try:
+        values = [getattr(config, name, None) for name in names]
+    except RuntimeError as error:  # some configs refuse to say what differs from layer to layer
+        raise InputError(f"model {model}: {error}; {_GIVE_SIZES}") from None
     size = next((value for value in values if value is not None), default)
     if not isinstance(size, int):
         raise InputError(f"model {model}: its config gives no one {names[0]}; {_GIVE_SIZES}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import ref
 
@@ -139,7 +140,8 @@ class ArkCache(DynamicCache):
     Building it attaches to the model: its attention implementation becomes "arkcache" until
     `arkcache.detach(model)`; other caches go on working. The first time, a probe of 12 tokens
     compares the model with itself under a plain `DynamicCache`; where they differ the cache runs in
-    compat mode (exact, paged storage, nothing sparse) and warns once with the reason.
+    compat mode (paged storage, nothing sparse, exact with pages of 16 bits) and warns once with the
+    reason.
 
     Args:
         model: any transformers model with a decoder.
@@ -177,6 +179,9 @@ class ArkCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PagedCacheLayer(self._core, index)
+        self._core.num_paged_layers = sum(
+            isinstance(layer, PagedCacheLayer) for layer in self.layers
+        )
         self._core.reason = self._reason_not_paged()
         self._core.mask_is_read = any(
             isinstance(layer, DynamicLayer) and not layer.is_sliding
@@ -190,18 +195,18 @@ class ArkCache(DynamicCache):
 
     @config.setter
     def config(self, config: CacheConfig) -> None:
-        before, core = self._core.config, self._core
+        core = self._core
         if self.get_seq_length():
             raise InputError(
-                f"this cache holds {self.get_seq_length()} tokens in {before.format.name}: other "
-                "settings need reset() first, or a cache of their own"
+                f"this cache holds {self.get_seq_length()} tokens in {core.config.format.name}: "
+                "other settings need reset() first, or a cache of their own"
             )
+        if not isinstance(config, CacheConfig):
+            raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
+        self._check_budgets(config)
+        if core.attachment is not None:
+            replace(core, config=config, managers={}).check()
         core.config = config
-        try:
-            core.check()
-        except ConfigError:
-            core.config = before
-            raise
         core.managers.clear()
         for layer in self.layers:
             if isinstance(layer, PagedCacheLayer):
@@ -278,6 +283,8 @@ class ArkCache(DynamicCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence `repeats` times."""
+        for manager in self._core.managers.values():
+            manager.check_batch(manager.batch * repeats)
         for layer in self._other_layers():
             layer.batch_repeat_interleave(repeats)
         for manager in self._core.managers.values():
@@ -321,15 +328,18 @@ class ArkCache(DynamicCache):
             manager.keep_sequences(index)
 
     def _check_layers(self, model: PreTrainedModel, config: CacheConfig) -> None:
-        budget = config.budget_tokens
-        if isinstance(budget, tuple) and len(budget) != len(self.layers):
-            raise ConfigError(
-                f"budget_tokens has {len(budget)} entries: this model has {len(self.layers)} layers"
-            )
+        self._check_budgets(config)
         if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             raise UnsupportedModelError(
                 f"{type(model).__name__} keeps no keys and values: there is nothing to page. Use "
                 "the cache that the model brings with it"
+            )
+
+    def _check_budgets(self, config: CacheConfig) -> None:
+        budget = config.budget_tokens
+        if isinstance(budget, tuple) and len(budget) != len(self.layers):
+            raise ConfigError(
+                f"budget_tokens has {len(budget)} entries: this model has {len(self.layers)} layers"
             )
 
     def _reason_not_paged(self) -> str | None:

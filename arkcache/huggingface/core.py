@@ -25,6 +25,7 @@ class CacheCore:
     Attributes:
         config: the user's settings, for layers numbered as in the model.
         model_config: the model's own.
+        num_paged_layers: layers of the model whose pages this keeps.
         reason: why the cache is in compat mode; None when it is paged.
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
         attachment: of the model; None after unpickling without the model.
@@ -33,6 +34,7 @@ class CacheCore:
 
     config: CacheConfig
     model_config: PreTrainedConfig
+    num_paged_layers: int = 0
     reason: str | None = None
     mask_is_read: bool = False
     attachment: Attachment | None = None
@@ -67,14 +69,27 @@ class CacheCore:
             members = sorted(other for other, found in shapes.items() if found == shape)
             group = shape
         if group not in self.managers:
+            if not self.managers:
+                self._check_batch(key.shape[0])
             self.managers[group] = self._make_manager(shape, members)
         return self.managers[group], members.index(layer)
 
     def check(self) -> None:
         """Raise `ConfigError` where the settings do not fit the layers that the probe saw."""
+        self._probed_managers()
+
+    def _check_batch(self, batch: int) -> None:
+        """Raise `ConfigError` unless so many sequences fit, before any layer has stored any."""
+        for manager in self._probed_managers():
+            manager.check_batch(batch)
+
+    def _probed_managers(self) -> list[KVCacheManager]:
+        """An empty manager for each group of layers that the probe saw."""
         shapes = self.attached().shapes
-        for shape in set(shapes.values()):
+        return [
             self._make_manager(shape, [layer for layer in shapes if shapes[layer] == shape])
+            for shape in set(shapes.values())
+        ]
 
     def _make_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
         return KVCacheManager(
@@ -106,16 +121,17 @@ class CacheCore:
         return replace(config, num_dense_layers=0, budget_tokens=tuple(budgets))
 
     def _share(self, shape: LayerShape, layers: list[int]) -> float:
-        """What these layers hold of a token, as a share of what all paged layers hold."""
-
-        def size(numbers: list[int], of: LayerShape) -> int:
-            paged = sum(number >= self.config.num_dense_layers for number in numbers)
-            return paged * of.num_kv_heads * (of.head_dim + of.value_dim) * of.dtype.itemsize
-
+        """What these layers keep of a token in tiers, as a share of what all paged layers keep."""
         known = self.attached().shapes
-        total = sum(size([number], other) for number, other in known.items())
-        own = size(layers, shape)
-        return own / total if own and all(number in known for number in layers) else 1.0
+        if not all(layer in known for layer in layers):  # the probe did not get so far
+            return len(layers) / max(self.num_paged_layers, len(layers))
+
+        def size(layer: int) -> int:
+            of, tiered = known[layer], self.config.budget_of(layer) is not None
+            return tiered * of.num_kv_heads * (of.head_dim + of.value_dim) * of.dtype.itemsize
+
+        own, total = sum(map(size, layers)), sum(map(size, known))
+        return own / total if own else 1.0
 
     def __getstate__(self) -> dict[str, Any]:
         """The attachment by name: it belongs to the model, which stays behind."""

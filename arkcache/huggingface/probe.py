@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import DynamicLayer, EncoderDecoderCache
 
 from arkcache.config import CacheConfig
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface.attachment import (
     AttachedName,
     Attachment,
+    LayerShape,
     attention_configs,
     detach,
     set_attachment,
@@ -79,8 +80,14 @@ def _probe(
             "interface of transformers"
         )
     try:
+        plain = DynamicCache(config=model.config)
         with _implementation(configs, attachment.base):
-            expected = _probe_logits(model, DynamicCache(config=model.config))
+            expected = _probe_logits(model, plain)
+        attachment.shapes = {
+            number: LayerShape.of(layer.keys, layer.values, latent=False)
+            for number, layer in enumerate(plain.layers)
+            if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None
+        }
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not run with a DynamicCache, which ArkCache extends "

@@ -112,3 +112,15 @@ def test_any_dim(dim: int, rows: int, seed: int) -> None:
     states = torch.randn(rows, dim, generator=generator)
     torch.testing.assert_close(rotate(states), reference.hadamard(states))
     torch.testing.assert_close(rotate(rotate(states)), states)
+
+
+def test_defaults_of_the_caller_do_not_reach_the_matrix() -> None:
+    """It is kept for all later calls."""
+    states = torch.randn(3, 512)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            rotated = rotate(states)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(rotated, reference.hadamard(states), rtol=1e-5, atol=1e-5)

@@ -156,7 +156,7 @@ def test_copy_sequences(packer: PagePacker | None) -> None:
     fill(tier)
     index = torch.tensor([1, 1, 0])
     for target, source in zip(other.working_sets, tier.working_sets, strict=True):
-        copy_sequences(source, target, index)
+        copy_sequences(source.planes, target.planes, index)
         for mine, theirs in zip(target.planes, source.planes, strict=True):
             assert torch.equal(mine, theirs[index])
     assert not other.stream_key.any()

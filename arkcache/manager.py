@@ -399,6 +399,13 @@ class KVCacheManager:
         clone._layers = []
         return state
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if torch.is_inference_mode_enabled():
+            # What was loaded in it could not be written to outside; a copy made outside can.
+            with torch.inference_mode(False):
+                state = copy.deepcopy(state)
+        vars(self).update(state)
+
     def _held_blocks(self) -> Ids:
         return np.concatenate([layer.held_blocks() for layer in self._layers])
 

@@ -890,9 +890,12 @@ def test_two_formats_map_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch)
 def test_a_copy_made_in_inference_mode_goes_on_outside(settings: dict[str, Any]) -> None:
     twins = Twins(config_of("K4V4", **settings), num_layers=2)
     twins.append(60)
+    twins.attend()
     with torch.inference_mode():
         clone = copy.deepcopy(twins)
-    for one in (twins, clone):
+        loaded = copy.deepcopy(twins)
+        loaded.manager = pickle.loads(pickle.dumps(twins.manager))
+    for one in (twins, clone, loaded):
         one.append(9)
         one.attend()
         one.check()

@@ -58,18 +58,22 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int) -> CacheConfig:
     budget = st.integers(least, least + 4 * page_size)
     limited = budget | st.none()
     per_head = st.tuples(*[budget] * NUM_KV_HEADS)
+    whole = budget | st.tuples(*[limited | per_head] * NUM_LAYERS)
+    page_format = draw(formats(index, head_dim, value_dim))
+    if "coarse_value_bits" not in page_format:
+        whole |= st.none()
     return CacheConfig(
         page_size=page_size,
         num_sink_tokens=sinks,
         num_recent_tokens=recent,
-        budget_tokens=draw(budget | st.tuples(*[limited | per_head] * NUM_LAYERS) | st.none()),
+        budget_tokens=draw(whole),
         num_dense_layers=draw(st.integers(0, 1)),
         device_pool_factor=draw(st.sampled_from([1, 1.5, 3])),
         index=index,
         index_bits=draw(st.sampled_from([2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
-        **draw(formats(index, head_dim, value_dim)),
+        **page_format,
     )
 
 

@@ -21,6 +21,27 @@ except ModuleNotFoundError as error:
     _missing = error.name
 else:
     _missing = None
+    # Options of several commands.
+    _File = Annotated[
+        Path | None, typer.Option(help="Text to read (UTF-8).", show_default="Python's help topics")
+    ]
+    _PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
+    _GroupSize = Annotated[int, typer.Option(help="Channels of a value that share a scale.")]
+    _Index = Annotated[str, typer.Option(help="How pages are rated.")]
+    _Context = Annotated[int, typer.Option(help="Tokens to read; the text is cut or repeated.")]
+    _Facts = Annotated[int, typer.Option(help="Facts to hide in the text.")]
+    _Model = Annotated[
+        str | None,
+        typer.Option(
+            help="Any causal language model: a folder or a Hugging Face id.",
+            show_default="the shipped model",
+        ),
+    ]
+    _Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+    _Seed = Annotated[int, typer.Option(help="Draws other facts and other places.")]
+    _Json = Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of the tables.")
+    ]
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,25 +67,15 @@ def main() -> None:
 
 
 def demo(
-    file: Annotated[
-        Path | None, typer.Option(help="Text to read (UTF-8).", show_default="Python's help topics")
-    ] = None,
+    file: _File = None,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and KV head.")] = 512,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 32,
-    context: Annotated[
-        int, typer.Option(help="Tokens to read; the text is cut or repeated.")
-    ] = 8192,
-    facts: Annotated[int, typer.Option(help="Facts to hide in the text.")] = 16,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Any causal language model: a folder or a Hugging Face id.",
-            show_default="the shipped model",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    page_size: _PageSize = 32,
+    context: _Context = 8192,
+    facts: _Facts = 16,
+    model: _Model = None,
+    device: _Device = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Draws other facts and other places.")] = 0,
+    seed: _Seed = 0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of the table.")
     ] = False,
@@ -118,8 +129,8 @@ def describe(
         ),
     ] = None,
     dense_layers: Annotated[int, typer.Option(help="First layers that attend everything.")] = 2,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 32,
-    group_size: Annotated[int, typer.Option(help="Channels of a value that share a scale.")] = 32,
+    page_size: _PageSize = 32,
+    group_size: _GroupSize = 32,
     formats: Annotated[
         list[str] | None,
         typer.Option(
@@ -138,11 +149,9 @@ def describe(
             show_default="packed on cuda",
         ),
     ] = None,
-    index: Annotated[str, typer.Option(help="How pages are rated.")] = "cuboid-mean",
+    index: _Index = "cuboid-mean",
     device: Annotated[str, typer.Option(help="cuda or cpu; it need not be here.")] = "cuda",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the tables.")
-    ] = False,
+    as_json: _Json = False,
 ) -> None:
     """Say what a cache will take, in each format, before anything is loaded."""
     with _told_in_a_line("describe"):
@@ -180,9 +189,7 @@ def describe(
 
 
 def sweep(
-    file: Annotated[
-        Path | None, typer.Option(help="Text to read (UTF-8).", show_default="Python's help topics")
-    ] = None,
+    file: _File = None,
     budget: Annotated[int, typer.Option(help="Tokens attended, at equal tokens.")] = 512,
     device_bytes: Annotated[
         str | None,
@@ -195,30 +202,20 @@ def sweep(
         list[str] | None,
         typer.Option("--format", help="May be repeated.", show_default="all presets"),
     ] = None,
-    page_size: Annotated[int, typer.Option(help="Tokens per page.")] = 32,
-    group_size: Annotated[int, typer.Option(help="Channels of a value that share a scale.")] = 32,
-    index: Annotated[str, typer.Option(help="How pages are rated.")] = "cuboid-mean",
-    context: Annotated[
-        int, typer.Option(help="Tokens to read; the text is cut or repeated.")
-    ] = 8192,
-    facts: Annotated[int, typer.Option(help="Facts to hide in the text.")] = 16,
+    page_size: _PageSize = 32,
+    group_size: _GroupSize = 32,
+    index: _Index = "cuboid-mean",
+    context: _Context = 8192,
+    facts: _Facts = 16,
     draws: Annotated[int, typer.Option(help="Texts with other facts, to average.")] = 1,
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Any causal language model: a folder or a Hugging Face id.",
-            show_default="the shipped model",
-        ),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    model: _Model = None,
+    device: _Device = "auto",
     dtype: Annotated[
         str,
         typer.Option(help="auto (bfloat16 for the shipped model), float32, bfloat16 or float16."),
     ] = "auto",
-    seed: Annotated[int, typer.Option(help="Draws other facts and other places.")] = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the tables.")
-    ] = False,
+    seed: _Seed = 0,
+    as_json: _Json = False,
 ) -> None:
     """Compare the formats of pages, at equal tokens and at equal bytes.
 

@@ -98,11 +98,12 @@ class KVCacheManager:
         self.planner = Planner(
             config, num_layers, num_kv_heads, head_dim, value_dim, dtype, self._like.device
         )
-        self._packers = self.planner.packers()
+        self._packers = self.planner.packers
         self._clear()
 
     def _clear(self) -> None:
         self._log = TokenLog(0)
+        self._most_selected = 0
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
@@ -146,8 +147,7 @@ class KVCacheManager:
 
     def _store(self, state: Layer, key: Tensor, value: Tensor, stop: int) -> None:
         """Hand a layer the real tokens among its new columns, the last of which is `stop` - 1."""
-        key = rotate(key) if self.config.rotates_keys else key
-        value = rotate(value) if self.config.rotates_values else value
+        key, value = self._rotated(key, value)
         real = self._log.real(state.columns, stop)
         if real is None:
             for rows in state.lengths.groups():
@@ -207,7 +207,7 @@ class KVCacheManager:
             index_query=query if index_query is None else index_query,
             softcap=softcap,
             sinks=sinks,
-            expand=None if expand is None else self._unrotated(expand),
+            expand=None if expand is None else lambda *latents: expand(*self._rotated(*latents)),
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
         if new_tokens == 1:
@@ -218,15 +218,11 @@ class KVCacheManager:
         # The rotation is its own inverse.
         return rotate(output) if expand is None and self.config.rotates_values else output
 
-    def _unrotated(self, expand: Expand) -> Expand:
-        """Expansion of latents as they were before they were rotated."""
+    def _rotated(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values into the basis in which they are stored, or back from it."""
         config = self.config
-
-        def expand_unrotated(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-            key = rotate(key) if config.rotates_keys else key
-            return expand(key, rotate(value) if config.rotates_values else value)
-
-        return expand_unrotated if config.rotates_keys or config.rotates_values else expand
+        key = rotate(key) if config.rotates_keys else key
+        return key, rotate(value) if config.rotates_values else value
 
     def _bias(self, mask: Tensor, query: Tensor, expanded: bool) -> Callable[[Ids], Tensor]:
         """The user's mask as a function of token numbers; see `Step.bias`."""
@@ -261,8 +257,7 @@ class KVCacheManager:
                 target = torch.from_numpy(columns[sequence, held]).to(self.device)
                 key[sequence][:, target] = key_block[sequence][:, source]
                 value[sequence][:, target] = value_block[sequence][:, source]
-        key = rotate(key) if self.config.rotates_keys else key
-        return key, rotate(value) if self.config.rotates_values else value
+        return self._rotated(key, value)
 
     # -- the state of a conversation --------------------------------------------------------------
 
@@ -333,14 +328,16 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        most = self.planner.pages_that_fit(len(order))
+        most = self._most_selected
+        if len(order) != self.batch:  # beams are reordered at every step: fit them once
+            most = self.planner.pages_that_fit(len(order))
         tier = DeviceTier(self.planner.plan(len(order), most))
         for number, state in enumerate(self._layers):
             if isinstance(state, PagedLayer):
                 state.keep_sequences(order, tier, self.planner.selected(number, most))
             else:
                 state.keep_sequences(order, tier)
-        self._device_tier = tier
+        self._device_tier, self._most_selected = tier, most
         self._log.keep_sequences(order)
 
     def check_batch(self, batch: int) -> None:
@@ -441,7 +438,7 @@ class KVCacheManager:
                 self._layers.append(DenseLayer(tier.geometry))
             else:
                 self._layers.append(PackedLayer(config, tier.geometry, self._packers[0]))
-        self._device_tier, self._log = tier, TokenLog(batch)
+        self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids, sealed_pages
+from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_blocks
@@ -85,13 +85,7 @@ class PackedLayer(SealingLayer):
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other."""
-        config = self.config
-        for sequence, length in enumerate(self.lengths.of.tolist()):
-            expected = sealed_pages(length, config.num_recent_tokens, config.page_size)
-            if self.sealed[sequence] != expected:
-                raise IntegrityError(
-                    f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
-                )
+        self._check_sealed(self.sealed)
         if int(self.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")
 

@@ -18,7 +18,7 @@ from arkcache.importance import Importance
 from arkcache.index import make_index
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids, Residency, sealed_pages
+from arkcache.pages import Ids, Residency
 from arkcache.policy import aggregate, ranked_pages, top_pages
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
@@ -436,13 +436,8 @@ class PagedLayer(SealingLayer):
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
         self._residency.check()
-        config = self.config
-        for sequence, length in enumerate(self.lengths.of.tolist()):
-            expected = sealed_pages(length, config.num_recent_tokens, config.page_size)
-            if expected != self.sealed[sequence] or self._store.count(sequence) != expected:
-                raise IntegrityError(
-                    f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
-                )
+        self._check_sealed(self.sealed)
+        self._check_sealed(self._store.counts())
         self._check_residents()
 
     def _check_residents(self) -> None:

@@ -6,6 +6,7 @@ Knows sizes only; `DeviceTier` allocates what is planned here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ class Planner:
     dtype: torch.dtype
     device: torch.device
 
+    @cached_property
     def packers(self) -> list[PagePacker]:
         """Of the pages' first format and, if there is one, of the coarse one.
 
@@ -71,7 +73,7 @@ class Planner:
             config.page_size,
             config.window_tokens,
             config.stream_block_tokens // config.page_size * config.page_size,
-            self.packers()[0] if packed and not config.format.is_raw else None,
+            self.packers[0] if packed and not config.format.is_raw else None,
         )
 
     def pages_that_fit(self, batch: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.errors import IntegrityError
 from arkcache.pages import Ids, sealed_pages
 from arkcache.step import Counters, Lengths
 from arkcache.tiering.device import Geometry
@@ -90,6 +91,16 @@ class SealingLayer(ABC):
         """Pages, over all sequences, that growing to these lengths seals."""
         sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
         return int(np.maximum(sealed - self.sealed, 0).sum())
+
+    def _check_sealed(self, counts: Ids) -> None:
+        """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
+        config = self.config
+        for sequence, length in enumerate(self.lengths.of.tolist()):
+            expected = sealed_pages(length, config.num_recent_tokens, config.page_size)
+            if counts[sequence] != expected:
+                raise IntegrityError(
+                    f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
+                )
 
     def blocks(self) -> Iterator[tuple[Tensor, Tensor, Ids]]:
         """All tokens, block by block: key, value [batch, kv_heads, tokens, dim] and token numbers

@@ -50,7 +50,7 @@ class PageStore:
         self, host: HostTier, packers: list[PagePacker], batch: int, num_kv_heads: int
     ) -> None:
         self.host, self.packers, self.num_kv_heads = host, packers, num_kv_heads
-        self._per_piece = num_kv_heads if len(packers) == 1 else 1
+        self._per_piece = _heads_per_piece(packers, num_kv_heads)
         self._handles: Ids = np.full(
             (batch, num_kv_heads // self._per_piece, 64), -1, dtype=np.int64
         )
@@ -58,7 +58,7 @@ class PageStore:
     @staticmethod
     def piece_bytes(packers: list[PagePacker], num_kv_heads: int) -> list[int]:
         """Sizes of the pieces that a host tier for such pages holds."""
-        per_piece = num_kv_heads if len(packers) == 1 else 1
+        per_piece = _heads_per_piece(packers, num_kv_heads)
         return [packer.layout.nbytes * per_piece for packer in packers]
 
     @property
@@ -187,9 +187,15 @@ class PageStore:
         held: Ids = self._handles[self._handles >= 0]
         return held
 
-    def count(self, sequence: int) -> int:
-        """Pages held of a sequence."""
-        return int((self._handles[sequence] >= 0).all(axis=0).sum())
+    def counts(self) -> Ids:
+        """Pages held of each sequence."""
+        counts: Ids = (self._handles >= 0).all(axis=1).sum(axis=1)
+        return counts
+
+
+def _heads_per_piece(packers: list[PagePacker], num_kv_heads: int) -> int:
+    """KV heads whose page is one piece: all where no head demotes by itself."""
+    return num_kv_heads if len(packers) == 1 else 1
 
 
 def _take(pieces: Tensor, rows: Ids) -> Tensor:

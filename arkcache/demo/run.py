@@ -148,23 +148,17 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         num_facts=settings.num_facts,
         seed=settings.seed,
     )
-    # Work on the shipped model is too short to share: on a busy machine threads would mostly wait
-    # for each other, and a run could take ten times as long.
-    num_threads = 1 if settings.model is None else torch.get_num_threads()
+    num_threads = threads_for(settings.model)
     with threads(num_threads):
         full = read(model, conversation.text_ids, progress)
         rows = [
             ask_all(method, model, tokenizer, full, conversation, progress)
             for method in methods(config)
         ]
-    resolved = asdict(settings) | {
-        "file": None if settings.file is None else str(settings.file),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
+    resolved = resolve(settings, model, num_threads) | {
         "num_sink_tokens": config.num_sink_tokens,
         "num_recent_tokens": config.num_recent_tokens,
         "num_dense_layers": config.num_dense_layers,
-        "num_threads": num_threads,
     }
     return Result(
         resolved,
@@ -175,6 +169,25 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
         rows,
         time.perf_counter() - start,
     )
+
+
+def resolve(settings: Any, model: PreTrainedModel, num_threads: int) -> dict[str, Any]:
+    """Settings of a run as plain values: what was left open as it was decided."""
+    return asdict(settings) | {
+        "file": None if settings.file is None else str(settings.file),
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_threads": num_threads,
+    }
+
+
+def threads_for(model: str | None) -> int:
+    """Threads to compute with; None is the shipped model.
+
+    Work on it is too short to share: on a busy machine threads would mostly wait for each other,
+    and a run could take ten times as long.
+    """
+    return 1 if model is None else torch.get_num_threads()
 
 
 @contextmanager

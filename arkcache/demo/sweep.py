@@ -201,7 +201,7 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
     progress("Loading the model", 0, 1)
     model, tokenizer = load_model(settings.model, device, settings.model_dtype())
     voice = shipped_voice() if settings.model is None else plain_voice(tokenizer)
-    num_threads = 1 if settings.model is None else torch.get_num_threads()
+    num_threads = demo.threads_for(settings.model)
     draws: list[list[Row]] = []
     resolved: dict[str, Any] = {}
     with demo.threads(num_threads):
@@ -223,14 +223,8 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
             for case in cases:  # refused now rather than after minutes
                 plan_memory(case.config, shape, settings.context_tokens)
             draws.append(_compare(model, tokenizer, full, shape, conversation, cases, told))
-    resolved |= {
-        "file": None if settings.file is None else str(settings.file),
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "num_threads": num_threads,
-    }
     return Result(
-        asdict(settings) | resolved,
+        demo.resolve(settings, model, num_threads) | resolved,
         describe_machine(device),
         versions(),
         [_mean(rows) for rows in zip(*draws, strict=True)],

@@ -22,6 +22,7 @@ from arkcache.step import Lengths, Step, attend_blocks
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import ChunkedTensor
 from arkcache.tiering.host import HostTier
+from arkcache.windows import ShiftedWindow
 
 CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
@@ -44,15 +45,15 @@ class PackedLayer(SealingLayer):
         rows = (geometry.batch, geometry.num_kv_heads, config.window_tokens)
         with torch.inference_mode(False):  # written to in and out of it
             like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
-            self._windows = (
+            self._window = ShiftedWindow(
                 like.new_zeros((*rows, geometry.head_dim)),
                 like.new_zeros((*rows, geometry.value_dim)),
             )
 
     @property
-    def windows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
-        return self._windows
+    def window(self) -> ShiftedWindow:
+        """The recent window."""
+        return self._window
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over all tokens."""
@@ -69,8 +70,7 @@ class PackedLayer(SealingLayer):
         on_device = torch.from_numpy(index).to(self.geometry.device)
         self._pages.keep_sequences(on_device)
         with torch.inference_mode(False):
-            key_window, value_window = self._windows
-            self._windows = key_window[on_device], value_window[on_device]
+            self._window = ShiftedWindow(*(plane[on_device] for plane in self._window))
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
 
     def release(self) -> None:
@@ -91,7 +91,7 @@ class PackedLayer(SealingLayer):
 
     def stats(self) -> CacheStats:
         """Counters and sizes."""
-        size = self._pages.nbytes + sum(window.nbytes for window in self._windows)
+        size = self._pages.nbytes + sum(plane.nbytes for plane in self._window)
         return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:

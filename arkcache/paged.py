@@ -6,8 +6,6 @@ those that are missing into the places of those nobody wants, attend.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,21 +18,21 @@ from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids, Residency
 from arkcache.policy import aggregate, ranked_pages, top_pages
-from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_parts, attend_view, page_mass
-from arkcache.store import PageStore
+from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
 from arkcache.views import Held, hidden_pages, view_mask, view_tokens
+from arkcache.windows import ShiftedWindow
 
 RELOAD_SHARE = 0.6
 """On a CPU, with more than this share of the selection missing, all of it is copied in one pass
 straight into place: 116 pages of 16 KiB take 0.19 ms so, and 104 of them 0.31 ms one by one."""
 
 
-class PagedLayer(SealingLayer):
+class PagedLayer(TieredLayer):
     """A layer whose sealed pages live in the host tier, with a working set on the device.
 
     Args:
@@ -57,11 +55,8 @@ class PagedLayer(SealingLayer):
         packers: list[PagePacker],
         latent: bool = False,
     ) -> None:
-        geometry = device_tier.geometry
-        super().__init__(config, geometry)
-        self.latent, self.device_tier, self.number = latent, device_tier, number
-        self._packer = packers[0]
-        self._store = PageStore(host, packers, geometry.batch, geometry.num_kv_heads)
+        super().__init__(config, device_tier, number, host, packers)
+        self.latent, geometry = latent, device_tier.geometry
         self._importance = Importance(geometry.num_rows) if len(packers) > 1 else None
         self._may_demote = False
         self._allot(num_selected)
@@ -74,19 +69,9 @@ class PagedLayer(SealingLayer):
         self._digests: GrowingTensor | None = None
 
     @property
-    def working_set(self) -> WorkingSet | PackedWorkingSet:
-        """This layer's part of the device tier."""
-        return self.device_tier.working_sets[self.number]
-
-    @property
-    def windows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
-        return self.working_set.windows
-
-    @property
-    def host(self) -> HostTier:
-        """The host tier."""
-        return self._store.host
+    def window(self) -> ShiftedWindow:
+        """The recent window."""
+        return ShiftedWindow(*self.working_set.windows)
 
     def _allot(self, num_selected: Ids) -> None:
         """Share out the places of the working set; num_selected: pages, per KV head."""
@@ -107,10 +92,6 @@ class PagedLayer(SealingLayer):
         super().append(rows, key, value)
         self._may_demote |= sealed < int(self.sealed[rows.start])
 
-    def blocks_needed(self, new_lengths: Ids) -> int:
-        """Pieces of the host tier that growing to these lengths takes."""
-        return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
-
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
         self._digest(rows, first, key, value)
@@ -118,8 +99,7 @@ class PagedLayer(SealingLayer):
         self._store.append(rows, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
         last, working_set = first + key.shape[2], self.working_set
-        heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
-        cache_rows = slice(rows.start * heads, rows.stop * heads)
+        sinks, cache_rows = self.config.num_sink_pages, self.cache_rows(rows)
         if self._importance is not None:
             self._importance.seal(cache_rows, first, last)
         room = min(last, working_set.num_slots) - first
@@ -353,22 +333,6 @@ class PagedLayer(SealingLayer):
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
-    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        stream = (self.device_tier.stream_key, self.device_tier.stream_value)
-        page_size, total = self.config.page_size, int(self.sealed.max())
-        per_block = max(1, stream[0].shape[2] // page_size)
-        for first in range(0, total, per_block):
-            last = min(first + per_block, total)
-            for sequence in range(self.geometry.batch):
-                held = min(last, int(self.sealed[sequence]))
-                if held > first:
-                    tokens = (held - first) * page_size
-                    states = self._read(sequence, first, held)
-                    for plane, part in zip(stream, states, strict=True):
-                        plane[sequence, :, :tokens] = part
-            key, value = (plane[:, :, : (last - first) * page_size] for plane in stream)
-            yield first, last, key, value
-
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         device = self.geometry.device
         key, value, moved = self._store.read_run(sequence, first, last, device)
@@ -378,12 +342,12 @@ class PagedLayer(SealingLayer):
     # -- changes of shape -------------------------------------------------------------------------
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
-        heads = self.geometry.num_kv_heads
+        rows = self.cache_rows(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
         if self._importance is not None:
-            self._importance.unseal(slice(sequence * heads, (sequence + 1) * heads), first)
+            self._importance.unseal(rows, first)
         num_left = max(0, first - self.config.num_sink_pages)
-        self._residency.drop_from(slice(sequence * heads, (sequence + 1) * heads), first, num_left)
+        self._residency.drop_from(rows, first, num_left)
         self._complete = False
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
@@ -409,7 +373,7 @@ class PagedLayer(SealingLayer):
             self._residency.keep_rows(rows)
             copy_sequences(before.planes, self.working_set.planes, on_device)
         else:
-            copy_sequences(before.windows, self.windows, on_device)
+            copy_sequences(before.windows, self.working_set.windows, on_device)
             self._start_anew()
 
     def _start_anew(self) -> None:
@@ -420,18 +384,6 @@ class PagedLayer(SealingLayer):
         held = np.minimum(self.sealed, sinks).repeat(self.geometry.num_kv_heads)
         rows, pages = np.nonzero(np.arange(sinks) < held[:, None])
         self._copy_in(rows, pages - sinks, pages)
-
-    def release(self) -> None:
-        """Give the layer's pages back to the host tier."""
-        self._store.release()
-
-    def move_blocks(self, host: HostTier) -> None:
-        """Follow the layer's pages into a tier that was extracted from the present one."""
-        self._store.move(host)
-
-    def held_blocks(self) -> Ids:
-        """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
-        return self._store.held()
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other or the tiers differ."""

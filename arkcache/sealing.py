@@ -17,6 +17,7 @@ from arkcache.errors import IntegrityError
 from arkcache.pages import Ids, sealed_pages
 from arkcache.step import Counters, Lengths
 from arkcache.tiering.device import Geometry
+from arkcache.windows import Window
 
 SEAL_PAGES = 64
 """Pages sealed at a time: bounds the temporaries of a long prompt."""
@@ -39,8 +40,8 @@ class SealingLayer(ABC):
 
     @property
     @abstractmethod
-    def windows(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the recent window [batch, kv_heads, window_tokens, dim]."""
+    def window(self) -> Window:
+        """The recent window."""
 
     @abstractmethod
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
@@ -61,18 +62,17 @@ class SealingLayer(ABC):
 
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        key_window, value_window = self.windows
         length, first = int(self.lengths.of[rows.start]), int(self.sealed[rows.start])
         page_size = self.config.page_size
-        fill, new_tokens = length - first * page_size, key.shape[2]
+        oldest, new_tokens = first * page_size, key.shape[2]
         last = sealed_pages(length + new_tokens, self.config.num_recent_tokens, page_size)
         if last == first:
-            key_window[rows, :, fill : fill + new_tokens] = key
-            value_window[rows, :, fill : fill + new_tokens] = value
+            self.window.write(rows, oldest, length, key, value)
         else:
-            if fill:
-                key = torch.cat((key_window[rows, :, :fill], key), dim=2)
-                value = torch.cat((value_window[rows, :, :fill], value), dim=2)
+            if length > oldest:
+                before = self.window.read(rows, oldest, length - oldest)
+                key = torch.cat((before[0], key), dim=2)
+                value = torch.cat((before[1], value), dim=2)
             cut = (last - first) * page_size
             for start in range(first, last, SEAL_PAGES):
                 stop = min(start + SEAL_PAGES, last)
@@ -82,9 +82,8 @@ class SealingLayer(ABC):
                 )
                 self._seal(rows, start, *pages)
             self.sealed[rows] = last
-            left = key.shape[2] - cut
-            key_window[rows, :, :left] = key[:, :, cut:]
-            value_window[rows, :, :left] = value[:, :, cut:]
+            oldest = last * page_size
+            self.window.write(rows, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
         self.lengths.set(rows, length + new_tokens)
 
     def pages_to_seal(self, new_lengths: Ids) -> int:
@@ -117,8 +116,8 @@ class SealingLayer(ABC):
         recent = self.lengths.of - self.sealed * page_size
         tokens = np.arange(int(recent.max()))
         numbers = np.where(tokens < recent[:, None], tokens + ends, -1)
-        key_window, value_window = self.windows
-        yield key_window[:, :, : len(tokens)], value_window[:, :, : len(tokens)], numbers
+        firsts = torch.from_numpy(self.sealed * page_size)
+        yield *self.window.recent(firsts, len(tokens)), numbers
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`; unsealed pages go back to the window, as they were
@@ -132,11 +131,12 @@ class SealingLayer(ABC):
         left = sealed_pages(length, self.config.num_recent_tokens, page_size)
         if left >= sealed:
             return
-        fill = int(self.lengths.of[sequence]) - sealed * page_size
-        keep = length - left * page_size
-        unsealed = self._read(sequence, left, sealed)
-        for window, tokens in zip(self.windows, unsealed, strict=True):
-            whole = torch.cat((tokens, window[sequence, :, :fill]), dim=1)
-            window[sequence, :, :keep] = whole[:, :keep]
+        rows, oldest = slice(sequence, sequence + 1), sealed * page_size
+        newest = self.window.read(rows, oldest, int(self.lengths.of[sequence]) - oldest)
+        key, value = (
+            torch.cat((tokens[None], recent), dim=2)[:, :, : length - left * page_size]
+            for tokens, recent in zip(self._read(sequence, left, sealed), newest, strict=True)
+        )
+        self.window.write(rows, left * page_size, left * page_size, key, value)
         self._unseal(sequence, left, sealed)
         self.sealed[sequence] = left

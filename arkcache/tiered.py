@@ -1,0 +1,87 @@
+"""What layers whose sealed pages live in the host tier share, whatever decides what is recalled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.pages import Ids
+from arkcache.sealing import SealingLayer
+from arkcache.store import PageStore
+from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet
+from arkcache.tiering.host import HostTier
+
+
+class TieredLayer(SealingLayer):
+    """A layer whose sealed pages live in the host tier, with a working set in the device tier.
+
+    Args:
+        config: the cache's settings.
+        device_tier: the device tier.
+        number: which of its working sets is this layer's.
+        host: the host tier.
+        packers: of its pages' first format and, if there is one, of the coarse one.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        device_tier: DeviceTier,
+        number: int,
+        host: HostTier,
+        packers: list[PagePacker],
+    ) -> None:
+        super().__init__(config, device_tier.geometry)
+        self.device_tier, self.number = device_tier, number
+        self._packer = packers[0]
+        self._store = PageStore(host, packers, self.geometry.batch, self.geometry.num_kv_heads)
+
+    @property
+    def working_set(self) -> WorkingSet | PackedWorkingSet:
+        """This layer's part of the device tier."""
+        return self.device_tier.working_sets[self.number]
+
+    @property
+    def host(self) -> HostTier:
+        """The host tier."""
+        return self._store.host
+
+    def cache_rows(self, rows: slice) -> slice:
+        """The (sequence, KV head) pairs of some sequences."""
+        heads = self.geometry.num_kv_heads
+        return slice(rows.start * heads, rows.stop * heads)
+
+    def blocks_needed(self, new_lengths: Ids) -> int:
+        """Pieces of the host tier that growing to these lengths takes."""
+        return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
+
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        stream = (self.device_tier.stream_key, self.device_tier.stream_value)
+        page_size, total = self.config.page_size, int(self.sealed.max())
+        per_block = max(1, stream[0].shape[2] // page_size)
+        for first in range(0, total, per_block):
+            last = min(first + per_block, total)
+            for sequence in range(self.geometry.batch):
+                held = min(last, int(self.sealed[sequence]))
+                if held > first:
+                    tokens = (held - first) * page_size
+                    states = self._read(sequence, first, held)
+                    for plane, part in zip(stream, states, strict=True):
+                        plane[sequence, :, :tokens] = part
+            key, value = (plane[:, :, : (last - first) * page_size] for plane in stream)
+            yield first, last, key, value
+
+    def release(self) -> None:
+        """Give the layer's pages back to the host tier."""
+        self._store.release()
+
+    def move_blocks(self, host: HostTier) -> None:
+        """Follow the layer's pages into a tier that was extracted from the present one."""
+        self._store.move(host)
+
+    def held_blocks(self) -> Ids:
+        """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
+        return self._store.held()

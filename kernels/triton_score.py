@@ -1,0 +1,228 @@
+"""Rates all pages of a row by their digests: one launch, split over pages so that few rows suffice.
+
+Every program rates `PAGES_PER_BLOCK` pages for all query heads of a KV head and leaves, beside the
+scores, the peak and the mass of its block: what a softmax over all pages needs of it. Which pages
+there are is read on the device, so that one grid serves a sequence that grows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from arkcache.config import INDEXES
+from arkcache.errors import InputError
+from arkcache.kernels.triton_score_tokens import score_tokens_kernel
+from arkcache.kernels.triton_score_volumes import score_volumes_kernel
+
+PAGES_PER_BLOCK = 32
+"""Pages that a program rates: 16 KiB of a cuboid's digests at head_dim 128; 4096 pages of 8 KV
+heads are 1024 programs, which a large GPU holds at once."""
+
+MANY_PROGRAMS = 512
+"""With so many programs or more, one warp each unpacks codes with the fewest instructions; with
+less, four warps each finish sooner."""
+
+HIDDEN = torch.finfo(torch.float32).min
+"""The score of a page that a mask hides."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Scores(NamedTuple):
+    """What pages are worth to each query head; entry i stands for page `num_sinks + i`.
+
+    score fp32 [rows, group, pages]: not written from the last sealed page on. peak and mass fp32
+    [rows, group, blocks]: maximum and sum of exp(score - peak) over each `PAGES_PER_BLOCK` pages,
+    hidden ones left out; -inf and 0 where a block has no page.
+    """
+
+    score: Tensor
+    peak: Tensor
+    mass: Tensor
+
+
+def score_volumes(
+    query: Tensor,
+    digests: Tensor,
+    sealed: Tensor,
+    *,
+    num_sinks: int,
+    kind: str,
+    scale: float,
+    hidden: Tensor | None = None,
+) -> Scores:
+    """Rate pages by bounding volumes (ArkVale, section 5.2), accumulating in fp32.
+
+    Args:
+        query: [rows, group, head_dim] in the model's dtype, the last stride 1; scaled in here.
+        digests: [rows, capacity, features] of the same dtype, the last stride 1: [center, radius]
+            with 2 * head_dim features (cuboid) or head_dim + 1 (sphere), or head_dim (centroid).
+        sealed: int32 [rows], sealed pages; those from `num_sinks` on are rated.
+        num_sinks: pages that are attended anyway.
+        kind: the index's name, such as "cuboid-mean".
+        scale: of the attention.
+        hidden: bool or uint8 [rows, capacity - num_sinks], contiguous: pages that are rated
+            `HIDDEN`; None is none.
+
+    Raises `InputError` where a shape, a dtype, a stride or a name is another.
+    """
+    shape = kind.partition("-")[0]
+    if kind not in INDEXES or kind == "tokens":
+        volumes = ", ".join(name for name in INDEXES if name != "tokens")
+        raise InputError(f"kind={kind!r}: expected one of {volumes}")
+    rows, group, head_dim = _check(query, digests, sealed, num_sinks, hidden)
+    features = {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}[shape]
+    if digests.shape[-1] != features or digests.dtype != query.dtype:
+        raise InputError(
+            f"digests {tuple(digests.shape)} of {digests.dtype}: expected {features} features of "
+            f"{query.dtype} for {kind} and queries of {head_dim}"
+        )
+    scores = _empty(query, digests, num_sinks)
+    if not scores.peak.numel():
+        return scores
+    score_volumes_kernel[(rows, scores.peak.shape[-1])](
+        query,
+        digests,
+        sealed,
+        sealed if hidden is None else hidden.view(torch.uint8),
+        *scores,
+        *query.stride()[:2],
+        *digests.stride()[:2],
+        scores.score.shape[-1],
+        num_sinks,
+        scale,
+        HEAD_DIM=head_dim,
+        GROUP=group,
+        SHAPE=shape,
+        MASKED=hidden is not None,
+        HIDDEN=HIDDEN,
+        PAGES=PAGES_PER_BLOCK,
+        HEADS=max(16, triton.next_power_of_2(group)),
+        CHANNELS=max(16, min(128, triton.next_power_of_2(head_dim))),
+        num_warps=4,
+    )
+    return scores
+
+
+def score_tokens(
+    query: Tensor,
+    digests: Tensor,
+    sealed: Tensor,
+    *,
+    num_sinks: int,
+    page_size: int,
+    bits: int,
+    scale: float,
+    hidden: Tensor | None = None,
+) -> Scores:
+    """Rate pages by the token index: the log of each page's softmax mass, in fp32.
+
+    Args:
+        query, sealed, num_sinks, scale, hidden: as for `score_volumes`.
+        digests: uint8 [rows, capacity, bytes] as `TokenIndex(packed=True)` makes them, the last
+            stride 1.
+        page_size: tokens per page.
+        bits: bits per code, 2, 4 or 8.
+
+    With 16-bit queries, q * (scale of a channel) is rounded to fp16 once; everything else is exact
+    or in fp32. Raises `InputError` where a shape, a dtype or a stride is another.
+    """
+    if bits not in (2, 4, 8) or page_size < 1:
+        raise InputError(
+            f"bits={bits}, page_size={page_size}: expected 2, 4 or 8 bits and page_size >= 1"
+        )
+    rows, group, head_dim = _check(query, digests, sealed, num_sinks, hidden)
+    plane_dim = -(-head_dim * bits // 8)
+    nbytes = 4 * head_dim + plane_dim * page_size
+    if digests.shape[-1] != nbytes or digests.dtype != torch.uint8:
+        raise InputError(
+            f"digests {tuple(digests.shape)} of {digests.dtype}: expected {nbytes} bytes for "
+            f"{page_size} keys of {head_dim} at {bits} bits"
+        )
+    scores = _empty(query, digests, num_sinks)
+    if not scores.peak.numel():
+        return scores
+    blocks, exact = scores.peak.shape[-1], query.dtype == torch.float32
+    heads = triton.next_power_of_2(group)
+    columns = max(1, min(4, 16 // heads))
+    widest = (32 if exact else 128) // columns
+    tokens = max(16 // columns, min(widest, triton.next_power_of_2(page_size)))
+    channels = max(16, min(64, triton.next_power_of_2(plane_dim)))
+    small = channels * columns * tokens <= 4096 and page_size <= tokens and not exact
+    alone = small and rows * blocks >= MANY_PROGRAMS
+    score_tokens_kernel[(rows, blocks)](
+        query,
+        digests,
+        sealed,
+        sealed if hidden is None else hidden.view(torch.uint8),
+        *scores,
+        *query.stride()[:2],
+        *digests.stride()[:2],
+        scores.score.shape[-1],
+        num_sinks,
+        scale,
+        HEAD_DIM=head_dim,
+        GROUP=group,
+        PAGE_SIZE=page_size,
+        BITS=bits,
+        MASKED=hidden is not None,
+        HIDDEN=HIDDEN,
+        ALIGNED=not any(n % 2 for n in (digests.data_ptr(), *digests.stride()[:2])),
+        EXACT=exact,
+        PAGES=PAGES_PER_BLOCK,
+        HEADS=heads,
+        BLOCK_HEADS=max(16, heads),
+        COLUMNS=columns,
+        TOKENS=tokens,
+        CHANNELS=channels,
+        num_warps=1 if alone else 4,
+        num_stages=3 if alone else 2,
+    )
+    return scores
+
+
+def _check(
+    query: Tensor, digests: Tensor, sealed: Tensor, num_sinks: int, hidden: Tensor | None
+) -> tuple[int, int, int]:
+    """Rows, query heads per row and head_dim, or `InputError`."""
+    if query.ndim != 3 or query.dtype not in DTYPES or query.stride(-1) != 1:
+        raise InputError(
+            f"query {tuple(query.shape)} of {query.dtype}, strides {query.stride()}: expected "
+            f"[rows, group, head_dim] of a float dtype, the last stride 1"
+        )
+    rows, group, head_dim = query.shape
+    if digests.ndim != 3 or digests.shape[0] != rows or digests.stride(-1) != 1:
+        raise InputError(
+            f"digests {tuple(digests.shape)}, strides {digests.stride()}: expected "
+            f"[{rows}, capacity, features], the last stride 1"
+        )
+    if sealed.shape != (rows,) or sealed.dtype != torch.int32 or not sealed.is_contiguous():
+        raise InputError(
+            f"sealed {tuple(sealed.shape)} of {sealed.dtype}: expected contiguous int32 [{rows}]"
+        )
+    num_pages = digests.shape[1] - num_sinks
+    if num_sinks < 0 or num_pages < 0:
+        raise InputError(f"num_sinks={num_sinks}: expected 0 to {digests.shape[1]}, the capacity")
+    if hidden is not None and not (
+        hidden.shape == (rows, num_pages)
+        and hidden.dtype in (torch.bool, torch.uint8)
+        and hidden.is_contiguous()
+    ):
+        raise InputError(
+            f"hidden {tuple(hidden.shape)} of {hidden.dtype}: expected contiguous bool or uint8 "
+            f"[{rows}, {num_pages}]"
+        )
+    return rows, group, head_dim
+
+
+def _empty(query: Tensor, digests: Tensor, num_sinks: int) -> Scores:
+    """Room for the scores of all pages beyond the sinks."""
+    rows, group, _ = query.shape
+    pages = digests.shape[1] - num_sinks
+    sizes = (pages, *[triton.cdiv(pages, PAGES_PER_BLOCK)] * 2)
+    device, dtype = query.device, torch.float32
+    return Scores(*(torch.empty((rows, group, size), dtype=dtype, device=device) for size in sizes))

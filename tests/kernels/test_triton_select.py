@@ -1,0 +1,287 @@
+"""Selecting on the device against the plain loop: pages, places, flags and counters."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from arkcache.config import GROUP_REDUCTIONS
+from arkcache.errors import InputError
+from arkcache.kernels import reference_paged, triton_select
+from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores
+from arkcache.kernels.triton_select import Selection, select
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Books(NamedTuple):
+    """What a selection changes."""
+
+    page_of: Tensor
+    speculated: Tensor
+    counters: Tensor
+
+    def clone(self, where: str) -> "Books":
+        return Books(*(tensor.to(where, copy=True) for tensor in self))
+
+
+def empty_books(rows: int, places: int) -> Books:
+    return Books(
+        torch.full((rows, places), -1, dtype=torch.int32),
+        torch.zeros(rows, places, dtype=torch.int8),
+        torch.zeros(rows, 5, dtype=torch.int64),
+    )
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def make_scores(score: Tensor, selectable: list[int]) -> Scores:
+    """Scores as a kernel leaves them: nothing behind the last page, and each block's softmax."""
+    score = score.clone()
+    for row, count in enumerate(selectable):
+        score[row, :, max(0, count) :] = float("nan")
+    rows, group, pages = score.shape
+    blocks = -(-pages // PAGES_PER_BLOCK)
+    seen = score.masked_fill(score.isnan() | (score == HIDDEN), float("-inf"))
+    padding = seen.new_full((rows, group, blocks * PAGES_PER_BLOCK - pages), float("-inf"))
+    seen = torch.cat((seen, padding), dim=-1).unflatten(-1, (blocks, PAGES_PER_BLOCK))
+    peak = seen.amax(dim=-1)
+    base = peak.masked_fill(peak == float("-inf"), 0.0)
+    return Scores(score, peak, (seen - base[..., None]).exp().sum(dim=-1))
+
+
+def check(
+    scores: Scores,
+    books: Books,
+    sealed: Tensor,
+    num_selected: Tensor,
+    num_places: Tensor,
+    **options: Any,
+) -> tuple[Books, Selection]:
+    """Select with both and compare everything; returns the new books and the reference's lists."""
+    mine, theirs = books.clone(device), books.clone("cpu")
+    options.setdefault("reduction", "raw-mean")
+    options.setdefault("most", max(num_selected.tolist(), default=0))
+    own = select(
+        Scores(*(tensor.to(device) for tensor in scores)),
+        sealed.to(device),
+        mine.page_of,
+        num_selected.to(device),
+        num_places.to(device),
+        mine.speculated,
+        mine.counters,
+        **options,
+    )
+    expected = reference_paged.select(
+        scores,
+        sealed,
+        theirs.page_of,
+        num_selected,
+        num_places,
+        theirs.speculated,
+        theirs.counters,
+        **options,
+    )
+    assert torch.equal(own.num_missing.cpu(), expected.num_missing)
+    assert torch.equal(own.num_chosen.cpu(), expected.num_chosen)
+    for row in range(len(sealed)):
+        missing, chosen = int(expected.num_missing[row]), int(expected.num_chosen[row])
+        for name, count in (("pages", missing), ("places", missing), ("chosen", chosen)):
+            entries = getattr(own, name)[row, :count].cpu()
+            assert torch.equal(entries, getattr(expected, name)[row, :count]), name
+    for name, tensor in mine._asdict().items():
+        assert torch.equal(tensor.cpu(), getattr(theirs, name)), name
+    for held in theirs.page_of.tolist():
+        pages = [page for page in held if page >= 0]
+        assert len(set(pages)) == len(pages)
+    return theirs, expected
+
+
+def test_by_hand() -> None:
+    """Two residents stay, an empty place is filled first, then the worst resident gives way."""
+    scores = make_scores(torch.tensor([[[5.0, 1.0, 4.0, 3.0, 0.0, 9.0]]]), [6])
+    books = empty_books(1, 5)
+    books.page_of[0] = ints(3, 6, 7, -1, 2)
+    books.speculated[0] = torch.tensor([1, 1, 0, 0, 1], dtype=torch.int8)
+    books, selection = check(scores, books, ints(8), ints(4), ints(5), num_sinks=2)
+    # Pages 2 to 7 are worth 5 1 4 3 0 9: of the best, 7, 2, 4 and 5, places 2 and 4 hold two.
+    assert books.page_of.tolist() == [[3, 4, 7, 5, 2]]
+    assert selection.pages[0, :2].tolist() == [4, 5]
+    assert selection.places[0, :2].tolist() == [1, 3]
+    assert selection.chosen[0].tolist() == [1, 2, 3, 4]
+    assert books.counters.tolist() == [[2, 2, 1, 1, 0]]
+    assert books.speculated.tolist() == [[1, 0, 0, 0, 0]]
+
+
+def test_a_guess_flags_what_it_recalls() -> None:
+    scores = make_scores(torch.tensor([[[5.0, 1.0, 4.0, 3.0]]]), [4])
+    books = empty_books(1, 3)
+    books.page_of[0] = ints(1, 0, -1)
+    books, _ = check(scores, books, ints(4), ints(1), ints(3), num_sinks=0)
+    assert books.counters.tolist() == [[1, 0, 0, 0, 0]]
+    books, _ = check(scores, books, ints(4), ints(3), ints(3), num_sinks=0, speculative=True)
+    assert books.page_of.tolist() == [[2, 0, 3]]
+    assert books.speculated.tolist() == [[1, 0, 1]]
+    assert books.counters.tolist() == [[1, 0, 1, 0, 2]]
+    books, _ = check(scores, books, ints(4), ints(2), ints(3), num_sinks=0)
+    assert books.speculated.tolist() == [[0, 0, 1]]
+    assert books.counters.tolist() == [[3, 0, 1, 1, 2]]
+
+
+def test_ties_go_to_the_lowest_page_and_place() -> None:
+    scores = make_scores(torch.zeros(1, 3, 70), [70])
+    books = empty_books(1, 6)
+    books.page_of[0] = ints(60, 61, 62, 63, 64, 65)
+    books, _ = check(scores, books, ints(71), ints(4), ints(6), num_sinks=1)
+    assert books.page_of.tolist() == [[1, 2, 3, 4, 64, 65]]
+
+
+def test_minus_zero_is_zero() -> None:
+    scores = make_scores(torch.tensor([[[-1.0, -0.0, 0.0, -0.0]]]), [4])
+    books, _ = check(scores, empty_books(1, 2), ints(4), ints(2), ints(2), num_sinks=0)
+    assert books.page_of.tolist() == [[1, 2]]
+
+
+@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("group", [1, 3])
+def test_hidden_pages_come_last(group: int, reduction: str) -> None:
+    """After those whose share underflows to nothing, too."""
+    score = torch.full((2, group, 40), -500.0)
+    score[:, :, 39] = 500.0
+    score[:, :, :38] = HIDDEN
+    score[1] = HIDDEN
+    books, _ = check(
+        make_scores(score, [40, 40]),
+        empty_books(2, 3),
+        ints(40, 40),
+        ints(3, 3),
+        ints(3, 3),
+        num_sinks=0,
+        reduction=reduction,
+    )
+    assert books.page_of.tolist() == [[0, 38, 39], [0, 1, 2]]
+
+
+def test_nothing_to_select() -> None:
+    """Fewer pages than sinks, no budget, no place, a page that is the only one."""
+    scores = make_scores(torch.randn(5, 2, 10), [0, -2, 10, 10, 1])
+    num_selected, num_places = ints(3, 3, 0, 3, 3), ints(3, 3, 3, 0, 3)
+    books, _ = check(
+        scores, empty_books(5, 3), ints(2, 0, 12, 12, 3), num_selected, num_places, num_sinks=2
+    )
+    assert books.page_of.tolist() == [[-1] * 3] * 4 + [[2, -1, -1]]
+    assert books.counters.sum(0).tolist() == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("rows", "pages", "places"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (2, 0, 0)])
+def test_empty_shapes(rows: int, pages: int, places: int) -> None:
+    scores, full = make_scores(torch.randn(rows, 2, pages), [pages] * rows), [3] * rows
+    limits = ints(*[pages] * rows), ints(*full), ints(*full)
+    check(scores, empty_books(rows, places), *limits, num_sinks=0, most=3)
+
+
+def test_places_beyond_the_limit_are_left_alone() -> None:
+    scores = make_scores(torch.arange(8.0).reshape(1, 1, 8), [8])
+    books = empty_books(1, 6)
+    books.page_of[0] = ints(0, 1, -1, -1, 2, -1)
+    books, _ = check(scores, books, ints(8), ints(5), ints(3), num_sinks=0)
+    assert sorted(books.page_of[0, :3].tolist()) == [5, 6, 7]
+    assert books.page_of[0, 3:].tolist() == [-1, 2, -1]
+
+
+@pytest.mark.parametrize(("pages", "places"), [(4096, 200), (9000, 100), (300, 4500)])
+def test_many_pages_and_places(pages: int, places: int) -> None:
+    selectable = [pages, pages - 5]
+    books = empty_books(2, places)
+    sealed, limit = ints(*selectable), ints(places, places - 7)
+    for _ in range(2):
+        scores = make_scores(torch.randn(2, 2, pages), selectable)
+        books, _ = check(
+            scores, books, sealed, limit // 2, limit, num_sinks=0, reduction="softmax-mean"
+        )
+
+
+@st.composite
+def score_tensors(draw: st.DrawFn, rows: int, group: int, pages: int) -> tuple[Tensor, str]:
+    """Scores with ties, all different, or so far apart that shares underflow; some pages hidden."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10_000)))
+    kind = draw(st.sampled_from(["ties", "different", "far"]))
+    if kind == "different":
+        score = torch.randn(rows, group, pages, generator=generator) * 3
+        reduction = draw(st.sampled_from(GROUP_REDUCTIONS))
+    else:
+        score = torch.randint(-3, 4, (rows, group, pages), generator=generator).float()
+        # Sums of integers are exact, and where all heads agree there is nothing to round.
+        reduction = "raw-mean"
+        if kind == "far":
+            score, reduction = score[:, :1].repeat(1, group, 1) * 200, "softmax-mean"
+    if draw(st.booleans()):
+        hidden = torch.rand(rows, 1, pages, generator=generator) < draw(st.sampled_from([0.3, 1.0]))
+        score = score.masked_fill(hidden, HIDDEN)
+    return score, reduction
+
+
+def check_sequence(data: st.DataObject) -> None:
+    """Whatever is selected one after another while pages are sealed, both agree on all of it."""
+    draw = data.draw
+    rows, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16]))
+    capacity, num_sinks = draw(st.sampled_from([3, 40, 300])), draw(st.integers(0, 2))
+    limits = st.lists(st.integers(0, draw(st.sampled_from([2, 8, 140]))), min_size=rows)
+    selected = ints(*draw(limits)[:rows])
+    factor = draw(st.sampled_from([1, 2]))
+    books = empty_books(rows, max(1, int(selected.max()) * factor))
+    sealed = [draw(st.integers(0, capacity + num_sinks)) for _ in range(rows)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_select, "CHUNK", draw(st.sampled_from([128, 4096])))
+        for _ in range(draw(st.integers(1, 6))):
+            score, reduction = draw(score_tensors(rows, group, capacity))
+            scores = make_scores(score, [count - num_sinks for count in sealed])
+            options = {"num_sinks": num_sinks, "reduction": reduction}
+            state = ints(*sealed), selected, selected * factor
+            books, _ = check(scores, books, *state, **options)
+            if factor > 1 and draw(st.booleans()):
+                state = ints(*sealed), selected * factor, selected * factor
+                books, _ = check(scores, books, *state, **options, speculative=True)
+            most = capacity + num_sinks
+            sealed = [min(most, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
+
+
+@settings(max_examples=10)
+@given(st.data())
+def test_sequences_of_selections(data: st.DataObject) -> None:
+    check_sequence(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(st.data())
+def test_many_sequences_of_selections(data: st.DataObject) -> None:
+    check_sequence(data)
+
+
+def test_inputs_that_do_not_fit() -> None:
+    scores, books = make_scores(torch.randn(2, 1, 5), [5, 5]), empty_books(2, 3)
+    limit = ints(3, 3)
+
+    def attempt(scores: Scores, page_of: Tensor, sealed: Tensor, **options: Any) -> None:
+        options = {"num_sinks": 0, "most": 3, "reduction": "raw-mean"} | options
+        select(scores, sealed, page_of, limit, limit, books.speculated, books.counters, **options)
+
+    for change, message in (
+        ({"reduction": "max"}, "reduction='max'"),
+        ({"most": -1}, "most=-1"),
+        ({"page_of": books.page_of.long()}, "page_of"),
+        ({"page_of": books.page_of[:, :2]}, "page_of"),
+        ({"page_of": books.page_of[0]}, "page_of"),
+        ({"sealed": limit[:1]}, "sealed"),
+        ({"scores": scores._replace(peak=scores.peak.half())}, "peak"),
+        ({"scores": scores._replace(score=scores.score.transpose(0, 1))}, "score|peak"),
+    ):
+        whole: dict[str, Any] = {"scores": scores, "page_of": books.page_of, "sealed": limit}
+        with pytest.raises(InputError, match=message):
+            attempt(**(whole | change))

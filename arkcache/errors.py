@@ -5,6 +5,7 @@
     ├── InputError (ValueError)           a tensor or an argument that does not fit the cache
     │   └── UnsupportedModelError         a model without a layer that could be paged
     ├── HostTierFullError (MemoryError)   the host tier may not grow further; nothing was lost
+    ├── TransferError (RuntimeError)      a copy between the tiers failed; the page is still held
     ├── UnconsumedStepError (RuntimeError)  a model stepped past a layer without attending it
     └── IntegrityError (AssertionError)   `check_integrity()` found the books wrong: a bug of ours
 
@@ -33,6 +34,13 @@ class UnsupportedModelError(InputError):
 
 class HostTierFullError(ArkCacheError, MemoryError):
     """The host tier has reached `host_bytes`; the tokens that did not fit were not appended."""
+
+
+class TransferError(ArkCacheError, RuntimeError):
+    """A copy between the tiers failed, and so did a second attempt; what was to be copied is kept.
+
+    Raised at the step that needs the copy.
+    """
 
 
 class UnconsumedStepError(ArkCacheError, RuntimeError):

@@ -2,7 +2,8 @@
 
 The arena is a single anonymous mapping, reserved once at its limit and backed by memory only as
 pieces are first written. It therefore grows without ever copying what it holds, and its address is
-the same for life, which is what a copy kernel and the driver's page registration need.
+the same for life, which is what a copy kernel and the driver's page registration need. For a CUDA
+device it is pinned as it grows, so that kernels and copies of that device reach it by themselves.
 
 A piece is a page as one format stores it, and all pieces of a kind have one size: kind 0 is the
 finer format, kind 1 the coarser one that pages are demoted to. Kind 0 grows from the left end of
@@ -29,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.errors import HostTierFullError, IntegrityError
+from arkcache.errors import HostTierFullError, InputError, IntegrityError
+from arkcache.tiering.pinned import PinnedArena, logger
 
 Ids = NDArray[np.int64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -55,12 +57,20 @@ class HostTier:
     Args:
         piece_bytes: size of a piece of each kind.
         limit_bytes: the most it may hold; None is the machine's memory.
+        pin_to: a CUDA device that is to reach the pieces by itself; they are of one size then.
 
     Raises `HostTierFullError` from `allocate` before anything has changed.
     """
 
-    def __init__(self, piece_bytes: Sequence[int], limit_bytes: int | None) -> None:
-        self.piece_bytes = tuple(piece_bytes)
+    def __init__(
+        self,
+        piece_bytes: Sequence[int],
+        limit_bytes: int | None,
+        *,
+        pin_to: torch.device | None = None,
+    ) -> None:
+        self.piece_bytes, self.pin_to = tuple(piece_bytes), pin_to
+        self._pinning = self._new_pinning()
         self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
         self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
         self._starts, self._end = self._lay_out()
@@ -80,8 +90,19 @@ class HostTier:
         start = (self.limit_bytes - right) // ALIGNMENT * ALIGNMENT
         return (0, start), start + right
 
+    def _new_pinning(self) -> PinnedArena:
+        if self.pin_to is not None and self.pin_to.type == "cuda" and len(self.piece_bytes) > 1:
+            raise InputError(
+                f"pin_to={self.pin_to} with pieces of {self.piece_bytes} bytes: pieces of one size "
+                "can be pinned; leave pin_to out for two"
+            )
+        pinning = PinnedArena(self.pin_to, self.piece_bytes[0])
+        pinning.close_with(self)
+        return pinning
+
     def _forget(self) -> None:
         """Be as new: hold nothing and no memory."""
+        self._pinning.close()
         self._mapping: mmap.mmap | None = None
         self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
         self._sides = [_Side() for _ in self.piece_bytes]
@@ -122,7 +143,7 @@ class HostTier:
     def check_room(self, counts: Sequence[int]) -> None:
         """Raise `HostTierFullError` unless so many more of each kind fit the limit and the system.
 
-        Kinds that are not listed get none.
+        Kinds that are not listed get none. Pins what these pieces will lie in.
         """
         needed = sum(n * size for n, size in zip(counts, self.piece_bytes, strict=False))
         if self.used_bytes + needed > self.limit_bytes:
@@ -133,6 +154,27 @@ class HostTier:
             )
         if needed and self._mapping is None:
             self._reserve()
+        # One kind of pieces can be pinned, so the first is all there are.
+        side, count = self._sides[0], counts[0] if counts else 0
+        self._pinning.extend((side.extent + max(0, count - len(side.holes))) * self.piece_bytes[0])
+
+    # -- pinned or pageable -----------------------------------------------------------------------
+
+    @property
+    def pinned(self) -> bool:
+        """Whether `pin_to` may reach the pieces by itself: decided when memory is first reserved
+        (by `check_room` or `allocate`), and the same from then on."""
+        return self._pinning.why_pageable is None
+
+    @property
+    def why_pageable(self) -> str | None:
+        """Why the arena is not pinned; None if it is."""
+        return self._pinning.why_pageable
+
+    @property
+    def rows_per_chunk(self) -> int | None:
+        """Rows of `pieces` between boundaries that no copy may cross; None while pageable."""
+        return self._pinning.chunk_bytes // self.piece_bytes[0] if self.pinned else None
 
     # -- pieces -----------------------------------------------------------------------------------
 
@@ -168,7 +210,10 @@ class HostTier:
         self._free.push(np.arange(old, size, dtype=np.int64)[::-1])  # the lowest is taken first
 
     def write(self, handles: Ids, packed: Tensor) -> None:
-        """Fill new pieces of one kind with `packed`, bytes [pieces, bytes of a piece]."""
+        """Fill new pieces of one kind with `packed`, bytes [pieces, bytes of a piece].
+
+        At once, without waiting for what a device may still do with these places of the arena.
+        """
         if len(handles):
             pieces = self._pieces[int(self._kind[handles[0]])]
             _put(pieces, self.rows(handles), packed.to(pieces.device))
@@ -224,13 +269,15 @@ class HostTier:
     def compact(self) -> None:
         """Close all holes and give the memory between the two sides back to the system.
 
-        Free space is one run afterwards. Rows change, handles do not.
+        Free space is one run afterwards. Rows change, handles do not. What is pinned stays in
+        memory: the device would go on seeing what was there.
         """
         self._close_holes()
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
         left, page = self._sides[0].extent * self.piece_bytes[0], mmap.PAGESIZE
-        start, stop = -(-left // page) * page, (left + self._gap) // page * page
+        stop = (left + self._gap) // page * page
+        start = -(-max(left, self._pinning.nbytes) // page) * page
         if start < stop:
             with contextlib.suppress(OSError):  # memory that someone has locked stays
                 self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
@@ -243,6 +290,8 @@ class HostTier:
         for kind, side in enumerate(self._sides):
             sources, targets = side.moves()
             pieces = self._pieces[kind]
+            if len(sources):
+                self._pinning.synchronize()
             _copy(pieces, self._view_rows(kind, targets), pieces, self._view_rows(kind, sources))
             self._row[side.handle_at[sources]] = targets
             side.move(sources, targets)
@@ -250,8 +299,12 @@ class HostTier:
     # -- copies -----------------------------------------------------------------------------------
 
     def extract(self, handles: Ids) -> HostTier:
-        """A new tier that holds a copy of the listed pieces, one reference for each listing."""
-        tier = HostTier(self.piece_bytes, self.limit_bytes)
+        """A new tier that holds a copy of the listed pieces, one reference for each listing.
+
+        It is pinned by itself, for the same device.
+        """
+        tier = HostTier(self.piece_bytes, self.limit_bytes, pin_to=self.pin_to)
+        self._pinning.synchronize()
         tier._origin, listings = np.unique(handles, return_counts=True)
         tier._extracted = np.zeros_like(tier._origin)
         for kind, pieces in enumerate(self._pieces):
@@ -267,14 +320,17 @@ class HostTier:
         return self._extracted[np.searchsorted(self._origin, handles)]
 
     def __getstate__(self) -> dict[str, object]:
+        self._pinning.synchronize()
         held = [pieces[self._used(kind)].clone() for kind, pieces in enumerate(self._pieces)]
-        return self.__dict__ | {"_mapping": None, "_pieces": held}
+        return self.__dict__ | {"_mapping": None, "_pieces": held, "_pinning": None}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self._pinning = self._new_pinning()
         held = self._pieces
         if any(len(pieces) for pieces in held):
             self._reserve()
+            self._pinning.extend(self._sides[0].extent * self.piece_bytes[0])
             for kind, pieces in enumerate(held):
                 self._pieces[kind][self._used(kind)] = pieces
 
@@ -308,11 +364,19 @@ class HostTier:
 
     def _reserve(self) -> None:
         """Map address space for the limit; the mapping goes when the last view of it does."""
-        self._mapping = mapping = _map_anonymous(max(1, self._end))
+        mapping = _map_anonymous(max(1, self._end))
         places = zip(self._starts, self._capacity, self.piece_bytes, strict=True)
         with torch.inference_mode(False):
             arena = torch.frombuffer(mapping, dtype=torch.uint8)
-            self._pieces = [arena[at : at + n * size].view(n, size) for at, n, size in places]
+            pieces = [arena[at : at + n * size].view(n, size) for at, n, size in places]
+        self._pinning.open(arena.data_ptr(), self._end)
+        self._mapping, self._pieces = mapping, pieces
+        how = (
+            f"pinned for {self.pin_to}, reached by its kernels and copies"
+            if self.pinned
+            else f"pageable ({self.why_pageable}), plain copies"
+        )
+        logger.info("host tier: at most %d bytes, %s", self._end, how)
 
 
 class _Stack:

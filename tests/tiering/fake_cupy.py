@@ -1,0 +1,96 @@
+"""A driver that only keeps the books of registered memory, in place of cupy's."""
+
+import contextlib
+import gc
+import mmap
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from arkcache.tiering import pinned
+
+GPU = torch.device("cuda", 1)
+"""Not device 0, so that whatever happens there is seen."""
+
+
+class CUDARuntimeError(RuntimeError):
+    """What cupy raises for an error of the driver."""
+
+
+class FakeCupy:
+    """Enough of cupy to register memory with.
+
+    Attributes:
+        ranges: address -> size of what is registered now.
+        refuse: numbers of the registrations, counted from 0, that fail.
+        num_calls: registrations asked for.
+        num_waits: times that a device was waited for.
+        offset: from an address of the host to what the device calls it.
+        is_dead: every call but a registration fails, as after a fault of a kernel.
+    """
+
+    def __init__(self) -> None:
+        self.ranges: dict[int, int] = {}
+        self.refuse: set[int] = set()
+        self.num_calls = self.num_waits = self.offset = 0
+        self.is_dead = False
+        self.current = [0]
+        self.cuda = SimpleNamespace(runtime=self, Device=self._on)
+
+    @contextlib.contextmanager
+    def _on(self, index: int) -> Iterator[None]:
+        assert isinstance(index, int)
+        self.current.append(index)
+        yield
+        self.current.pop()
+
+    def hostRegister(self, address: int, size: int, flags: int) -> None:
+        self._check()
+        self.num_calls += 1
+        if self.num_calls - 1 in self.refuse:
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
+        assert address % mmap.PAGESIZE == 0
+        assert size > 0
+        assert flags == 0
+        for start, length in self.ranges.items():
+            assert address + size <= start or start + length <= address, "registered twice"
+        self.ranges[address] = size
+
+    def hostUnregister(self, address: int) -> None:
+        self._check()
+        del self.ranges[address]
+        if self.is_dead:
+            raise CUDARuntimeError("cudaErrorIllegalAddress")
+
+    def pointerGetAttributes(self, address: int) -> SimpleNamespace:
+        self._check()
+        return SimpleNamespace(devicePointer=address + self.offset)
+
+    def deviceSynchronize(self) -> None:
+        self._check()
+        if self.is_dead:
+            raise CUDARuntimeError("cudaErrorIllegalAddress")
+        self.num_waits += 1
+
+    def _check(self) -> None:
+        assert self.current[-1] == GPU.index, "the driver was called for another device"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes registered."""
+        return sum(self.ranges.values())
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
+    """In the place of cupy; at the end nothing may be registered any more."""
+    fake = FakeCupy()
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(pinned, "_has_warned", False)
+    yield fake
+    gc.collect()
+    assert fake.ranges == {}, "memory stayed registered"

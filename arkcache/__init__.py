@@ -1,7 +1,7 @@
 """ArkCache: the KV cache of long contexts in two tiers, with recallable eviction.
 
-Importing this module touches neither CUDA nor transformers; `ArkCache` and `detach` load the
-Hugging Face integration when they are first used.
+Importing this module touches neither CUDA nor transformers; `ArkCache`, `detach` and
+`generate_graphed` load the Hugging Face integration when they are first used.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from arkcache.errors import (
     HostTierFullError,
     InputError,
     IntegrityError,
+    TransferError,
     UnconsumedStepError,
     UnsupportedModelError,
 )
@@ -22,7 +23,7 @@ from arkcache.manager import KVCacheManager
 from arkcache.stats import CacheStats
 
 if TYPE_CHECKING:
-    from arkcache.huggingface import ArkCache, detach
+    from arkcache.huggingface import ArkCache, detach, generate_graphed
 
 __version__ = "0.1.0"
 
@@ -36,15 +37,17 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "KVCacheManager",
+    "TransferError",
     "UnconsumedStepError",
     "UnsupportedModelError",
     "__version__",
     "detach",
+    "generate_graphed",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ArkCache", "detach"):
+    if name in ("ArkCache", "detach", "generate_graphed"):
         from arkcache import huggingface
 
         return getattr(huggingface, name)

@@ -27,6 +27,9 @@ GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
 ROTATIONS = ("none", "keys", "values", "both")
 """What a Hadamard rotation is applied to before it is quantised."""
 
+BACKENDS = ("auto", "torch", "triton")
+"""What a decode step may run on."""
+
 DEFAULT_BUDGET = 2048
 NO_LIMIT = 1 << 40
 """More pages or tokens than anything holds."""
@@ -69,6 +72,11 @@ class CacheConfig:
         demote_after: decode steps that a page must have been through before it may be demoted.
         packed_slots: whether quantised pages in the device tier stay packed. None: on a GPU they
             do; on a CPU they are unpacked once, when they are recalled, which is faster.
+        backend: what a decode step runs on, one of `BACKENDS`. "auto": Triton kernels on a GPU
+            where they can serve these settings, plain torch otherwise. "triton" on a CPU needs
+            TRITON_INTERPRET=1, for tests.
+        speculative_recall: on the Triton backend, recall the pages that are rated next into spare
+            places (`device_pool_factor` above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
@@ -97,6 +105,8 @@ class CacheConfig:
     demote_below: float = 0.5
     demote_after: int = 64
     packed_slots: bool | None = None
+    backend: str = "auto"
+    speculative_recall: bool = True
     index: str = "cuboid-mean"
     index_bits: int = 2
     group_reduction: str = "softmax-mean"
@@ -276,6 +286,8 @@ class CacheConfig:
             ("coarse_value_bits", (*BITS, None)),
             ("rotation", ROTATIONS),
             ("packed_slots", (None, False, True)),
+            ("backend", BACKENDS),
+            ("speculative_recall", (False, True)),
             ("index_bits", (2, 4, 8)),
             ("index", INDEXES),
             ("group_reduction", GROUP_REDUCTIONS),

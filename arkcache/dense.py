@@ -21,6 +21,8 @@ class DenseLayer:
     """A layer that attends everything: its keys and values stay in the device tier, contiguous."""
 
     BLOCK_TOKENS = 4096
+    takes_ragged = False
+    """Whether one token may be appended to sequences of different lengths at once."""
 
     def __init__(self, geometry: Geometry) -> None:
         self.geometry = geometry

@@ -9,23 +9,26 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.backend import choose_backend, on_own_device
 from arkcache.config import CacheConfig
-from arkcache.dense import DenseLayer
-from arkcache.errors import HostTierFullError, InputError
+from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.packed import PackedLayer
+from arkcache.layers import make_layers
 from arkcache.paged import PagedLayer
 from arkcache.pages import Ids, TokenLog
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks
+from arkcache.stepping import StaticLayer, StaticSteps
 from arkcache.store import PageStore
+from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
@@ -42,7 +45,8 @@ from arkcache.validate import (
     sequence_order,
 )
 
-Layer = DenseLayer | PackedLayer | PagedLayer
+if TYPE_CHECKING:
+    from arkcache.layers import Layer
 
 
 class KVCacheManager:
@@ -96,12 +100,20 @@ class KVCacheManager:
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
         self.planner = Planner(
-            config, num_layers, num_kv_heads, head_dim, value_dim, dtype, self._like.device
+            config,
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            value_dim,
+            dtype,
+            self.device,
+            choose_backend(config, self.device, latent=latent),
         )
         self._packers = self.planner.packers
         self._clear()
 
     def _clear(self) -> None:
+        self.steps: StaticSteps | None = None
         self._log = TokenLog(0)
         self._most_selected = 0
         self._layers: list[Layer] = []
@@ -111,6 +123,7 @@ class KVCacheManager:
     # -- the two calls ----------------------------------------------------------------------------
 
     @torch.no_grad()
+    @on_own_device
     def append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Append new tokens to a layer.
 
@@ -124,6 +137,11 @@ class KVCacheManager:
         not grow by the pages that this step seals in all layers, both before anything has changed.
         """
         self._check_append(layer, key, value, mask)
+        steps = self.steps
+        if steps is not None and steps.launching is not None:
+            states = self._rotated(key, value)
+            steps.layers[layer].launch_append(slice(0, self.batch), *states, steps.launching)
+            return
         new_cache = not self._layers
         if new_cache:
             self._allocate(key.shape[0])
@@ -150,7 +168,8 @@ class KVCacheManager:
         key, value = self._rotated(key, value)
         real = self._log.real(state.columns, stop)
         if real is None:
-            for rows in state.lengths.groups():
+            alike = key.shape[2] == 1 and state.takes_ragged
+            for rows in [slice(0, self.batch)] if alike else state.lengths.groups():
                 state.append(rows, key[rows], value[rows])
             return
         for sequence in range(key.shape[0]):
@@ -161,6 +180,7 @@ class KVCacheManager:
         state.lengths.settle()
 
     @torch.no_grad()
+    @on_own_device
     def attend(
         self,
         layer: int,
@@ -210,7 +230,10 @@ class KVCacheManager:
             expand=None if expand is None else lambda *latents: expand(*self._rotated(*latents)),
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
-        if new_tokens == 1:
+        steps = self.steps
+        if steps is not None and steps.launching is not None:
+            output = steps.layers[layer].launch_attend(step)
+        elif new_tokens == 1:
             output = state.attend_one(step)
         else:
             last_visible = self._log.last_visible(state.columns, new_tokens)
@@ -244,6 +267,7 @@ class KVCacheManager:
         return bias
 
     @torch.no_grad()
+    @on_own_device
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding."""
         state = self._layers[layer]
@@ -258,6 +282,23 @@ class KVCacheManager:
                 key[sequence][:, target] = key_block[sequence][:, source]
                 value[sequence][:, target] = value_block[sequence][:, source]
         return self._rotated(key, value)
+
+    # -- a step in two halves: books on the host, launches that a graph can replay ----------------
+
+    def next_step_seals(self) -> bool:
+        """Whether a step of one token of every sequence would seal a page."""
+        assert self.steps is not None
+        return self.steps.seals_at(self._log.lengths(self.num_columns) + 1)
+
+    def begin_step(self) -> bool:
+        """Enter one token of every sequence in the books of all layers; returns whether pages seal.
+
+        Its launches must follow: `append` and `attend` of every layer under `steps.launch`, or a
+        graph of them. Raises `HostTierFullError` before anything has changed.
+        """
+        assert self.steps is not None
+        self._extend(1, None)
+        return self.steps.book(self.batch)
 
     # -- the state of a conversation --------------------------------------------------------------
 
@@ -304,6 +345,7 @@ class KVCacheManager:
         return self._layers[layer].columns if self._layers else 0
 
     @torch.no_grad()
+    @on_own_device
     def crop(self, num_columns: int) -> None:
         """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry)."""
         held = self._log.num_columns
@@ -333,7 +375,7 @@ class KVCacheManager:
             most = self.planner.pages_that_fit(len(order))
         tier = DeviceTier(self.planner.plan(len(order), most))
         for number, state in enumerate(self._layers):
-            if isinstance(state, PagedLayer):
+            if isinstance(state, TieredLayer):
                 state.keep_sequences(order, tier, self.planner.selected(number, most))
             else:
                 state.keep_sequences(order, tier)
@@ -418,27 +460,36 @@ class KVCacheManager:
     # -- allocation and checks --------------------------------------------------------------------
 
     def _allocate(self, batch: int) -> None:
-        config = self.config
+        host = self._make_host()
         most = self.planner.pages_that_fit(batch)
         tier = DeviceTier(self.planner.plan(batch, most))
-        if tier.working_sets:
-            sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
-            self._host = HostTier(sizes, config.host_bytes)
-        numbers = iter(range(self.num_layers))
-        for layer in range(self.num_layers):
-            if config.budget_of(layer) is not None:
-                assert self._host is not None
-                selected, number = self.planner.selected(layer, most), next(numbers)
-                self._layers.append(
-                    PagedLayer(
-                        config, selected, tier, number, self._host, self._packers, self.latent
-                    )
-                )
-            elif config.format.is_raw:
-                self._layers.append(DenseLayer(tier.geometry))
-            else:
-                self._layers.append(PackedLayer(config, tier.geometry, self._packers[0]))
+        self._layers = make_layers(self.planner, tier, host, most, latent=self.latent)
+        if self.planner.backend == "triton":
+            self.steps = StaticSteps(cast(list[StaticLayer], self._layers))
+        self._host = host
         self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
+
+    def _make_host(self) -> HostTier | None:
+        """The host tier, if any layer needs one.
+
+        Kernels read it where it is. Where it cannot be pinned for them, plain torch takes over.
+        """
+        config, planner = self.config, self.planner
+        if all(config.budget_of(layer) is None for layer in range(self.num_layers)):
+            return None
+        sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
+        pin_to = self.device if planner.backend == "triton" else None
+        host = HostTier(sizes, config.host_bytes, pin_to=pin_to)
+        if planner.backend == "triton":
+            host.check_room([1])  # whether memory can be pinned is known once some is reserved
+        if planner.backend == "triton" and self.device.type == "cuda" and not host.pinned:
+            if config.backend == "triton":
+                raise ConfigError(
+                    f"backend='triton': host memory cannot be pinned ({host.why_pageable}); use "
+                    "backend='auto'"
+                )
+            self.planner = replace(planner, backend="torch")
+        return host
 
     def _extend(self, num_columns: int, mask: Tensor | None) -> None:
         """Record new columns, after making sure that all layers will be able to store them."""

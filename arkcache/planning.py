@@ -26,6 +26,7 @@ class Planner:
     Args:
         config: the settings.
         num_layers, num_kv_heads, head_dim, value_dim, dtype, device: of the manager.
+        backend: "torch" or "triton", whose slots hold pages as the host tier does.
     """
 
     config: CacheConfig
@@ -35,6 +36,7 @@ class Planner:
     value_dim: int
     dtype: torch.dtype
     device: torch.device
+    backend: str = "torch"
 
     @cached_property
     def packers(self) -> list[PagePacker]:
@@ -67,13 +69,14 @@ class Planner:
         packed = config.packed_slots
         if packed is None:
             packed = self.device.type != "cpu" and config.coarse_format is None
+        packed = (packed and not config.format.is_raw) or self.backend == "triton"
         return TierPlan(
             geometry,
             slots,
             config.page_size,
             config.window_tokens,
             config.stream_block_tokens // config.page_size * config.page_size,
-            self.packers[0] if packed and not config.format.is_raw else None,
+            self.packers[0] if packed else None,
         )
 
     def pages_that_fit(self, batch: int) -> int:

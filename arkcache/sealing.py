@@ -31,6 +31,9 @@ class SealingLayer(ABC):
         geometry: sizes.
     """
 
+    takes_ragged = False
+    """Whether one token may be appended to sequences of different lengths at once."""
+
     def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
         self.config, self.geometry = config, geometry
         self.columns = 0

@@ -19,6 +19,9 @@ class CacheStats:
         pages_hit: selected and already in the device tier.
         pages_recalled: selected and copied in from the host tier.
         pages_evicted: dropped from the device tier to make room (the host tier keeps them).
+        pages_speculated: recalled by a guess, beside the steps, into spare places.
+        speculative_hits: those of `pages_hit` that a guess had brought: recalls that a step was
+            spared.
         pages_demoted: rewritten in the coarse format (`coarse_key_bits`, `coarse_value_bits`).
         bytes_recalled: copied from the host tier to the device tier, packed as they are there,
             streamed blocks excluded. On a CPU a selection of 16-bit pages that is mostly missing is
@@ -39,6 +42,8 @@ class CacheStats:
     bytes_streamed: int = 0
     bytes_backed_up: int = 0
     pages_demoted: int = 0
+    pages_speculated: int = 0
+    speculative_hits: int = 0
     device_bytes: int = 0
     host_bytes: int = 0
     digest_bytes: int = 0

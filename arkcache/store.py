@@ -68,17 +68,30 @@ class PageStore:
 
     def append(self, sequences: slice, first: int, packed: Tensor) -> None:
         """Keep pages [sequences, kv_heads, pages, nbytes] from number `first` on."""
-        batch, _, count, nbytes = packed.shape
-        pieces = self.pieces_per_page
-        handles = self.host.allocate(batch * count * pieces)
-        by_page = packed.transpose(1, 2).reshape(len(handles), nbytes * self._per_piece)
+        handles = self.allot(sequences, first, packed.shape[2])
+        by_page = packed.transpose(1, 2).reshape(len(handles), -1)
         self.host.write(handles, by_page)
+
+    def allot(self, sequences: slice, first: int, count: int) -> Ids:
+        """Take pieces for `count` pages of some sequences from number `first` on, to be written.
+
+        Returns their handles, sequence by sequence and page by page.
+        """
+        batch, pieces = sequences.stop - sequences.start, self.pieces_per_page
+        handles = self.host.allocate(batch * count * pieces)
         width = self._handles.shape[2]
         if width < first + count:
             more = max(first + count, 2 * width) - width
             self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=-1)
         by_piece = handles.reshape(batch, count, pieces).transpose(0, 2, 1)
         self._handles[sequences, :, first : first + count] = by_piece
+        return handles
+
+    def lines(self, sequence: int, first: int, last: int) -> Ids:
+        """Where pages first..last are in `pieces()`, for pages of one format [kv_heads, pages]."""
+        rows = self.host.rows(self._handles[sequence, 0, first:last]) * self.num_kv_heads
+        lines: Ids = rows + np.arange(self.num_kv_heads)[:, None]
+        return lines
 
     def locate(self, rows: Ids, pages: Ids) -> Ids:
         """Where pages are in `pieces()`: pages of one format only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -73,6 +74,14 @@ class TieredLayer(SealingLayer):
                         plane[sequence, :, :tokens] = part
             key, value = (plane[:, :, : (last - first) * page_size] for plane in stream)
             yield first, last, key, value
+
+    @abstractmethod
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
+        """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
+
+        device_tier: a new one, for as many sequences as `index` has; num_selected: pages that a
+        step may select there, per KV head.
+        """
 
     def release(self) -> None:
         """Give the layer's pages back to the host tier."""

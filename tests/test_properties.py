@@ -21,7 +21,7 @@ from torch import Tensor
 
 from arkcache import CacheConfig
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
-from tests.twins import Twins
+from tests.twins import Twins, needs_interpreter
 
 NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
 
@@ -48,7 +48,7 @@ def formats(draw: st.DrawFn, index: str, head_dim: int, value_dim: int) -> dict[
 
 
 @st.composite
-def configs(draw: st.DrawFn, head_dim: int, value_dim: int) -> CacheConfig:
+def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> CacheConfig:
     """Every setting, at sizes that a few dozen tokens outgrow."""
     index = draw(st.sampled_from(INDEXES))
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
@@ -60,6 +60,8 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int) -> CacheConfig:
     per_head = st.tuples(*[budget] * NUM_KV_HEADS)
     whole = budget | st.tuples(*[limited | per_head] * NUM_LAYERS)
     page_format = draw(formats(index, head_dim, value_dim))
+    if backend == "triton":
+        page_format = {k: v for k, v in page_format.items() if not k.startswith("coarse")}
     if "coarse_value_bits" not in page_format:
         whole |= st.none()
     return CacheConfig(
@@ -73,6 +75,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int) -> CacheConfig:
         index_bits=draw(st.sampled_from([2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
+        backend=backend,
         **page_format,
     )
 
@@ -117,6 +120,7 @@ class Conversations(RuleBasedStateMachine):
     """Caches that grow, are cropped, reordered, copied and read in any order."""
 
     caches: Bundle[Twins] = Bundle("caches")
+    backend = "auto"
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +139,7 @@ class Conversations(RuleBasedStateMachine):
     def begin(self, seed: int, pages: int, data: st.DataObject, **sizes: Any) -> Twins:
         """A prompt that fills some pages, or an empty cache."""
         head_dim = sizes["head_dim"]
-        config = data.draw(configs(head_dim, sizes["value_dim"] or head_dim))
+        config = data.draw(configs(head_dim, sizes["value_dim"] or head_dim, self.backend))
         twins = Twins(
             config, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, seed=1000 * seed, **sizes
         )
@@ -251,6 +255,23 @@ TestConversations = Conversations.TestCase
 TestConversations.settings = settings(max_examples=100, stateful_step_count=20, **common)
 
 
+class OnKernels(Conversations):
+    """The same on the kernels of the GPU, interpreted."""
+
+    backend = "triton"
+
+
+TestOnKernels = OnKernels.TestCase
+TestOnKernels.settings = settings(max_examples=4, stateful_step_count=8, **common)
+TestOnKernels = needs_interpreter(TestOnKernels)
+
+
 @pytest.mark.slow
 class TestManyConversations(Conversations.TestCase):  # type: ignore[misc, valid-type]
     settings = settings(max_examples=400, stateful_step_count=40, **common)
+
+
+@pytest.mark.slow
+@needs_interpreter
+class TestManyOnKernels(OnKernels.TestCase):  # type: ignore[misc, valid-type]
+    settings = settings(max_examples=60, stateful_step_count=15, **common)

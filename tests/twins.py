@@ -1,8 +1,12 @@
 """A manager and its dense oracle, driven together and compared after every step."""
 
+import importlib.util
 import math
+import os
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -10,6 +14,11 @@ from arkcache import CacheConfig, KVCacheManager
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.paged import PagedLayer
 from tests.oracle import Oracle
+
+needs_interpreter = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="runs Triton kernels on a CPU",
+)
 
 SMALL = {
     "page_size": 4,
@@ -43,7 +52,8 @@ class Twins:
     """A `KVCacheManager` on random data beside its `Oracle`.
 
     Every random tensor follows from `seed` and the number of tensors drawn before it, so that two
-    twins of one seed which draw the same tensors hold the same cache.
+    twins of one seed which draw the same tensors hold the same cache. The manager is on `device`;
+    the oracle and all random tensors are on the CPU.
     """
 
     def __init__(
@@ -58,9 +68,17 @@ class Twins:
         group: int = 2,
         seed: int = 0,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.device(device)
         self.manager = KVCacheManager(
-            num_layers, num_kv_heads, head_dim, config, value_dim=value_dim, dtype=dtype
+            num_layers,
+            num_kv_heads,
+            head_dim,
+            config,
+            device=device,
+            value_dim=value_dim,
+            dtype=dtype,
         )
         self.oracle = Oracle(num_layers, num_kv_heads, config)
         self.config, self.num_layers, self.num_kv_heads = config, num_layers, num_kv_heads
@@ -76,6 +94,10 @@ class Twins:
         numbers = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
         return numbers.to(self.dtype)
 
+    def on_device(self, *values: Any) -> list[Any]:
+        """The tensors among them where the manager is."""
+        return [x.to(self.device) if isinstance(x, Tensor) else x for x in values]
+
     def query(self, new_tokens: int = 1, size: float = 1.0) -> Tensor:
         heads = self.num_kv_heads * self.group
         return self.randn(self.batch, heads, new_tokens, self.head_dim) * size
@@ -88,7 +110,7 @@ class Twins:
     def append_layer(self, layer: int, new_tokens: int, mask: Tensor | None = None) -> None:
         shape = (self.batch, self.num_kv_heads, new_tokens)
         key, value = self.randn(*shape, self.head_dim), self.randn(*shape, self.value_dim)
-        self.manager.append(layer, key, value, mask)
+        self.manager.append(layer, *self.on_device(key, value, mask))
         self.oracle.append(layer, key, value, mask)
         follow_demotions(self.manager, self.oracle)
 
@@ -104,7 +126,8 @@ class Twins:
     def attend_layer(
         self, layer: int, query: Tensor, *, tolerance: float = 3e-5, **how: object
     ) -> Tensor:
-        output = self.manager.attend(layer, query, **how)  # type: ignore[arg-type]
+        given = dict(zip(how, self.on_device(*how.values()), strict=True))
+        output = self.manager.attend(layer, *self.on_device(query), **given).cpu()
         assert output.shape == (*query.shape[:3], self.value_dim)
         assert output.dtype == self.dtype
         if query.shape[2] == 1:
@@ -155,10 +178,10 @@ class Twins:
         rotates = (config.rotates_keys, config.rotates_values)
         for mine, other, rotated in zip(held, expected, rotates, strict=True):
             if not rotated:
-                assert torch.equal(mine, other)
+                assert torch.equal(mine.cpu(), other)
             elif mine.numel():
                 bound = 4 * torch.finfo(self.dtype).eps * float(other.abs().max())
-                assert float((mine - other).abs().max()) <= bound
+                assert float((mine.cpu() - other).abs().max()) <= bound
 
     @property
     def held(self) -> list[np.ndarray]:
@@ -215,7 +238,8 @@ class Twins:
             most = max(self.oracle.num_selected(layer, h) for h in range(self.num_kv_heads))
             slots = math.ceil(config.num_sink_tokens / page_size)
             slots += math.ceil(most * config.device_pool_factor)
-            if config.packed_slots and not config.format.is_raw:
+            packed = config.packed_slots and not config.format.is_raw
+            if packed or config.backend == "triton":
                 slots_bytes = self.batch * self.num_kv_heads * slots * self.page_bytes()
                 total += _aligned(slots_bytes) + self.states_bytes(window)
             else:

@@ -6,10 +6,12 @@ steps get only the new keys and values back, with a tag on both; the model hands
 attention function registered as "arkcache" (`attention.py`), which reads the tag and lets the layer
 attend its pages. What belongs to a model, such as the attention to restore, rides on the name of
 its attention implementation (`attachment.py`). A model is trusted with all this only after a probe
-has shown that it gives the same logits (`probe.py`).
+has shown that it gives the same logits (`probe.py`). On a GPU whole steps can be recorded and
+replayed (`graphed.py`).
 """
 
 from arkcache.huggingface.attachment import detach
 from arkcache.huggingface.cache import ArkCache
+from arkcache.huggingface.graphed import generate_graphed
 
-__all__ = ["ArkCache", "detach"]
+__all__ = ["ArkCache", "detach", "generate_graphed"]

@@ -218,6 +218,11 @@ class ArkCache(DynamicCache):
         return self._core.reason
 
     @property
+    def managers(self) -> list[KVCacheManager]:
+        """What keeps the layers, one for all layers of a shape; none while the cache is empty."""
+        return list(self._core.managers.values())
+
+    @property
     def mode(self) -> str:
         """ "paged" or "compat"."""
         return "paged" if self.reason is None else "compat"

@@ -1,0 +1,85 @@
+"""What a manager's decode steps run on: Triton kernels, or plain torch.
+
+Both keep the same promises. The kernels never wait for the host and can be captured in a CUDA
+graph; plain torch is the path of a CPU, and of what the kernels do not cover.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from arkcache.config import CacheConfig
+from arkcache.errors import ConfigError
+
+Params = ParamSpec("Params")
+Result = TypeVar("Result")
+
+logger = logging.getLogger("arkcache")
+
+
+def choose_backend(config: CacheConfig, device: torch.device, *, latent: bool) -> str:
+    """ "triton" or "torch", for a manager of these settings.
+
+    Raises `ConfigError` where the settings ask for Triton and it cannot serve them.
+    """
+    if config.backend == "torch" or (config.backend == "auto" and device.type != "cuda"):
+        return "torch"
+    settings, machine = _why_not_settings(config, latent), _why_not_here(device)
+    reason = settings or machine
+    if reason is None:
+        return "triton"
+    if config.backend == "triton":
+        raise ConfigError(f"backend='triton': {reason}; use backend='auto'")
+    if settings is not None:
+        logger.info("decode steps run on plain torch: %s", settings)
+    else:
+        _warn_once(reason)
+    return "torch"
+
+
+def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
+    """A method that runs with `self.device` current: Triton launches where torch stands."""
+
+    @functools.wraps(method)
+    def guarded(*args: Params.args, **kwargs: Params.kwargs) -> Result:
+        device: torch.device = vars(args[0])["device"]
+        if device.type != "cuda":
+            return method(*args, **kwargs)
+        with torch.cuda.device(device):
+            return method(*args, **kwargs)
+
+    return guarded
+
+
+def _why_not_settings(config: CacheConfig, latent: bool) -> str | None:
+    if latent:
+        return "latents are expanded by the model's own code"
+    if config.coarse_format is not None:
+        return "pages of two formats move in the host tier"
+    if config.packed_slots is False and not config.format.is_raw:
+        return "packed_slots=False asks for unpacked pages on the device"
+    return None
+
+
+def _why_not_here(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'arkcache[gpu-cuda13]')"
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return f"device {device} is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"decode steps run on plain torch, which waits for the GPU in every layer: {reason}",
+        stacklevel=5,
+    )

@@ -1,0 +1,59 @@
+"""Which class keeps a layer: by its budget, its format and the backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+from arkcache.config import CacheConfig
+from arkcache.dense import DenseLayer
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.packed import PackedLayer
+from arkcache.paged import PagedLayer
+from arkcache.planning import Planner
+from arkcache.tiering.device import DeviceTier
+from arkcache.tiering.host import HostTier
+
+if TYPE_CHECKING:  # they import Triton
+    from arkcache.recalled import RecalledLayer
+    from arkcache.resident import ResidentLayer, ResidentPackedLayer
+
+    EngineLayer: TypeAlias = RecalledLayer | ResidentLayer | ResidentPackedLayer
+
+    Layer: TypeAlias = DenseLayer | PackedLayer | PagedLayer | EngineLayer
+
+
+def make_layers(
+    planner: Planner, tier: DeviceTier, host: HostTier | None, most: int, *, latent: bool
+) -> list[Layer]:
+    """The layers of a manager, empty. `most`: pages that a KV head may select at most."""
+    config = planner.config
+    layers: list[Layer] = []
+    numbers = iter(range(planner.num_layers))
+    for number in range(planner.num_layers):
+        if config.budget_of(number) is None:
+            layers.append(_resident(config, tier, planner.packers[0], planner.backend))
+            continue
+        assert host is not None
+        selected = planner.selected(number, most)
+        if planner.backend == "triton":
+            from arkcache.recalled import RecalledLayer
+
+            packer = planner.packers[0]
+            layers.append(RecalledLayer(config, selected, tier, next(numbers), host, packer))
+        else:
+            own = (tier, next(numbers), host, planner.packers, latent)
+            layers.append(PagedLayer(config, selected, *own))
+    return layers
+
+
+def _resident(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:
+    """A layer that attends everything."""
+    if backend == "triton":
+        from arkcache.resident import ResidentLayer, ResidentPackedLayer
+
+        if config.format.is_raw:
+            return ResidentLayer(tier.geometry)
+        return ResidentPackedLayer(config, tier.geometry, packer)
+    if config.format.is_raw:
+        return DenseLayer(tier.geometry)
+    return PackedLayer(config, tier.geometry, packer)

@@ -1,0 +1,287 @@
+"""A layer of the GPU engine whose sealed pages leave the device for pinned host memory, and return.
+
+Which pages a step wants is not decided here: see `RecalledLayer`. A prompt's pages leave through
+the staging blocks of the backup engine; a page that a step seals is written by a kernel of that
+step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.errors import IntegrityError
+from arkcache.kernels.torch_hadamard import rotate
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.kernels.triton_copy import scatter
+from arkcache.kernels.triton_seal import seal_newest, seal_pages
+from arkcache.page_table import PageTable
+from arkcache.pages import Ids
+from arkcache.residents import Residents
+from arkcache.ring import RingLayer
+from arkcache.step import Lengths
+from arkcache.tiered import TieredLayer
+from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
+from arkcache.tiering.device import DeviceTier, PackedWorkingSet
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.reading import read_lines
+from arkcache.tiering.transfer import upload
+from arkcache.windows import RingWindow
+
+
+class OffloadedLayer(RingLayer, TieredLayer):
+    """A layer whose sealed pages live in pinned host memory, with slots for some on the device.
+
+    Args:
+        config: the cache's settings.
+        num_selected: pages that a step selects, per KV head.
+        device_tier: the device tier, its slots packed.
+        number: which of its working sets is this layer's.
+        host: the host tier, of one format, readable by the device.
+        packer: of its pages.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        num_selected: Ids,
+        device_tier: DeviceTier,
+        number: int,
+        host: HostTier,
+        packer: PagePacker,
+    ) -> None:
+        super().__init__(config, device_tier, number, host, [packer])
+        self._open_books()
+        self._table = PageTable(config, self.geometry)
+        self._ticket: Ticket | None = None
+        self._residents = self._make_residents(num_selected)
+        self._open_lines()
+
+    def _make_residents(self, num_selected: Ids) -> Residents:
+        """Places for this working set, all empty; num_selected: pages, per KV head."""
+        selected = np.tile(num_selected, self.geometry.batch)
+        num_places = self._working_set.num_slots - self.config.num_sink_pages
+        return Residents(self.config, selected, num_places, self.geometry.device)
+
+    def _open_lines(self) -> None:
+        """Make what a sealed page passes through: its bytes, and where they go on the host."""
+        rows, device = self.geometry.num_rows, self.geometry.device
+        with torch.inference_mode(False):  # written to in and out of it
+            self._lines = torch.full((rows,), -1, dtype=torch.int64, device=device)
+            shape = (rows, self._packer.layout.nbytes)
+            self._newest = torch.zeros(shape, dtype=torch.uint8, device=device)
+
+    @property
+    def _working_set(self) -> PackedWorkingSet:
+        working_set = self.working_set
+        assert isinstance(working_set, PackedWorkingSet)
+        return working_set
+
+    @property
+    def _slots(self) -> Tensor:
+        """Slots of every row [rows, slots, nbytes]: sinks first, then the places."""
+        return self._working_set.slots.flatten(0, 1)
+
+    @property
+    def window(self) -> RingWindow:
+        """The recent window."""
+        return RingWindow(*self.working_set.windows)
+
+    @property
+    def _backups(self) -> BackupEngine:
+        return backup_engine_of(self.geometry.device)
+
+    def join(self) -> None:
+        """Have the next kernel wait for what other lanes do for this layer."""
+        self._settle()
+
+    def _settle(self) -> None:
+        """Have the main lane wait for the newest backup: what it holds may be recalled."""
+        if self._ticket is not None:
+            ticket, self._ticket = self._ticket, None
+            self._backups.settle(ticket)
+
+    # -- append and seal ------------------------------------------------------------------------
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens, so that no address changes until then."""
+        lengths = np.full(self.geometry.batch, tokens)
+        self.host.check_room([max(1, self.blocks_needed(lengths))])
+        self._table.reserve(max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors that grow are now."""
+        tensors = (self._table.digests, self._table.located, self._store.pieces(), self._slots)
+        anew = (self._residents.page_of, self._books.lengths, self._newest)  # by `keep_sequences`
+        return tuple(tensor.data_ptr() for tensor in tensors + anew)
+
+    def _book_pages(self, rows: slice, seals: Ids) -> None:
+        heads, device = self.geometry.num_kv_heads, self.geometry.device
+        lines = np.full((self.geometry.batch, heads), -1, dtype=np.int64)
+        for sequence in seals.tolist():
+            page = int(self.sealed[sequence])
+            self._store.allot(slice(sequence, sequence + 1), page, 1)
+            lines[sequence] = self._store.lines(sequence, page, page + 1)[:, 0]
+        self._table.reserve(int(self.sealed[seals].max()) + 1)
+        self._lines.copy_(upload(lines.reshape(-1), device))
+        self.counters.bytes_backed_up += len(seals) * heads * self._packer.layout.nbytes
+
+    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+        books = self._books
+        key, value = self.by_row(self.window)
+        seal_newest(
+            key[cache_rows],
+            value[cache_rows],
+            digest_window,
+            books.lengths[cache_rows],
+            books.sealed[cache_rows],
+            self._slots[cache_rows],
+            self._residents.page_of[cache_rows],
+            self._residents.may_hold[cache_rows],
+            self._newest[cache_rows],
+            self._table.digests[cache_rows],
+            recent=self.config.num_recent_tokens,
+            num_sinks=self.config.num_sink_pages,
+            layout=self._packer.layout,
+            index=self.config.index,
+            index_bits=self.config.index_bits,
+        )
+        scatter(
+            self._newest[cache_rows],
+            self._lines[cache_rows],
+            self._store.pieces(),
+            self._table.located[cache_rows],
+            books.sealed[cache_rows],
+        )
+
+    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Digest, pack, back up and, where there is room, place pages from number `first` on."""
+        sequences, heads, count = key.shape[:3]
+        nbytes = self._packer.layout.nbytes
+        handles = self._store.allot(rows, first, count)
+        self._table.locate(
+            rows, first, np.stack([self._store.lines(s, first, first + count) for s in _each(rows)])
+        )
+        block = self._backups.borrow(sequences * count * heads * nbytes)
+        packed = block.data.view(sequences, count, heads, nbytes).transpose(1, 2)
+        digest_key = rotate(key) if self.config.rotates_keys else key
+        digests = self._table.digests.unflatten(0, (-1, heads))
+        for number, sequence in enumerate(_each(rows)):
+            seal_pages(
+                key[number],
+                value[number],
+                digest_key[number],
+                packed[number],
+                digests[sequence],
+                first=first,
+                layout=self._packer.layout,
+                index=self.config.index,
+                index_bits=self.config.index_bits,
+            )
+        self._place(rows, first, packed)
+        self._ticket = self._backups.submit(block, self.host, handles)
+        self.counters.bytes_backed_up += packed.numel()
+
+    def _place(self, rows: slice, first: int, packed: Tensor) -> None:
+        """Put new pages [sequences, kv_heads, pages, nbytes] where `seal_newest` would."""
+        working_set = self._working_set
+        last = min(first + packed.shape[2], working_set.num_slots)
+        if last > first:
+            working_set.slots[rows, :, first:last] = packed[:, :, : last - first]
+            self._residents.place(self.cache_rows(rows), first, last)
+
+    # -- several new tokens: everything, streamed -------------------------------------------------
+
+    def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        self._settle()
+        lines = self._store.lines(sequence, first, last)
+        packed = read_lines(
+            self.host, self._store.pieces(), lines.reshape(-1), self.geometry.device
+        )
+        self.counters.bytes_streamed += packed.numel()
+        key, value = self._packer.unpack(packed.view(*lines.shape, -1))
+        return key.flatten(1, 2), value.flatten(1, 2)
+
+    # -- changes of shape -------------------------------------------------------------------------
+
+    def _unseal(self, sequence: int, first: int, last: int) -> None:
+        rows = self.cache_rows(slice(sequence, sequence + 1))
+        self._store.forget(sequence, first, last)
+        self._residents.drop_from(rows, first)
+
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
+        """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
+
+        See `PagedLayer.keep_sequences`.
+        """
+        self.join()
+        before, residents = self._working_set, self._residents
+        self._store.keep_sequences(index)
+        self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
+        self.device_tier, self.geometry = device_tier, device_tier.geometry
+        on_device = upload(index, self.geometry.device)
+        self._table.keep_sequences(on_device, self.geometry)
+        self._open_books()
+        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
+        self._open_lines()
+        self._residents = self._make_residents(num_selected)
+        heads = self.geometry.num_kv_heads
+        rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
+        self._residents.inherit(residents, upload(rows, self.geometry.device))
+        for plane, other in zip(self.working_set.windows, before.windows, strict=True):
+            plane.copy_(other[on_device])
+        kept = self._working_set.slots
+        shared = min(kept.shape[2], before.num_slots)
+        kept[:, :, :shared] = before.slots[on_device, :, :shared]
+
+    def release(self) -> None:
+        """Give the layer's pages back to the host tier, once what is copied there has landed."""
+        self.join()
+        super().release()
+
+    def move_blocks(self, host: HostTier) -> None:
+        """Follow the layer's pages into a tier that was extracted from the present one."""
+        super().move_blocks(host)
+        for sequence, sealed in enumerate(self.sealed.tolist()):
+            if sealed:
+                lines = self._store.lines(sequence, 0, sealed)
+                self._table.locate(slice(sequence, sequence + 1), 0, lines[None])
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.join()
+        return vars(self).copy()
+
+    # -- invariants -----------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
+        self.join()
+        self._check_sealed(self.sealed)
+        self._check_sealed(self._store.counts())
+        heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
+        for name, mine in (("tokens", self.lengths.of), ("sealed pages", self.sealed)):
+            theirs = (self._books.lengths if name == "tokens" else self._books.sealed).cpu().numpy()
+            if not np.array_equal(theirs, mine.repeat(heads)):
+                raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
+        located, slots = self._table.located.cpu().numpy(), self._slots.cpu()
+        page_of = self._residents.check(self.sealed.repeat(heads))
+        for row, places in enumerate(page_of):
+            sequence, head = divmod(row, heads)
+            sealed = int(self.sealed[sequence])
+            lines = self._store.lines(sequence, 0, sealed)[head]
+            if not np.array_equal(located[row, :sealed], lines):
+                raise IntegrityError(f"the device looks for pages of row {row} in wrong places")
+            first = np.arange(sinks)
+            pages = np.concatenate((np.where(first < sealed, first, -1), places))
+            for slot in np.flatnonzero(pages >= 0).tolist():
+                if not torch.equal(slots[row, slot], self._store.pieces()[lines[pages[slot]]]):
+                    raise IntegrityError(f"page {pages[slot]} of row {row} differs from its backup")
+
+
+def _each(rows: slice) -> range:
+    return range(rows.start, rows.stop)

@@ -1,0 +1,105 @@
+"""The digests of a layer's sealed pages, and where the host tier keeps them, on the device.
+
+Both grow with the context, page by page; what grows changes its address, so `reserve` before a step
+is captured in a graph.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
+from arkcache.pages import Ids
+from arkcache.tiering.device import Geometry
+from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.transfer import upload
+
+FIRST_PAGES = 64
+
+
+class PageTable:
+    """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages].
+
+    Args:
+        config: the cache's settings.
+        geometry: sizes.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
+        self._config, self._geometry = config, geometry
+        shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES)
+        dtype = torch.uint8 if config.index == "tokens" else geometry.dtype
+        features = digest_features(config, geometry.head_dim)
+        self._digests = GrowingTensor((*shape, features), 2, dtype, geometry.device)
+        self._located = GrowingTensor(shape, 2, torch.int64, geometry.device)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of a sequence that there is room for."""
+        return self._located.data.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return self._digests.nbytes + self._located.nbytes
+
+    @property
+    def digests(self) -> Tensor:
+        """Digests of every row's pages [rows, pages, features]."""
+        return self._digests.data.flatten(0, 1)
+
+    @property
+    def located(self) -> Tensor:
+        """Line of the host tier that holds a page, int64 [rows, pages]."""
+        return self._located.data.flatten(0, 1)
+
+    def reserve(self, num_pages: int) -> None:
+        """Make room for so many pages of every sequence."""
+        self._digests.reserve(num_pages)
+        self._located.reserve(num_pages)
+
+    def locate(self, rows: slice, first: int, lines: Ids) -> None:
+        """Note where pages from `first` on are: lines [sequences, kv_heads, pages]."""
+        self.reserve(first + lines.shape[2])
+        self._located.write(rows, first, upload(lines, self._geometry.device))
+
+    def score(self, query: Tensor, sealed: Tensor, scale: float, hidden: Tensor | None) -> Scores:
+        """Rate all pages but the sinks for queries [rows, group, dim]; see `triton_score`."""
+        config = self._config
+        if config.index == "tokens":
+            return score_tokens(
+                query,
+                self.digests,
+                sealed,
+                num_sinks=config.num_sink_pages,
+                page_size=config.page_size,
+                bits=config.index_bits,
+                scale=scale,
+                hidden=hidden,
+            )
+        return score_volumes(
+            query,
+            self.digests,
+            sealed,
+            num_sinks=config.num_sink_pages,
+            kind=config.index,
+            scale=scale,
+            hidden=hidden,
+        )
+
+    def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
+        """Make sequence i what sequence `index[i]` was."""
+        self._geometry = geometry
+        self._digests.keep_sequences(index)
+        self._located.keep_sequences(index)
+
+
+def digest_features(config: CacheConfig, head_dim: int) -> int:
+    """Numbers of a page's digest; bytes, for the token index. See `torch_digest`."""
+    if config.index == "tokens":
+        return 4 * head_dim + -(-head_dim * config.index_bits // 8) * config.page_size
+    return {"cuboid": 2 * head_dim, "sphere": head_dim + 1}.get(
+        config.index.partition("-")[0], head_dim
+    )

@@ -1,0 +1,299 @@
+"""Layers of the GPU engine that attend everything: all tokens stay on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.dense import DenseLayer
+from arkcache.errors import IntegrityError
+from arkcache.formats import PageFormat, PageLayout
+from arkcache.kernels.torch_pages import PagePacker
+from arkcache.kernels.triton_append import append
+from arkcache.kernels.triton_attention import paged_attention
+from arkcache.kernels.triton_seal import seal_newest, seal_pages
+from arkcache.pages import Ids
+from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
+from arkcache.stats import CacheStats
+from arkcache.step import Lengths, Step
+from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
+from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.transfer import upload
+from arkcache.windows import RingWindow
+
+NEVER = 1 << 30
+"""As recent tokens: more than any sequence has, so that no page ever seals."""
+
+FIRST_PAGES = 32
+
+
+class ResidentLayer(DenseLayer):
+    """A layer that attends everything in the model's own dtype: a window of the whole context."""
+
+    takes_ragged = True
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(geometry)
+        self._books = DeviceBooks(geometry)
+        sizes = (geometry.head_dim, geometry.value_dim, geometry.dtype.itemsize)
+        self._layout = PageLayout(PageFormat(), 1, *sizes)
+
+    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+        if key.shape[2] == 1:
+            self.launch_append(rows, key, value, self.book_token(rows))
+            return
+        super().append(rows, key, value)
+        self._books.set(rows, self.lengths.of[rows], np.zeros_like(self.lengths.of[rows]))
+
+    def book_token(self, rows: slice) -> bool:
+        """Enter one more token of these sequences; no page ever seals."""
+        self.reserve(int(self.lengths.of[rows].max()) + 1)
+        self.lengths.of[rows] += 1
+        return False
+
+    def launch_append(self, rows: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
+        """Queue the storing of one token of each sequence."""
+        heads = self.geometry.num_kv_heads
+        cache_rows = slice(rows.start * heads, rows.stop * heads)
+        append(
+            key[:, :, 0],
+            value[:, :, 0],
+            self._key.data.flatten(0, 1)[cache_rows],
+            self._value.data.flatten(0, 1)[cache_rows],
+            self._books.lengths[cache_rows],
+            self._books.sealed[cache_rows],
+            recent=NEVER,
+            page_size=1,
+        )
+
+    def attend_one(self, step: Step) -> Tensor:
+        """Attend one new token over all tokens."""
+        if step.expand is not None:  # latents: the model's own code expands them
+            return super().attend_one(step)
+        self.count_attended()
+        return self.launch_attend(step)
+
+    def count_attended(self) -> None:
+        """Note how many tokens the step under way attends."""
+        self.counters.attended_tokens = int(self.lengths.of.sum())
+
+    def seals_at(self, _lengths: Ids) -> bool:
+        """Whether growing to these lengths seals a page: never."""
+        return False
+
+    def join(self) -> None:
+        """Have the next kernel wait for other lanes: none touch this layer."""
+
+    def abandon(self) -> None:
+        """Forget what other lanes were asked for: nothing."""
+
+    def launch_attend(self, step: Step) -> Tensor:
+        """Queue the attention of one new token over all tokens."""
+        geometry, books = self.geometry, self._books
+        output = paged_attention(
+            step.query.reshape(geometry.num_rows, -1, step.query.shape[3]),
+            None,
+            None,
+            None,
+            None,
+            self._key.data.flatten(0, 1),
+            self._value.data.flatten(0, 1),
+            books.lengths,
+            books.sealed,
+            layout=self._layout,
+            num_sinks=0,
+            scale=step.scale,
+            softcap=step.softcap,
+            sinks=sink_logits(step, geometry),
+            bias=user_bias(step, geometry, int(self.lengths.of.max())),
+        )
+        return output.view(geometry.batch, -1, 1, output.shape[-1])
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens, so that no address changes until then."""
+        self._key.reserve(tokens)
+        self._value.reserve(tokens)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors that grow are now."""
+        tensors = (self._key.data, self._value.data, self._books.lengths)
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def crop(self, lengths: Ids) -> None:
+        """Shorten every sequence to `lengths`."""
+        super().crop(lengths)
+        self._set_books()
+
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
+        """Make sequence i what sequence `index[i]` was."""
+        super().keep_sequences(index, device_tier)
+        self._books = DeviceBooks(self.geometry)
+        self._set_books()
+
+    def _set_books(self) -> None:
+        none = np.zeros_like(self.lengths.of)
+        self._books.set(slice(0, self.geometry.batch), self.lengths.of, none)
+
+
+class ResidentPackedLayer(RingLayer):
+    """A layer that attends everything, its sealed pages packed (KIVI).
+
+    Args:
+        config: the cache's settings.
+        geometry: sizes.
+        packer: of its pages.
+    """
+
+    def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
+        super().__init__(config, geometry)
+        self._packer = packer
+        self._open_books()
+        shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES, packer.layout.nbytes)
+        self._pages = GrowingTensor(shape, 2, torch.uint8, geometry.device)
+        tokens = -(-config.window_tokens // config.page_size) * config.page_size
+        rows = (geometry.batch, geometry.num_kv_heads, tokens)
+        with torch.inference_mode(False):  # written to in and out of it
+            like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
+            self._window = RingWindow(
+                like.new_zeros((*rows, geometry.head_dim)),
+                like.new_zeros((*rows, geometry.value_dim)),
+            )
+            newest = (geometry.num_rows, packer.layout.nbytes)
+            self._newest = torch.zeros(newest, dtype=torch.uint8, device=geometry.device)
+
+    @property
+    def window(self) -> RingWindow:
+        """The recent window."""
+        return self._window
+
+    def launch_attend(self, step: Step) -> Tensor:
+        """Queue the attention of one new token over all pages and the window."""
+        geometry, books = self.geometry, self._books
+        key, value = self.by_row(self._window)
+        output = paged_attention(
+            self.grouped(step.query),
+            self._pages.data.flatten(0, 1),
+            None,
+            None,
+            None,
+            key,
+            value,
+            books.lengths,
+            books.sealed,
+            layout=self._packer.layout,
+            num_sinks=0,
+            scale=step.scale,
+            softcap=step.softcap,
+            sinks=sink_logits(step, geometry),
+            bias=user_bias(step, geometry, int(self.lengths.of.max())),
+        )
+        return output.view(geometry.batch, -1, 1, output.shape[-1])
+
+    def count_attended(self) -> None:
+        """Note how many tokens the step under way attends."""
+        self.counters.attended_tokens = int(self.lengths.of.sum())
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens, so that no address changes until then."""
+        self._pages.reserve(max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors that grow are now."""
+        tensors = (self._pages.data, self._window.key, self._books.lengths, self._newest)
+        return tuple(tensor.data_ptr() for tensor in tensors)
+
+    def _book_pages(self, _rows: slice, seals: Ids) -> None:
+        self._pages.reserve(int(self.sealed[seals].max()) + 1)
+
+    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+        key, value = self.by_row(self._window)
+        seal_newest(
+            key[cache_rows],
+            value[cache_rows],
+            digest_window,
+            self._books.lengths[cache_rows],
+            self._books.sealed[cache_rows],
+            self._pages.data.flatten(0, 1)[cache_rows],
+            None,
+            None,
+            self._newest[cache_rows],
+            None,
+            recent=self.config.num_recent_tokens,
+            num_sinks=0,
+            layout=self._packer.layout,
+            index=self.config.index,
+        )
+
+    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+        self._pages.reserve(first + key.shape[2])
+        for number, sequence in enumerate(range(rows.start, rows.stop)):
+            seal_pages(
+                key[number],
+                value[number],
+                key[number],
+                self._pages.data[sequence, :, first : first + key.shape[2]],
+                None,
+                first=first,
+                layout=self._packer.layout,
+                index=self.config.index,
+            )
+
+    def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        key, value = self._packer.unpack(self._pages.data[sequence, :, first:last])
+        return key.flatten(1, 2), value.flatten(1, 2)
+
+    def _unseal(self, _sequence: int, _first: int, _last: int) -> None:
+        """Nothing: `sealed` says what counts."""
+
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        total = int(self.sealed.max())
+        per_block = unpacked_pages(self.geometry, self.config.page_size)
+        for first in range(0, total, per_block):
+            last = min(first + per_block, total)
+            key, value = self._packer.unpack(self._pages.data[:, :, first:last])
+            yield first, last, key.flatten(2, 3), value.flatten(2, 3)
+
+    def blocks_needed(self, _new_lengths: Ids) -> int:
+        """Host pieces that growing to these lengths takes: none."""
+        return 0
+
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
+        """Make sequence i what sequence `index[i]` was."""
+        self.geometry = device_tier.geometry
+        on_device = upload(index, self.geometry.device)
+        self._pages.keep_sequences(on_device)
+        with torch.inference_mode(False):
+            self._window = RingWindow(*(plane[on_device] for plane in self._window))
+            self._newest = self._newest.new_zeros((self.geometry.num_rows, self._newest.shape[1]))
+        self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
+        self._open_books()
+        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
+
+    def release(self) -> None:
+        """Free what the layer holds outside itself: nothing."""
+
+    def move_blocks(self, _host: HostTier) -> None:
+        """Follow the layer's pages into another host tier: there are none."""
+
+    def held_blocks(self) -> Ids:
+        """Host pieces that the layer refers to: none."""
+        return np.zeros(0, dtype=np.int64)
+
+    def check(self) -> None:
+        """Raise `IntegrityError` if the books contradict each other."""
+        self._check_sealed(self.sealed)
+        if int(self.sealed.max()) > self._pages.data.shape[2]:
+            raise IntegrityError("a packed layer counts more pages than it has room for")
+
+    def stats(self) -> CacheStats:
+        """Counters and sizes."""
+        size = self._pages.nbytes + sum(plane.nbytes for plane in self._window)
+        return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)

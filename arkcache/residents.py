@@ -1,0 +1,118 @@
+"""Which page each place of a layer holds, on the device: what `pages.Residency` is on the host."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import CacheConfig
+from arkcache.errors import IntegrityError
+from arkcache.kernels.triton_score import Scores
+from arkcache.kernels.triton_select import Selection, select
+from arkcache.pages import Ids
+from arkcache.stats import CacheStats
+from arkcache.tiering.transfer import upload
+
+NUM_COUNTERS = 5
+"""Of a row, kept by `select`: hits, recalled, evicted, speculative hits, speculated."""
+
+
+class Residents:
+    """The places of every row and what they hold.
+
+    A row's places are numbered from 0; a row with a smaller budget than others leaves its last ones
+    empty. Sinks are not counted here: they never move.
+
+    Args:
+        config: the cache's settings.
+        selected: pages that a step selects, of each row.
+        num_places: places of a row.
+        device: where the kernels run.
+
+    Attributes:
+        most: pages that any row selects.
+        selected: pages that a step selects, of each row, on the host.
+        page_of: int32 [rows, places], -1 where a place is empty.
+        may_hold: int32 [rows], places that a row may use.
+        has_spare: whether a row may hold more pages than it selects.
+    """
+
+    def __init__(
+        self, config: CacheConfig, selected: Ids, num_places: int, device: torch.device
+    ) -> None:
+        self._config, self.selected, self.most = config, selected, int(selected.max())
+        may_hold = np.ceil(selected * config.device_pool_factor).astype(np.int64)
+        self.has_spare = bool((may_hold > selected).any())
+        rows = len(selected)
+        with torch.inference_mode(False):  # written to in and out of it
+            self._num_selected = upload(selected.astype(np.int32), device)
+            self.may_hold = upload(np.minimum(may_hold, num_places).astype(np.int32), device)
+            self.page_of = torch.full((rows, num_places), -1, dtype=torch.int32, device=device)
+            self._speculated = torch.zeros_like(self.page_of, dtype=torch.int8)
+            self._counters = torch.zeros((rows, NUM_COUNTERS), dtype=torch.int64, device=device)
+
+    def select(self, scores: Scores, sealed: Tensor, *, speculative: bool = False) -> Selection:
+        """Choose pages, and places for those that are missing.
+
+        speculative: as many as there are places for, after the step attended what it chose.
+        """
+        return select(
+            scores,
+            sealed,
+            self.page_of,
+            self.may_hold if speculative else self._num_selected,
+            self.may_hold,
+            self._speculated,
+            self._counters,
+            num_sinks=self._config.num_sink_pages,
+            most=self.page_of.shape[1] if speculative else self.most,
+            reduction=self._config.group_reduction,
+            speculative=speculative,
+        )
+
+    def place(self, rows: slice, first: int, last: int) -> None:
+        """Note that places hold new pages first..last, each in the place of its own number."""
+        sinks = self._config.num_sink_pages
+        start = max(first, sinks)
+        places = torch.arange(start - sinks, last - sinks, device=self.page_of.device)
+        fits = places < self.may_hold[rows, None]
+        held = self.page_of[rows, start - sinks : last - sinks]
+        held.copy_(torch.where(fits, places + sinks, -1))
+
+    def drop_from(self, rows: slice, page: int) -> None:
+        """Forget the pages of `rows` from `page` on."""
+        held = self.page_of[rows]
+        held.masked_fill_(held >= page, -1)
+
+    def inherit(self, before: Residents, rows: Tensor) -> None:
+        """Hold in row i what row `rows[i]` of another held, in as many places as both have."""
+        shared = min(before.page_of.shape[1], self.page_of.shape[1])
+        held = before.page_of[rows, :shared]
+        fits = torch.arange(shared, device=held.device) < self.may_hold[:, None]
+        self.page_of[:, :shared] = torch.where(fits, held, -1)
+        self._counters[0] = before._counters.sum(dim=0)
+
+    def stats(self, page_bytes: int) -> CacheStats:
+        """What was selected and copied; waits for the device, which counts it."""
+        hits, recalled, evicted, guessed, speculated = self._counters.sum(dim=0).tolist()
+        return CacheStats(
+            pages_hit=hits,
+            pages_recalled=recalled,
+            pages_evicted=evicted,
+            pages_speculated=speculated,
+            speculative_hits=guessed,
+            bytes_recalled=(recalled + speculated) * page_bytes,
+        )
+
+    def check(self, sealed: Ids) -> Ids:
+        """Raise `IntegrityError` if a row holds a page twice, or one that it has not sealed.
+
+        sealed: pages of each row. Returns `page_of`, on the host.
+        """
+        page_of: Ids = self.page_of.cpu().numpy().astype(np.int64)
+        for row, places in enumerate(page_of):
+            held = places[places >= 0]
+            if len(np.unique(held)) != len(held) or (held >= sealed[row]).any():
+                raise IntegrityError(f"row {row} holds a page twice, or one that is not: {held}")
+        return page_of

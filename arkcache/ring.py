@@ -1,0 +1,171 @@
+"""Layers of the GPU engine: a token is stored by a kernel, and the host only keeps the books.
+
+What happens at a step is split in two. `book_token` enters the token in the books on the host:
+whether a page seals follows from token counts alone. `launch_append` and `launch_attend` queue
+kernels whose shapes and addresses depend on no token count, so that a CUDA graph can replay them
+while the books go on. Nothing in either waits for the device.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.kernels.torch_hadamard import rotate
+from arkcache.kernels.triton_append import append
+from arkcache.pages import Ids
+from arkcache.sealing import SealingLayer
+from arkcache.step import Step
+from arkcache.tiering.device import Geometry
+from arkcache.tiering.transfer import upload
+from arkcache.windows import RingWindow
+
+
+class DeviceBooks:
+    """What the kernels know of a layer's rows, int32 [rows] each: see `SealingLayer`.
+
+    Args:
+        geometry: sizes.
+    """
+
+    def __init__(self, geometry: Geometry) -> None:
+        self._heads = geometry.num_kv_heads
+        with torch.inference_mode(False):  # written to in and out of it
+            empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
+            self.lengths, self.sealed = empty, empty.clone()
+
+    def set(self, rows: slice, lengths: Ids, sealed: Ids) -> None:
+        """What sequences `rows` hold from now on: tokens and sealed pages of each."""
+        where = slice(rows.start * self._heads, rows.stop * self._heads)
+        both = np.stack((lengths, sealed)).astype(np.int32).repeat(self._heads, axis=1)
+        on_device = upload(both, self.lengths.device)
+        self.lengths[where], self.sealed[where] = on_device[0], on_device[1]
+
+
+class RingLayer(SealingLayer):
+    """A layer whose window is a ring on the device; subclasses call `_open_books` when built."""
+
+    takes_ragged = True
+
+    def _open_books(self) -> None:
+        self._books = DeviceBooks(self.geometry)
+
+    @property
+    @abstractmethod
+    def window(self) -> RingWindow:
+        """The recent window."""
+
+    @abstractmethod
+    def _book_pages(self, rows: slice, seals: Ids) -> None:
+        """Make ready for one page of each of the sequences `seals` (of `rows`) to be sealed."""
+
+    @abstractmethod
+    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+        """Seal the newest page of those rows whose last token completed one."""
+
+    @abstractmethod
+    def launch_attend(self, step: Step) -> Tensor:
+        """Queue the attention of one new token."""
+
+    @abstractmethod
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens, so that no address changes until then."""
+
+    def join(self) -> None:
+        """Have the next kernel wait for what other lanes do for this layer."""
+
+    def abandon(self) -> None:
+        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+
+    def seals_at(self, lengths: Ids) -> bool:
+        """Whether growing to these lengths seals a page."""
+        return self.pages_to_seal(lengths) > 0
+
+    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+        if key.shape[2] == 1:
+            self.launch_append(rows, key, value, self.book_token(rows))
+            return
+        self.join()
+        super().append(rows, key, value)
+        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
+
+    def book_token(self, rows: slice) -> bool:
+        """Enter one more token of these sequences; returns whether any seals a page with it."""
+        config, lengths = self.config, self.lengths.of[rows] + 1
+        sealed = np.maximum((lengths - config.num_recent_tokens) // config.page_size, 0)
+        seals = np.flatnonzero(sealed > self.sealed[rows]) + rows.start
+        if len(seals):
+            self._book_pages(rows, seals)
+        self.lengths.of[rows], self.sealed[rows] = lengths, sealed
+        return bool(len(seals))
+
+    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+        """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
+        self.join()
+        config, books, cache_rows = self.config, self._books, self.cache_rows(rows)
+        key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
+        append(
+            key[:, :, 0],
+            value[:, :, 0],
+            key_window,
+            value_window,
+            books.lengths[cache_rows],
+            books.sealed[cache_rows],
+            recent=config.num_recent_tokens,
+            page_size=config.page_size,
+        )
+        if seals:
+            # Boxes fit keys better as the model made them: see `PagedLayer`.
+            digest_window = rotate(key_window) if config.rotates_keys else key_window
+            self._launch_seal(cache_rows, digest_window)
+
+    def attend_one(self, step: Step) -> Tensor:
+        """Attend one new token."""
+        self.count_attended()
+        return self.launch_attend(step)
+
+    @abstractmethod
+    def count_attended(self) -> None:
+        """Note how many tokens the step under way attends."""
+
+    def crop(self, lengths: Ids) -> None:
+        """Shorten every sequence to `lengths`; see `SealingLayer.crop`."""
+        self.join()
+        super().crop(lengths)
+        self._books.set(slice(0, self.geometry.batch), lengths, self.sealed)
+
+    def cache_rows(self, rows: slice) -> slice:
+        """The (sequence, KV head) pairs of some sequences."""
+        heads = self.geometry.num_kv_heads
+        return slice(rows.start * heads, rows.stop * heads)
+
+    @staticmethod
+    def by_row(window: RingWindow) -> tuple[Tensor, Tensor]:
+        """Keys and values of a window [rows, tokens, dim]."""
+        return window.key.flatten(0, 1), window.value.flatten(0, 1)
+
+    def grouped(self, query: Tensor) -> Tensor:
+        """Queries [batch, heads, 1, dim] by KV head: [rows, group, dim]."""
+        return query.reshape(self.geometry.num_rows, -1, query.shape[3])
+
+
+def user_bias(step: Step, geometry: Geometry, num_tokens: int) -> Tensor | None:
+    """The user's mask by token number [rows, group, tokens] in fp32; None without one."""
+    if step.bias is None:
+        return None
+    tokens = np.broadcast_to(np.arange(num_tokens), (geometry.batch, 1, num_tokens))
+    group = step.query.shape[1] // geometry.num_kv_heads
+    shape = (geometry.batch, geometry.num_kv_heads, group, num_tokens)
+    bias = step.bias(tokens)[:, :, :, 0].float().expand(shape)
+    return bias.reshape(geometry.num_rows, group, num_tokens)
+
+
+def sink_logits(step: Step, geometry: Geometry) -> Tensor | None:
+    """The sinks' logits of every row [rows, group] in fp32; None without sinks."""
+    if step.sinks is None:
+        return None
+    return step.sinks.float().reshape(geometry.num_kv_heads, -1).repeat(geometry.batch, 1)

@@ -1,0 +1,113 @@
+"""A decode step in two halves: books on the host, and launches that a CUDA graph can replay.
+
+The launches of a step depend on nothing that the books count, so that they can be recorded once and
+replayed while only the books go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from torch import Tensor
+
+from arkcache.pages import Ids
+from arkcache.step import Step
+
+
+class StaticLayer(Protocol):
+    """A layer whose steps come in two halves: what `ring.py` and `resident.py` define."""
+
+    columns: int
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for sequences of so many tokens, so that no address changes until then."""
+        ...
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where the tensors that grow are now."""
+        ...
+
+    def seals_at(self, lengths: Ids) -> bool:
+        """Whether growing to these lengths seals a page."""
+        ...
+
+    def book_token(self, rows: slice) -> bool:
+        """Enter one more token of these sequences; returns whether any seals a page with it."""
+        ...
+
+    def count_attended(self) -> None:
+        """Note how many tokens the step under way attends."""
+        ...
+
+    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+        """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
+        ...
+
+    def launch_attend(self, step: Step) -> Tensor:
+        """Queue the attention of one new token."""
+        ...
+
+    def join(self) -> None:
+        """Have the next kernel wait for what other lanes do for this layer."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+        ...
+
+
+class StaticSteps:
+    """The steps of a manager whose layers all come in two halves.
+
+    Args:
+        layers: all of them.
+
+    Attributes:
+        launching: while a step that was booked is launched, whether it seals pages; None otherwise.
+    """
+
+    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+        self.layers = layers
+        self.launching: bool | None = None
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens of every sequence: until then no step moves anything."""
+        for layer in self.layers:
+            layer.reserve(tokens)
+
+    @property
+    def addresses(self) -> tuple[int, ...]:
+        """Where everything is that moves when it grows: what a graph was captured with."""
+        return tuple(address for layer in self.layers for address in layer.addresses)
+
+    def seals_at(self, lengths: Ids) -> bool:
+        """Whether a step to these lengths seals pages."""
+        return any(layer.seals_at(lengths) for layer in self.layers)
+
+    def book(self, batch: int) -> bool:
+        """Enter one token of every sequence in the books of all layers; whether pages seal."""
+        seals = False
+        for layer in self.layers:
+            layer.join()  # a graph cannot wait for what was asked for outside it
+            seals |= layer.book_token(slice(0, batch))
+            layer.columns += 1
+            layer.count_attended()
+        return seals
+
+    @contextmanager
+    def launch(self, seals: bool) -> Iterator[None]:
+        """Within it a manager's `append` and `attend` launch what is booked, and book nothing."""
+        self.launching = seals
+        try:
+            yield
+            for layer in self.layers:
+                layer.join()
+        except BaseException:
+            for layer in self.layers:
+                layer.abandon()
+            raise
+        finally:
+            self.launching = None

@@ -1,0 +1,323 @@
+"""The GPU engine in Triton's interpreter: the same tokens as plain torch and the dense oracle."""
+
+import copy
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
+from arkcache.backend import choose_backend
+from arkcache.errors import IntegrityError
+from arkcache.recalled import RecalledLayer
+from arkcache.resident import ResidentLayer, ResidentPackedLayer
+from tests.twins import Twins, needs_interpreter, small_config
+
+pytestmark = needs_interpreter
+
+LEFT_PADDED = torch.arange(43) >= torch.tensor([[0], [17]])
+
+
+def on_kernels(**settings: Any) -> CacheConfig:
+    return small_config(backend="triton", **settings)
+
+
+def make(config: CacheConfig, **sizes: Any) -> Twins:
+    """One sequence by default: the interpreter takes its time for every row."""
+    return Twins(config, **({"batch": 1} | sizes))
+
+
+def stepped(twins: Twins, steps: int, **how: Any) -> Twins:
+    """Decode some tokens, every step against the oracle."""
+    for _ in range(steps):
+        for layer in range(twins.num_layers):
+            twins.append_layer(layer, 1)
+            tolerance = 3e-5 * max(1.0, torch.finfo(twins.dtype).eps / 1e-6)
+            twins.attend_layer(layer, twins.query(), tolerance=tolerance, **how)
+    twins.check()
+    return twins
+
+
+# -- against the dense oracle -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_dense_layers": 1},
+        {"device_pool_factor": 2.0},
+        {"device_pool_factor": 2.0, "speculative_recall": False},
+        {"budget_tokens": ((16, 40),)},
+        {"budget_tokens": 12},
+        {"budget_tokens": None},
+        {"index": "tokens"},
+        {"index": "sphere-max", "group_reduction": "raw-mean"},
+        {"index": "centroid", "num_sink_tokens": 0},
+        {"key_bits": 4, "value_bits": 2, "group_size": 8},
+        {"key_bits": 8, "value_bits": 4, "group_size": 4, "rotation": "both"},
+        {"key_bits": 4, "value_bits": 4, "group_size": 8, "budget_tokens": None},
+        {"key_bits": 4, "group_size": 8, "num_dense_layers": 1},
+        {"page_size": 1, "stream_block_tokens": 8},
+        {"page_size": 5, "budget_tokens": 40, "stream_block_tokens": 10},
+    ],
+    ids=str,
+)
+def test_decoding(settings: dict[str, Any]) -> None:
+    layers = 2 if "num_dense_layers" in settings else 1
+    twins = make(on_kernels(**settings), num_layers=layers)
+    twins.append(40)
+    stepped(twins, 5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, group: int) -> None:
+    twins = make(on_kernels(), dtype=dtype, group=group)
+    twins.append(40)
+    stepped(twins, 2)
+
+
+def test_left_padding() -> None:
+    twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
+    twins.append(43, LEFT_PADDED)
+    stepped(twins, 4)
+
+
+def test_a_prompt_of_one_token_after_another() -> None:
+    stepped(make(on_kernels(), num_kv_heads=1), 30)
+
+
+def test_softcap_sinks_and_masks() -> None:
+    twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
+    twins.append(50)
+    mask = twins.randn(2, 4, 1, 50)
+    for how in ({"softcap": 2.0, "sinks": twins.randn(4)}, {"mask": mask}, {"mask": mask > -0.5}):
+        twins.attend(**how)
+
+
+def test_several_tokens_attend_everything() -> None:
+    twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
+    for new_tokens in (40, 7, 12):
+        twins.append(new_tokens)
+        twins.attend(new_tokens)
+    twins.check()
+
+
+def test_crop_and_continue() -> None:
+    twins = make(on_kernels(device_pool_factor=1.5), num_kv_heads=1)
+    twins.append(70)
+    stepped(twins, 2)
+    for columns in (66, 33, 9):
+        twins.crop(columns)
+        twins.check()
+        stepped(twins, 5)
+
+
+@pytest.mark.parametrize("index", [[1, 0], [1, 1, 0], [0]])
+def test_keep_sequences(index: list[int]) -> None:
+    twins = Twins(on_kernels(num_dense_layers=1, key_bits=4, group_size=8), num_layers=2)
+    twins.append(40)
+    stepped(twins, 1)
+    twins.keep_sequences(index)
+    twins.check()
+    stepped(twins, 3)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_lives_its_own_life(duplicate: Any) -> None:
+    twins = make(on_kernels(device_pool_factor=2.0))
+    twins.append(40)
+    stepped(twins, 2)
+    clone = duplicate(twins)
+    stepped(twins, 4)
+    twins.reset()
+    stepped(clone, 4)
+
+
+# -- against plain torch --------------------------------------------------------------------------
+
+
+def test_it_counts_what_plain_torch_counts() -> None:
+    """Selections, hits and recalls of both backends are the same, step for step."""
+    ours, theirs = (
+        make(small_config(backend=backend), seed=7) for backend in ("triton", "torch")
+    )
+    for twins in (ours, theirs):
+        twins.append(60)
+    for _ in range(5):
+        for twins in (ours, theirs):
+            twins.append(1)
+        query = ours.query()
+        theirs.seed = ours.seed
+        outputs = [twins.manager.attend(0, query) for twins in (ours, theirs)]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+        mine, other = ours.manager.stats(), theirs.manager.stats()
+        for name in ("attended_tokens", "pages_hit", "pages_recalled", "pages_evicted"):
+            assert getattr(mine, name) == getattr(other, name), name
+        assert mine.host_bytes == other.host_bytes
+        assert mine.bytes_backed_up == other.bytes_backed_up
+
+
+def test_speculation_spares_recalls_and_changes_no_output() -> None:
+    """A query that drifts wants next what it rated next before."""
+    settings = {"device_pool_factor": 2.0, "budget_tokens": 32}
+    outputs, stats = [], []
+    for speculative in (True, False):
+        config = on_kernels(**settings, speculative_recall=speculative)
+        twins = make(config, num_kv_heads=1, seed=3)
+        twins.append(160)
+        query, drift = twins.query(size=2.0), twins.query(size=2.0)
+        steps = [query + 0.15 * number * drift for number in range(8)]
+        outputs.append([twins.manager.attend(0, step) for step in steps])
+        twins.check()
+        stats.append(twins.manager.stats())
+    for mine, other in zip(*outputs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    guessed, plain = stats
+    assert guessed.speculative_hits > 0
+    assert guessed.pages_speculated >= guessed.speculative_hits
+    assert guessed.pages_recalled < plain.pages_recalled
+    assert plain.pages_speculated == plain.speculative_hits == 0
+
+
+# -- a step in two halves -------------------------------------------------------------------------
+
+
+def test_books_and_launches_apart_are_a_step() -> None:
+    """What is launched after the books were kept is what `append` and `attend` do at once."""
+    twins = Twins(on_kernels(num_dense_layers=1, device_pool_factor=2.0), num_layers=2)
+    twins.append(43, LEFT_PADDED)
+    manager = twins.manager
+    assert manager.steps is not None
+    manager.steps.reserve(64)
+    addresses, kinds = manager.steps.addresses, set()
+    for _ in range(4):
+        expected = manager.next_step_seals()
+        seals = manager.begin_step()
+        assert seals == expected
+        kinds.add(seals)
+        with manager.steps.launch(seals):
+            for layer in range(2):
+                shape = (2, 2, 1, 8)
+                key, value = twins.randn(*shape), twins.randn(*shape)
+                manager.append(layer, key, value)
+                twins.oracle.append(layer, key, value, None)
+                query = twins.query()
+                output = manager.attend(layer, query)
+                twins.oracle.attend_one(layer, query).check(output, 3e-5)
+    twins.check()
+    assert kinds == {True, False}
+    assert manager.steps.addresses == addresses
+
+
+def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:
+    """Recorded once and replayed, they must not depend on what the host counts."""
+    twins = make(on_kernels())
+    twins.append(50)
+    (layer,) = twins.manager._layers
+    assert isinstance(layer, RecalledLayer)
+    assert twins.manager.steps is not None
+    seals = twins.manager.begin_step()
+    lengths, sealed = layer.lengths.of.copy(), layer.sealed.copy()
+    layer.lengths.of[:], layer.sealed[:] = 3, 0
+    key, value, query = twins.randn(1, 2, 1, 8), twins.randn(1, 2, 1, 8), twins.query()
+    with twins.manager.steps.launch(seals):
+        twins.manager.append(0, key, value)
+        output = twins.manager.attend(0, query)
+    layer.lengths.of[:], layer.sealed[:] = lengths, sealed
+    twins.oracle.append(0, key, value, None)
+    twins.oracle.attend_one(0, query).check(output, 3e-5)
+    twins.check()
+
+
+def test_a_launch_that_fails_leaves_nothing_pending() -> None:
+    twins = make(on_kernels(device_pool_factor=2.0))
+    twins.append(50)
+    steps = twins.manager.steps
+    assert steps is not None
+    with pytest.raises(RuntimeError, match="capture"), steps.launch(seals=False):
+        raise RuntimeError("capture failed")
+    assert steps.launching is None
+    stepped(twins, 2)
+
+
+# -- errors and choices -----------------------------------------------------------------------------
+
+
+def test_a_full_host_tier_changes_nothing() -> None:
+    twins = Twins(on_kernels())
+    room = 9 * twins.block_bytes * 2
+    twins = Twins(on_kernels(host_bytes=room))
+    twins.append(38)
+    with pytest.raises(HostTierFullError, match="host_bytes"):
+        twins.manager.append(0, twins.randn(2, 2, 40, 8), twins.randn(2, 2, 40, 8))
+    stepped(twins, 1)
+
+
+@pytest.mark.parametrize("damage", ["page_of", "slot", "located", "lengths"])
+def test_check_integrity_finds(damage: str) -> None:
+    twins = Twins(on_kernels())
+    twins.append(50)
+    twins.attend()
+    (layer,) = twins.manager._layers
+    assert isinstance(layer, RecalledLayer)
+    if damage == "page_of":
+        layer._residents.page_of[0, 0] = layer._residents.page_of[0, 1]
+    elif damage == "slot":
+        layer._slots[1, 0, 3] += 1
+    elif damage == "located":
+        layer._table.located[0, 2] += 1
+    else:
+        layer._books.lengths[1] += 1
+    with pytest.raises(IntegrityError):
+        twins.manager.check_integrity()
+
+
+def test_layers_are_what_their_budgets_and_formats_say() -> None:
+    def kinds(**settings: Any) -> list[type]:
+        twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
+        twins.append(3)
+        return [type(layer) for layer in twins.manager._layers]
+
+    assert kinds() == [ResidentLayer, RecalledLayer]
+    assert kinds(key_bits=4, group_size=8) == [ResidentPackedLayer, RecalledLayer]
+
+
+def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(device: str = "cpu", latent: bool = False, **settings: Any) -> str:
+        config = small_config(backend="triton", **settings)
+        with pytest.raises(ConfigError, match="backend='auto'") as error:
+            choose_backend(config, torch.device(device), latent=latent)
+        return str(error.value)
+
+    assert "latents" in reason(latent=True)
+    assert "two formats" in reason(coarse_value_bits=4)
+    assert "packed_slots" in reason(value_bits=4, packed_slots=False)
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert "TRITON_INTERPRET" in reason()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "not installed" in reason(device="cuda")
+
+
+def test_without_triton_a_gpu_runs_plain_torch_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.warns(UserWarning, match="Triton is not installed"):
+        assert choose_backend(CacheConfig(), torch.device("cuda"), latent=False) == "torch"
+    assert choose_backend(CacheConfig(), torch.device("cuda"), latent=False) == "torch"
+
+
+def test_a_cpu_runs_plain_torch_by_default() -> None:
+    manager = KVCacheManager(1, 2, 8, small_config())
+    assert manager.planner.backend == "torch"
+    assert manager.steps is None
+
+
+def test_the_host_counts_no_token_twice() -> None:
+    twins = make(on_kernels())
+    twins.append(50)
+    (layer,) = twins.manager._layers
+    assert np.array_equal(layer.lengths.of, [50])
+    assert twins.manager.next_step_seals() == ((50 + 1 - 4) // 4 > (50 - 4) // 4)

@@ -1,0 +1,166 @@
+"""The engine on lanes that lag: with its barriers every step is right, without any one it is not."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from arkcache import manager, offloaded, recalled
+from arkcache.errors import IntegrityError
+from arkcache.kernels.triton_select import Selection
+from arkcache.residents import Residents
+from arkcache.tiering.backup import BackupEngine
+from arkcache.tiering.host import HostTier
+from tests.tiering.fake_cupy import GPU, cupy
+from tests.tiering.fake_lanes import FakeEvent, World, at_random, latest
+from tests.twins import Twins, needs_interpreter, small_config
+
+__all__ = ["cupy"]
+
+pytestmark = needs_interpreter
+
+
+class PromptMain:
+    """A main lane that does its work at once, while the others lag as far as events allow."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+
+    def run(self, work: Any) -> None:
+        work()
+
+    def record(self) -> FakeEvent:
+        event = FakeEvent(self._world)
+        event.reached = True
+        return event
+
+    def wait(self, event: FakeEvent) -> None:
+        if sys._getframe(1).f_code.co_name not in self._world.forgetful:
+            event.synchronize()
+            return
+        left = iter(range(2))  # meanwhile other lanes get half of something done
+        self._world.run_until(lambda: next(left, None) is None)
+
+    def keep(self, tensor: Tensor) -> None:
+        """What closures use they hold."""
+
+
+@pytest.fixture(params=["backup last", "side last", "any order"])
+def world(request: Any, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> World:
+    orders = {"backup last": latest("backup"), "side last": latest("side")}
+    lagging = World(order=orders.get(request.param, at_random(3)))
+    lanes = replace(lagging.lanes, main=PromptMain(lagging))
+    engine = BackupEngine(lanes, torch.device("cpu"), block_bytes=1, num_blocks=2)
+    monkeypatch.setattr(recalled, "lanes_of", lambda _: lanes)
+    monkeypatch.setattr(offloaded, "backup_engine_of", lambda _: engine)
+
+    def pinned(sizes: list[int], limit: int | None, **_: Any) -> HostTier:
+        return HostTier(sizes, limit, pin_to=GPU)
+
+    monkeypatch.setattr(manager, "HostTier", pinned)
+    return lagging
+
+
+def converse(**settings: Any) -> None:
+    """Prompts, steps that seal and recall, and a retry, every step against the oracle."""
+    config = small_config(backend="triton", host_bytes=1 << 16, **settings)
+    twins = Twins(config, batch=1, num_kv_heads=1, seed=5)
+    try:
+        twins.append(70)
+        for step in range(8):
+            twins.append(1)
+            twins.attend(size=2.0)
+            if step == 4:
+                twins.append(21)
+        twins.crop(60)
+        twins.attend(3)
+        twins.check()
+    finally:
+        twins.manager.reset()
+
+
+def test_with_its_barriers_every_step_is_right(world: World) -> None:
+    converse(device_pool_factor=2.0)
+    world.drain()
+
+
+@pytest.mark.parametrize("world", ["side last"], indirect=True)
+def test_without_joining_a_speculation_steps_go_wrong(world: World) -> None:
+    world.forget_waits_of("join")
+    with pytest.raises((AssertionError, IntegrityError)):
+        converse(device_pool_factor=2.0)
+
+
+@pytest.mark.parametrize("world", ["backup last"], indirect=True)
+def test_without_settling_a_backup_steps_go_wrong(world: World) -> None:
+    world.forget_waits_of("settle")
+    with pytest.raises((AssertionError, IntegrityError)):
+        converse()
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_speculation_waits_for_the_step_before_it(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step's own kernels are only queued here; half a guess runs ahead of them if it may."""
+    ahead: list[str] = []
+
+    def half_ahead(ready: Sequence[str]) -> str:
+        if "side" in ready and not ahead:
+            ahead.append("side")
+            return "side"
+        return "main" if "main" in ready else ready[0]
+
+    world = World(order=half_ahead)
+    attend, gather, select = recalled.paged_attention, recalled.gather, Residents.select
+
+    def queued_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = torch.empty_like(query)
+        world.lanes.main.run(lambda: output.copy_(attend(query, *args, **kwargs)))
+        return output
+
+    def queued_select(self: Residents, *args: Any, speculative: bool = False) -> Selection:
+        if speculative:
+            return select(self, *args, speculative=True)
+        rows, table = len(self.selected), (len(self.selected), self.most)
+        shapes = (table, table, (rows,), table, (rows,))
+        output = Selection(*(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
+
+        def choose() -> None:
+            for mine, result in zip(output, select(self, *args), strict=True):
+                mine.copy_(result)
+
+        world.lanes.main.run(choose)
+        return output
+
+    def queued_gather(*args: Any, **kwargs: Any) -> None:
+        is_guess = args[2].shape[1] > 5
+        run = (lambda work: work()) if is_guess else world.lanes.main.run
+        run(lambda: gather(*args, **kwargs))
+
+    monkeypatch.setattr(recalled, "paged_attention", queued_attend)
+    monkeypatch.setattr(recalled, "gather", queued_gather)
+    monkeypatch.setattr(Residents, "select", queued_select)
+    monkeypatch.setattr(recalled, "lanes_of", lambda _: world.lanes)
+    if not waits:
+        world.forget_waits_of("_speculate")
+    twins = Twins(small_config(backend="triton", device_pool_factor=2.0), batch=1, seed=5)
+    assert twins.oracle.num_selected(0, 0) == 5
+    twins.append(160)
+    wrong = 0
+    for _ in range(4):
+        query = twins.query(size=2.0)
+        output = twins.manager.attend(0, query)
+        world.drain()
+        ahead.clear()
+        try:
+            twins.oracle.attend_one(0, query).check(output)
+            twins.manager.check_integrity()
+        except (AssertionError, IntegrityError):
+            wrong += 1
+        world.drain()
+    assert (wrong == 0) == waits

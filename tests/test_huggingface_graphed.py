@@ -1,0 +1,178 @@
+"""`generate_graphed`: decode steps recorded and replayed; without a GPU they are launched anew."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import arkcache
+from arkcache import ArkCache, InputError
+from arkcache.huggingface.graphed import Replayer
+from tests.test_huggingface import SMALL, continued, make_model, prompt
+from tests.twins import needs_interpreter
+
+pytestmark = needs_interpreter
+
+ON_KERNELS = {**SMALL, "backend": "triton"}
+
+
+@pytest.fixture
+def model() -> LlamaForCausalLM:
+    return make_model(num_hidden_layers=2, initializer_range=0.08)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
+    """The kinds of the steps that were replayed."""
+    kinds: list[tuple[bool, ...]] = []
+    original = Replayer._step
+
+    def spy(self: Replayer, kind: tuple[bool, ...], kwargs: dict[str, Any]) -> Any:
+        kinds.append(kind)
+        return original(self, kind, kwargs)
+
+    monkeypatch.setattr(Replayer, "_step", spy)
+    return kinds
+
+
+def graphed(model: LlamaForCausalLM, ids: Tensor, cache: ArkCache, **given: Any) -> Any:
+    settings = {"max_new_tokens": 12, "do_sample": False} | given
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return arkcache.generate_graphed(model, ids, past_key_values=cache, **settings)
+
+
+def padded(tokens: int, margin: int) -> dict[str, Tensor]:
+    ids = prompt(tokens, batch=2)
+    mask = torch.arange(tokens) >= torch.tensor([[0], [margin]])
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+@pytest.mark.parametrize("settings", [{"budget_tokens": None}, {"budget_tokens": 4096}], ids=str)
+def test_everything_attended_gives_the_full_cache(
+    model: LlamaForCausalLM, steps: list[tuple[bool, ...]], settings: dict[str, Any]
+) -> None:
+    inputs = padded(30, 9)
+    given = {"max_new_tokens": 12, "do_sample": False}
+    full = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **given)
+    cache = ArkCache(model, **ON_KERNELS, **settings)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert torch.equal(graphed(model, ids, cache, attention_mask=mask), full)
+    cache.check_integrity()
+    assert len(steps) > 6
+
+
+def test_a_budget_gives_what_plain_torch_gives(
+    model: LlamaForCausalLM, steps: list[tuple[bool, ...]]
+) -> None:
+    ids = prompt(80)
+    plain = ArkCache(model, **SMALL, budget_tokens=32)
+    expected = continued(model, plain, ids, max_new_tokens=12)
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=32)
+    assert torch.equal(graphed(model, ids, cache), expected)
+    mine, other = cache.stats(), plain.stats()
+    assert mine.attended_tokens == other.attended_tokens
+    assert mine.pages_recalled == other.pages_recalled > 0
+    assert {(False,), (True,)} == set(steps)
+
+
+def test_plain_generate_runs_on_the_kernels_too(model: LlamaForCausalLM) -> None:
+    ids = prompt(50)
+    expected = continued(model, ArkCache(model, **SMALL, budget_tokens=32), ids, max_new_tokens=6)
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=32)
+    assert torch.equal(continued(model, cache, ids, max_new_tokens=6), expected)
+
+
+def test_turns_and_samples(model: LlamaForCausalLM, steps: list[tuple[bool, ...]]) -> None:
+    text, full = prompt(40), prompt(40)
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=4096)
+    reference = DynamicCache(config=model.config)
+    for turn in range(2):
+        torch.manual_seed(turn)
+        text = graphed(model, text, cache, do_sample=True, max_new_tokens=6)
+        torch.manual_seed(turn)
+        full = continued(model, reference, full, do_sample=True, max_new_tokens=6)
+        assert torch.equal(text, full)
+        follow_up = prompt(5, seed=turn + 5)
+        text, full = torch.cat((text, follow_up), 1), torch.cat((full, follow_up), 1)
+    assert steps
+
+
+def test_beams_run_as_ever(model: LlamaForCausalLM) -> None:
+    ids, given = prompt(30), {"num_beams": 2, "max_new_tokens": 5}
+    full = continued(model, DynamicCache(config=model.config), ids, **given)
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=4096)
+    assert torch.equal(graphed(model, ids, cache, **given), full)
+
+
+def test_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> None:
+    graphed(model, prompt(20), ArkCache(model, **ON_KERNELS))
+    assert "forward" not in vars(model)
+
+    def stop(*_: Any) -> bool:
+        raise KeyboardInterrupt
+
+    cache = ArkCache(model, **ON_KERNELS)
+    with pytest.raises(KeyboardInterrupt):
+        graphed(model, prompt(20), cache, stopping_criteria=[stop])
+    assert "forward" not in vars(model)
+
+
+def test_a_model_with_other_layers_runs_as_ever_and_says_why() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=16,
+        eos_token_id=None,
+    )
+    mistral = MistralForCausalLM(config).eval()
+    full = continued(mistral, DynamicCache(config=config), prompt(30), max_new_tokens=4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache = ArkCache(mistral, **ON_KERNELS)
+    with pytest.warns(UserWarning, match="not replayed"):
+        output = arkcache.generate_graphed(
+            mistral, prompt(30), past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+    assert torch.equal(output, full)
+
+
+def test_plain_torch_runs_as_ever_and_says_why(model: LlamaForCausalLM) -> None:
+    expected = continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=4)
+    cache = ArkCache(model, **SMALL, budget_tokens=None)
+    with pytest.warns(UserWarning, match="plain torch"):
+        output = arkcache.generate_graphed(
+            model, prompt(30), past_key_values=cache, max_new_tokens=4, do_sample=False
+        )
+    assert torch.equal(output, expected)
+
+
+def test_another_cache_is_refused(model: LlamaForCausalLM) -> None:
+    cache: Any = DynamicCache(config=model.config)
+    with pytest.raises(InputError, match="expected an ArkCache"):
+        arkcache.generate_graphed(model, prompt(5), past_key_values=cache)
+
+
+def test_a_recording_that_fails_is_launched_instead(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Replayer, "_record", refuse)
+    full = continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=8)
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=4096)
+    with pytest.warns(UserWarning, match="not permitted"):
+        output = arkcache.generate_graphed(
+            model, prompt(30), past_key_values=cache, max_new_tokens=8, do_sample=False
+        )
+    assert torch.equal(output, full)
+    cache.check_integrity()

@@ -22,7 +22,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-5.17 lint format bench bench-formats dist clean
+.PHONY: help demo test test-slow test-5.17 lint format bench bench-formats kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -55,6 +55,12 @@ bench: $(VENV_BENCH)/.ready ## decode speed here, against the caches of transfor
 
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)
+
+kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills
+	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
+
+gpu-check: ## on a machine with a GPU: correctness, then speed, with what python3 has (no set-up)
+	$(PYTHON) benchmarks/gpu_check.py $(BENCH_ARGS)
 
 dist: $(VENV)/.ready ## the sdist and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation

@@ -285,6 +285,18 @@ class KVCacheManager:
 
     # -- a step in two halves: books on the host, launches that a graph can replay ----------------
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens of every sequence: until then no step moves anything.
+
+        Raises `HostTierFullError` where the host tier may not hold them.
+        """
+        assert self.steps is not None
+        self.steps.reserve(tokens)
+        if self._host is not None:
+            lengths = np.full(self.batch, tokens)
+            needed = sum(state.blocks_needed(lengths) for state in self._layers)
+            self._host.check_room([max(1, needed)])
+
     def next_step_seals(self) -> bool:
         """Whether a step of one token of every sequence would seal a page."""
         assert self.steps is not None

@@ -74,7 +74,7 @@ class StaticSteps:
         self.launching: bool | None = None
 
     def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens of every sequence: until then no step moves anything."""
+        """Make room on the device for so many tokens of every sequence."""
         for layer in self.layers:
             layer.reserve(tokens)
 

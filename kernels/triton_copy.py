@@ -38,7 +38,7 @@ def _copy_chunk(source_ptr, target_ptr, chunk, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(target_ptr + word, tl.load(source_ptr + word, mask=inside), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity", "most", "num_slots", "num_sinks"])
 def gather_kernel(
     pieces_ptr,  # [lines, WORDS]
     located_ptr,  # [R, capacity]
@@ -70,7 +70,7 @@ def gather_kernel(
         item += PROGRAMS
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["capacity"])
 def scatter_kernel(
     packed_ptr,  # [R, WORDS]
     lines_ptr,  # [R]

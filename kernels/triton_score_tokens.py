@@ -45,7 +45,7 @@ def _normaliser(
     return 1.0 / largest, largest * (scale * LOG2_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pages"])  # it grows: no value is worth compiling anew for
 def score_tokens_kernel(
     query_ptr: tl.tensor,
     digests_ptr: tl.tensor,

@@ -83,7 +83,7 @@ def finish_empty_block(
     tl.store(mass_ptr + entry, mass, mask=head < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pages"])  # it grows: no value is worth compiling anew for
 def score_volumes_kernel(
     query_ptr: tl.tensor,
     digests_ptr: tl.tensor,

@@ -32,6 +32,12 @@ from arkcache.kernels.triton_score import HIDDEN, Scores
 CHUNK = 4096
 """Pages or places that a program looks at together: 16 keys in each of its 256 threads."""
 
+FEW = 1024
+"""A smaller chunk for caches with no more: two sizes, as each is compiled for itself."""
+
+SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
+"""Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
+
 NUM_COUNTERS = 5
 
 
@@ -49,7 +55,7 @@ class Selection(NamedTuple):
     num_chosen: Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def select_kernel(
     score_ptr: tl.tensor,
     peak_ptr: tl.tensor,
@@ -281,7 +287,7 @@ def select(
 
 
 def _chunk(size: int) -> int:
-    return min(CHUNK, max(128, 1 << (size - 1).bit_length()))
+    return FEW if size <= FEW else CHUNK
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -116,9 +116,10 @@ def test_crop_and_continue() -> None:
         stepped(twins, 5)
 
 
-@pytest.mark.parametrize("index", [[1, 0], [1, 1, 0], [0]])
+@pytest.mark.parametrize("index", [[1, 1, 0], [1]])
 def test_keep_sequences(index: list[int]) -> None:
-    twins = Twins(on_kernels(num_dense_layers=1, key_bits=4, group_size=8), num_layers=2)
+    config = on_kernels(num_dense_layers=1, key_bits=4, group_size=8)
+    twins = Twins(config, num_layers=2, num_kv_heads=1)
     twins.append(40)
     stepped(twins, 1)
     twins.keep_sequences(index)
@@ -142,9 +143,7 @@ def test_a_copy_lives_its_own_life(duplicate: Any) -> None:
 
 def test_it_counts_what_plain_torch_counts() -> None:
     """Selections, hits and recalls of both backends are the same, step for step."""
-    ours, theirs = (
-        make(small_config(backend=backend), seed=7) for backend in ("triton", "torch")
-    )
+    ours, theirs = (make(small_config(backend=backend), seed=7) for backend in ("triton", "torch"))
     for twins in (ours, theirs):
         twins.append(60)
     for _ in range(5):
@@ -192,7 +191,7 @@ def test_books_and_launches_apart_are_a_step() -> None:
     twins.append(43, LEFT_PADDED)
     manager = twins.manager
     assert manager.steps is not None
-    manager.steps.reserve(64)
+    manager.reserve(64)
     addresses, kinds = manager.steps.addresses, set()
     for _ in range(4):
         expected = manager.next_step_seals()
@@ -223,7 +222,8 @@ def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:
     seals = twins.manager.begin_step()
     lengths, sealed = layer.lengths.of.copy(), layer.sealed.copy()
     layer.lengths.of[:], layer.sealed[:] = 3, 0
-    key, value, query = twins.randn(1, 2, 1, 8), twins.randn(1, 2, 1, 8), twins.query()
+    shape = (1, 2, 1, 8)
+    key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query()
     with twins.manager.steps.launch(seals):
         twins.manager.append(0, key, value)
         output = twins.manager.attend(0, query)
@@ -244,7 +244,7 @@ def test_a_launch_that_fails_leaves_nothing_pending() -> None:
     stepped(twins, 2)
 
 
-# -- errors and choices -----------------------------------------------------------------------------
+# -- errors and choices ----------------------------------------------------------------------------
 
 
 def test_a_full_host_tier_changes_nothing() -> None:

@@ -1,4 +1,4 @@
-"""The engine on lanes that lag: with its barriers every step is right, without any one it is not."""
+"""The engine on lanes that lag: with its barriers steps are right, without any one they are not."""
 
 import sys
 from collections.abc import Sequence
@@ -102,20 +102,21 @@ def test_without_settling_a_backup_steps_go_wrong(world: World) -> None:
         converse()
 
 
-@pytest.mark.parametrize("waits", [True, False])
-def test_speculation_waits_for_the_step_before_it(
-    waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A step's own kernels are only queued here; half a guess runs ahead of them if it may."""
-    ahead: list[str] = []
+class HalfAhead:
+    """An order in which half of a guess runs before anything else of its step, if it may."""
 
-    def half_ahead(ready: Sequence[str]) -> str:
-        if "side" in ready and not ahead:
-            ahead.append("side")
+    def __init__(self) -> None:
+        self.is_new_step = True
+
+    def __call__(self, ready: Sequence[str]) -> str:
+        if "side" in ready and self.is_new_step:
+            self.is_new_step = False
             return "side"
         return "main" if "main" in ready else ready[0]
 
-    world = World(order=half_ahead)
+
+def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a step's own kernels queued on the main lane; those of a guess run when it does."""
     attend, gather, select = recalled.paged_attention, recalled.gather, Residents.select
 
     def queued_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,6 +147,15 @@ def test_speculation_waits_for_the_step_before_it(
     monkeypatch.setattr(recalled, "gather", queued_gather)
     monkeypatch.setattr(Residents, "select", queued_select)
     monkeypatch.setattr(recalled, "lanes_of", lambda _: world.lanes)
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_speculation_waits_for_the_step_before_it(
+    waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = HalfAhead()
+    world = World(order=order)
+    queue_steps(world, monkeypatch)
     if not waits:
         world.forget_waits_of("_speculate")
     twins = Twins(small_config(backend="triton", device_pool_factor=2.0), batch=1, seed=5)
@@ -156,7 +166,7 @@ def test_speculation_waits_for_the_step_before_it(
         query = twins.query(size=2.0)
         output = twins.manager.attend(0, query)
         world.drain()
-        ahead.clear()
+        order.is_new_step = True
         try:
             twins.oracle.attend_one(0, query).check(output)
             twins.manager.check_integrity()

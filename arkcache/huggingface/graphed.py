@@ -10,14 +10,14 @@ import copy
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from arkcache.errors import InputError
+from arkcache.errors import HostTierFullError, InputError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.stepping import StaticSteps
 
@@ -118,8 +118,10 @@ class Replayer:
             return self._forward(**kwargs)
         managers = self._cache.managers
         if not self._has_reserved:
-            for manager, steps in zip(managers, self._steps, strict=True):
-                steps.reserve(manager.num_columns + self._new_tokens)
+            for manager in managers:
+                # If generating ends early there may be room: the step that finds none says so.
+                with suppress(HostTierFullError):
+                    manager.reserve(manager.num_columns + self._new_tokens)
             self._has_reserved = True
         kind = tuple(manager.next_step_seals() for manager in managers)
         if kind not in self._is_warm:  # kernels are compiled and libraries loaded as it runs

@@ -1,0 +1,222 @@
+"""Kernels of one layer by themselves: 8 KV heads, 4 query heads each, head_dim 128, pages of 32.
+
+Every launch of a graph works on another set of buffers, as the layers of a model do, so that
+nothing is read from the L2 cache that would not be there in a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from gpu_baseline import fastest_attention
+from gpu_common import Bench, Outcome, Timing
+from torch import Tensor
+
+from arkcache.formats import PRESETS, PageLayout
+from arkcache.kernels.torch_tokens import TokenIndex
+
+ROWS, GROUP, HEAD_DIM, PAGE_SIZE = 8, 4, 128, 32
+NUM_SINKS, NUM_SELECTED, RECENT, WINDOW = 1, 58, 128, 160
+"""What the default settings (2048 tokens) make of this."""
+
+SCALE = HEAD_DIM**-0.5
+DTYPE = torch.bfloat16
+
+
+class Rows(NamedTuple):
+    """What a layer holds beside keys and values."""
+
+    lengths: Tensor
+    sealed: Tensor
+    page_of: Tensor
+    num_places: Tensor
+
+
+def make_rows(bench: Bench, tokens: int, count: int = ROWS) -> Rows:
+    """So many rows of so many tokens, random pages in their places."""
+    sealed = (tokens - RECENT) // PAGE_SIZE
+    numbers = [tokens, sealed, NUM_SELECTED]
+    lengths, sealed_pages, num_places = (
+        torch.full((count,), number, dtype=torch.int32, device=bench.device) for number in numbers
+    )
+    pages = [torch.randperm(sealed - NUM_SINKS)[:NUM_SELECTED] + NUM_SINKS for _ in range(count)]
+    page_of = torch.full((count, NUM_SELECTED), -1, dtype=torch.int32)
+    for row, own in enumerate(pages):
+        page_of[row, : len(own)] = own
+    return Rows(lengths, sealed_pages, page_of.to(bench.device), num_places)
+
+
+def of_device_peak(bench: Bench, nbytes: int, timing: Timing) -> float:
+    """The share of the memory's bandwidth that reading so much in this time is."""
+    return nbytes / timing.median_us * 1e6 / bench.peak("device")
+
+
+# -- the index ----------------------------------------------------------------------------------
+
+
+def scan_volumes(bench: Bench, context: int) -> Outcome:
+    """Rate all pages by their cuboids."""
+    from arkcache.kernels.triton_score import score_volumes
+
+    context = bench.pick(context, 512)
+    rows, pages = make_rows(bench, context), context // PAGE_SIZE
+    sets = bench.num_sets(ROWS * pages * 2 * HEAD_DIM * DTYPE.itemsize)
+    digests = [bench.randn(ROWS, pages, 2 * HEAD_DIM) for _ in range(sets)]
+    query = bench.randn(ROWS, GROUP, HEAD_DIM)
+    how: dict[str, Any] = {"num_sinks": NUM_SINKS, "kind": "cuboid-mean", "scale": SCALE}
+    timing = bench.time(lambda i: score_volumes(query, digests[i], rows.sealed, **how), sets)
+    return Outcome(
+        timing.median_us, of_device_peak(bench, digests[0].nbytes, timing), timing.asdict()
+    )
+
+
+def scan_tokens(bench: Bench, context: int) -> Outcome:
+    """Rate all pages by two bits of every key element."""
+    from arkcache.kernels.triton_score import score_tokens
+
+    context = bench.pick(context, 512)
+    rows, pages = make_rows(bench, context), context // PAGE_SIZE
+    index = TokenIndex(PAGE_SIZE, HEAD_DIM, 2)
+    one = index.digest(bench.randn(1, 1, pages, PAGE_SIZE, HEAD_DIM))[0]
+    sets = bench.num_sets(ROWS * one.nbytes)
+    digests = [one.repeat(ROWS, 1, 1) for _ in range(sets)]
+    query = bench.randn(ROWS, GROUP, HEAD_DIM)
+    how: dict[str, Any] = {"page_size": PAGE_SIZE, "bits": 2, "scale": SCALE}
+
+    def scan(number: int) -> None:
+        score_tokens(query, digests[number], rows.sealed, num_sinks=NUM_SINKS, **how)
+
+    timing = bench.time(scan, sets)
+    return Outcome(
+        timing.median_us, of_device_peak(bench, digests[0].nbytes, timing), timing.asdict()
+    )
+
+
+def select_pages(bench: Bench, context: int) -> Outcome:
+    """Choose 58 pages per row, nearly all of them missing."""
+    from arkcache.kernels.triton_score import score_volumes
+    from arkcache.kernels.triton_select import select
+
+    context = bench.pick(context, 2560)
+    rows, pages = make_rows(bench, context), context // PAGE_SIZE
+    digests = bench.randn(ROWS, pages, 2 * HEAD_DIM)
+    sets = bench.pick(8, 1)
+    how: dict[str, Any] = {"num_sinks": NUM_SINKS, "kind": "cuboid-mean", "scale": SCALE}
+    scores = [
+        score_volumes(bench.randn(ROWS, GROUP, HEAD_DIM), digests, rows.sealed, **how)
+        for _ in range(sets)
+    ]
+    speculated = torch.zeros((ROWS, NUM_SELECTED), dtype=torch.int8, device=bench.device)
+    counters = torch.zeros((ROWS, 5), dtype=torch.int64, device=bench.device)
+
+    def choose(number: int) -> None:
+        select(
+            scores[number],
+            rows.sealed,
+            rows.page_of,
+            rows.num_places,
+            rows.num_places,
+            speculated,
+            counters,
+            num_sinks=NUM_SINKS,
+            most=NUM_SELECTED,
+            reduction="softmax-mean",
+        )
+
+    timing = bench.time(choose, sets)
+    hits, recalled = counters.sum(dim=0)[:2].tolist()
+    return Outcome(
+        timing.median_us, None, timing.asdict() | {"missing": recalled / (hits + recalled)}
+    )
+
+
+# -- append and seal ----------------------------------------------------------------------------
+
+
+def append_token(bench: Bench) -> Outcome:
+    """Store a token in the windows of 8 rows."""
+    from arkcache.kernels.triton_append import append
+
+    rows = make_rows(bench, 4096)
+    key, value = (bench.randn(1, ROWS, HEAD_DIM) for _ in range(2))
+    windows = [bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2)]
+    counts = (rows.lengths, rows.sealed)
+    sizes = {"recent": RECENT, "page_size": PAGE_SIZE}
+    timing = bench.time(lambda _: append(key, value, *windows, *counts, **sizes), sets=1)
+    return Outcome(timing.median_us, None, timing.asdict())
+
+
+def seal_page(bench: Bench, preset: str) -> Outcome:
+    """Pack, digest and place the page that a token completed, in 8 rows."""
+    from arkcache.kernels.triton_seal import seal_newest
+
+    layout = PageLayout(PRESETS[preset], PAGE_SIZE, HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
+    sealed = 100
+    rows = make_rows(bench, sealed * PAGE_SIZE + RECENT)
+    key, value = (bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2))
+    slots = torch.zeros((ROWS, NUM_SINKS + NUM_SELECTED, layout.nbytes), dtype=torch.uint8)
+    packed = torch.zeros((ROWS, layout.nbytes), dtype=torch.uint8, device=bench.device)
+    places = (slots.to(bench.device), rows.page_of, rows.num_places, packed)
+    digests = bench.randn(ROWS, sealed, 2 * HEAD_DIM)
+    how: dict[str, Any] = {"recent": RECENT, "num_sinks": NUM_SINKS, "index": "cuboid-mean"}
+
+    def seal(_number: int) -> None:
+        counts = (rows.lengths, rows.sealed)
+        seal_newest(key, value, key, *counts, *places, digests, layout=layout, **how)
+
+    timing = bench.time(seal, sets=1)
+    return Outcome(timing.median_us, None, timing.asdict())
+
+
+# -- attention ----------------------------------------------------------------------------------
+
+
+def attend_budget(bench: Bench, context: int, preset: str) -> Outcome:
+    """Attend 2048 tokens in pages, against the fastest attention of torch over all of them."""
+    from arkcache.kernels.triton_attention import paged_attention
+
+    context = bench.pick(context, 2560)
+    layout = PageLayout(PRESETS[preset], PAGE_SIZE, HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
+    heads = bench.pick(ROWS, 1)
+    rows, num_slots = make_rows(bench, context, heads), NUM_SINKS + NUM_SELECTED
+    sets = bench.num_sets(heads * num_slots * layout.nbytes)
+    slots = [_random_slots(bench, layout, heads, num_slots) for _ in range(sets)]
+    windows = [bench.randn(2, heads, WINDOW, HEAD_DIM) for _ in range(sets)]
+    query = bench.randn(heads, GROUP, HEAD_DIM)
+    chosen = torch.arange(NUM_SELECTED, dtype=torch.int32, device=bench.device).repeat(heads, 1)
+    pages = (chosen, rows.num_places, rows.page_of)
+    how: dict[str, Any] = {"layout": layout, "num_sinks": NUM_SINKS, "scale": SCALE}
+
+    def attend(number: int) -> Tensor:
+        counts = (rows.lengths, rows.sealed)
+        return paged_attention(query, slots[number], *pages, *windows[number], *counts, **how)
+
+    timing = bench.time(attend, sets)
+    assert bool(attend(0).isfinite().all())
+    nbytes = slots[0].nbytes + windows[0].nbytes
+    share = of_device_peak(bench, nbytes, timing)
+    slots.clear()
+    dense_sets = bench.num_sets(4 * heads * context * HEAD_DIM)
+    dense = [bench.randn(2, 1, heads, context, HEAD_DIM) for _ in range(dense_sets)]
+    query = query.view(1, heads * GROUP, 1, HEAD_DIM)
+    name, attend_all = fastest_attention(bench, query, *dense[0])
+    dense_timing = bench.time(lambda i: attend_all(query, *dense[i], SCALE), dense_sets)
+    return Outcome(
+        dense_timing.median_us / timing.median_us,
+        share,
+        {
+            "paged": timing.asdict(),
+            "dense": dense_timing.asdict(),
+            "dense_is": name,
+            "dense_of_peak": of_device_peak(bench, dense[0].nbytes, dense_timing),
+        },
+    )
+
+
+def _random_slots(bench: Bench, layout: PageLayout, rows: int, num_slots: int) -> Tensor:
+    """Packed pages of random keys and values [rows, slots, nbytes]."""
+    from arkcache.kernels.torch_pages import PagePacker
+
+    shape = (rows, num_slots, PAGE_SIZE, HEAD_DIM)
+    return PagePacker(layout, DTYPE).pack(bench.randn(*shape), bench.randn(*shape))

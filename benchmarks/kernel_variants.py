@@ -1,0 +1,232 @@
+"""How the launchers of all GPU kernels are called where they are compiled ahead of time.
+
+Shapes, dtypes and strides are those of a decode step; nothing reads what the tensors hold. Of an
+integer, Triton compiles in only whether it is 1 or a multiple of 16, so one size stands for many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arkcache.formats import PRESETS, PageLayout
+from arkcache.kernels import (
+    triton_append,
+    triton_attention,
+    triton_copy,
+    triton_score,
+    triton_seal,
+    triton_select,
+)
+from arkcache.kernels.torch_tokens import TokenIndex
+
+PAGE_SIZE, NUM_SINKS, RECENT, WINDOW, INDEX_BITS = 32, 1, 128, 160, 2
+ROWS, CAPACITY, NUM_PLACES = 8, 1024, 59
+"""One sequence of 8 KV heads and 32768 tokens under the default settings, as the kernels count."""
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What of a model and of its pages the kernels are compiled for."""
+
+    head_dim: int = 128
+    group: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    preset: str = "K16V16"
+
+    def __str__(self) -> str:
+        return f"{self.preset} {self.model}"
+
+    @property
+    def model(self) -> str:
+        return f"{NAMES[self.dtype]} d{self.head_dim} g{self.group}"
+
+    @property
+    def layout(self) -> PageLayout:
+        return PageLayout(
+            PRESETS[self.preset], PAGE_SIZE, self.head_dim, self.head_dim, self.dtype.itemsize
+        )
+
+    def states(self, *lead: int) -> Tensor:
+        return torch.zeros((*lead, self.head_dim), dtype=self.dtype)
+
+    def pages(self, *lead: int) -> Tensor:
+        return torch.zeros((*lead, self.layout.nbytes), dtype=torch.uint8)
+
+    def slots(self) -> Tensor:
+        return self.pages(ROWS, NUM_SINKS + NUM_PLACES)
+
+    def digests(self, index: str) -> Tensor:
+        if index == "tokens":
+            digest = TokenIndex(PAGE_SIZE, self.head_dim, INDEX_BITS).digest
+            nbytes = digest(self.states(1, 1, 1, PAGE_SIZE)).shape[-1]
+            return torch.zeros((ROWS, CAPACITY, nbytes), dtype=torch.uint8)
+        return self.states(ROWS, CAPACITY, 2)[..., : 1 + index.startswith("cuboid"), :].flatten(2)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to call the launchers of a family, which is what their module is called after."""
+
+    family: str
+    name: str
+    launch: Callable[[], None]
+
+
+def _int32(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32)
+
+
+def _int64(*shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def _copy(shape: _Shape) -> None:
+    pieces, packed, slots = shape.pages(64), shape.pages(ROWS), shape.slots()
+    located, wanted = _int64(ROWS, CAPACITY), _int32(ROWS, NUM_PLACES)
+    triton_copy.gather(pieces, located, wanted, wanted, _int32(ROWS), slots, num_sinks=NUM_SINKS)
+    triton_copy.scatter(packed, _int64(ROWS), pieces, located, _int32(ROWS))
+    triton_copy.gather_lines(pieces, _int64(ROWS), packed)
+
+
+def _append(shape: _Shape) -> None:
+    token, window = shape.states(1, ROWS), shape.states(ROWS, WINDOW)
+    triton_append.append(
+        token, token, window, window, _int32(ROWS), _int32(ROWS), recent=RECENT, page_size=PAGE_SIZE
+    )
+
+
+def _seal(shape: _Shape, index: str) -> None:
+    how: dict[str, Any] = {"layout": shape.layout, "index": index}
+    states, digests = shape.states(ROWS, 64, PAGE_SIZE), shape.digests(index)
+    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), digests, first=0, **how)
+    _seal_newest(shape, _int32(ROWS, NUM_PLACES), _int32(ROWS), digests, **how)
+
+
+def _seal_dense(shape: _Shape) -> None:
+    """As layers do that attend everything."""
+    how: dict[str, Any] = {"layout": shape.layout, "index": "cuboid-mean"}
+    states = shape.states(ROWS, 64, PAGE_SIZE)
+    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), None, first=0, **how)
+    _seal_newest(shape, None, None, None, **how)
+
+
+def _seal_newest(shape: _Shape, *index: Tensor | None, **how: Any) -> None:
+    window, packed = shape.states(ROWS, WINDOW), shape.pages(ROWS)
+    page_of, num_places, digests = index
+    triton_seal.seal_newest(
+        window,
+        window,
+        window,
+        _int32(ROWS),
+        _int32(ROWS),
+        shape.slots(),
+        page_of,
+        num_places,
+        packed,
+        digests,
+        recent=RECENT,
+        num_sinks=NUM_SINKS,
+        **how,
+    )
+
+
+def _score(shape: _Shape, index: str, masked: bool = False) -> None:
+    query, digests, sealed = shape.states(ROWS, shape.group), shape.digests(index), _int32(ROWS)
+    hidden = torch.zeros((ROWS, CAPACITY - NUM_SINKS), dtype=torch.uint8) if masked else None
+    how: dict[str, Any] = {
+        "num_sinks": NUM_SINKS,
+        "scale": shape.head_dim**-0.5,
+        "hidden": hidden,
+    }
+    if index == "tokens":
+        triton_score.score_tokens(
+            query, digests, sealed, page_size=PAGE_SIZE, bits=INDEX_BITS, **how
+        )
+    else:
+        triton_score.score_volumes(query, digests, sealed, kind=index, **how)
+
+
+def _select(shape: _Shape, reduction: str, speculative: bool = False) -> None:
+    pages = CAPACITY - NUM_SINKS
+    blocks = torch.zeros(ROWS, shape.group, -(-pages // triton_score.PAGES_PER_BLOCK))
+    limits = _int32(ROWS)
+    triton_select.select(
+        triton_score.Scores(torch.zeros(ROWS, shape.group, pages), blocks, blocks),
+        _int32(ROWS),
+        _int32(ROWS, NUM_PLACES),
+        limits,
+        limits,
+        torch.zeros((ROWS, NUM_PLACES), dtype=torch.int8),
+        _int64(ROWS, 5),
+        num_sinks=NUM_SINKS,
+        most=NUM_PLACES,
+        reduction=reduction,
+        speculative=speculative,
+    )
+
+
+def _attention(shape: _Shape, pages: str = "chosen", extras: bool = False) -> None:
+    """`pages` are those chosen, all of them, or none: only the window is attended."""
+    chosen, num_chosen, page_of = (
+        (_int32(ROWS, NUM_PLACES), _int32(ROWS), _int32(ROWS, NUM_PLACES))
+        if pages == "chosen"
+        else (None, None, None)
+    )
+    window = shape.states(ROWS, WINDOW)
+    triton_attention.paged_attention(
+        shape.states(ROWS, shape.group),
+        None if pages == "none" else shape.slots(),
+        chosen,
+        num_chosen,
+        page_of,
+        window,
+        window,
+        _int32(ROWS),
+        _int32(ROWS),
+        layout=shape.layout,
+        num_sinks=NUM_SINKS,
+        scale=shape.head_dim**-0.5,
+        softcap=30.0 if extras else None,
+        sinks=torch.zeros(ROWS, shape.group) if extras else None,
+        bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
+    )
+
+
+def variants() -> Iterator[Variant]:
+    """Every launcher, in the sizes and the formats that models come in."""
+    plain = _Shape()
+    quantised = [replace(plain, preset=preset) for preset in ("K8V4", "K4V2", "K2V2")]
+    sizes = [
+        _Shape(group=1, dtype=torch.float16),
+        _Shape(head_dim=256),
+        _Shape(head_dim=96, dtype=torch.float32),
+        _Shape(group=7),
+    ]
+    for shape in (plain, *quantised, *sizes, _Shape(head_dim=256, preset="K4V2")):
+        yield Variant("attention", str(shape), partial(_attention, shape))
+    yield Variant("attention", f"{plain}, all", partial(_attention, plain, "all"))
+    yield Variant("attention", f"{plain}, window", partial(_attention, plain, "none"))
+    yield Variant("attention", f"{plain}, extras", partial(_attention, plain, extras=True))
+    for index in ("cuboid-mean", "tokens"):
+        for shape in (plain, *sizes):
+            yield Variant("score", f"{index} {shape.model}", partial(_score, shape, index))
+        yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
+    for reduction in ("softmax-mean", "raw-mean"):
+        yield Variant("select", reduction, partial(_select, plain, reduction))
+    yield Variant("select", "speculative", partial(_select, plain, "softmax-mean", True))
+    for shape in (plain, *quantised):
+        for index in ("cuboid-mean", "tokens"):
+            yield Variant("seal", f"{index} {shape}", partial(_seal, shape, index))
+        yield Variant("seal", f"dense {shape}", partial(_seal_dense, shape))
+    for shape in (plain, *sizes):
+        yield Variant("append", shape.model, partial(_append, shape))
+    for shape in (plain, *quantised):
+        yield Variant("copy", f"{shape.layout.nbytes} bytes", partial(_copy, shape))

@@ -19,20 +19,24 @@ import torch
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
 logger = logging.getLogger("arkcache")
 
 
-def choose_backend(config: CacheConfig, device: torch.device, *, latent: bool) -> str:
+def choose_backend(
+    config: CacheConfig, device: torch.device, dtype: torch.dtype, *, latent: bool
+) -> str:
     """ "triton" or "torch", for a manager of these settings.
 
     Raises `ConfigError` where the settings ask for Triton and it cannot serve them.
     """
     if config.backend == "torch" or (config.backend == "auto" and device.type != "cuda"):
         return "torch"
-    settings, machine = _why_not_settings(config, latent), _why_not_here(device)
+    settings, machine = _why_not_settings(config, dtype, latent), _why_not_here(device)
     reason = settings or machine
     if reason is None:
         return "triton"
@@ -59,7 +63,9 @@ def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
     return guarded
 
 
-def _why_not_settings(config: CacheConfig, latent: bool) -> str | None:
+def _why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> str | None:
+    if dtype not in DTYPES:
+        return f"the kernels compute in fp32, fp16 and bf16, not in {dtype}"
     if latent:
         return "latents are expanded by the model's own code"
     if config.coarse_format is not None:

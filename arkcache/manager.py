@@ -107,7 +107,7 @@ class KVCacheManager:
             value_dim,
             dtype,
             self.device,
-            choose_backend(config, self.device, latent=latent),
+            choose_backend(config, self.device, dtype, latent=latent),
         )
         self._packers = self.planner.packers
         self._clear()
@@ -150,7 +150,7 @@ class KVCacheManager:
         if stop > self._log.num_columns:
             unknown = stop - self._log.num_columns
             try:
-                self._extend(unknown, None if mask is None else mask[:, -unknown:])
+                self._log = self._grown_log(unknown, None if mask is None else mask[:, -unknown:])
             except HostTierFullError:
                 if new_cache:
                     self._clear()
@@ -219,6 +219,8 @@ class KVCacheManager:
             raise InputError(f"softcap={softcap!r}: expected a positive number, or None for none")
         if index_query is not None:
             check_index_query(index_query, query, self.head_dim + self.latent * self.value_dim)
+        if self.steps is not None and query.shape[2] == 1:
+            self.steps.saw_mask |= mask is not None
         state = self._layers[layer]
         new_tokens, rotates = query.shape[2], expand is None and self.config.rotates_keys
         step = Step(
@@ -309,8 +311,12 @@ class KVCacheManager:
         graph of them. Raises `HostTierFullError` before anything has changed.
         """
         assert self.steps is not None
-        self._extend(1, None)
+        self._log = self._grown_log(1, None)
         return self.steps.book(self.batch)
+
+    def check_step(self) -> None:
+        """Raise `HostTierFullError` where the host tier has no room for one token more of each."""
+        self._grown_log(1, None)
 
     # -- the state of a conversation --------------------------------------------------------------
 
@@ -425,6 +431,8 @@ class KVCacheManager:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheManager:
         """A copy that shares the sealed pages (they are immutable) and owns everything else."""
+        if self.steps is not None:
+            self.steps.join()  # what other lanes still write into the device tier is copied too
         host = self._host
         if host is not None:
             memo[id(host)] = host
@@ -503,14 +511,14 @@ class KVCacheManager:
             self.planner = replace(planner, backend="torch")
         return host
 
-    def _extend(self, num_columns: int, mask: Tensor | None) -> None:
-        """Record new columns, after making sure that all layers will be able to store them."""
+    def _grown_log(self, num_columns: int, mask: Tensor | None) -> TokenLog:
+        """The log with new columns, after making sure that all layers can store them."""
         log = copy.copy(self._log)
         log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
         if self._host is not None:
             lengths = log.lengths(log.num_columns)
             self._host.check_room([sum(state.blocks_needed(lengths) for state in self._layers)])
-        self._log = log
+        return log
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         check_layer(layer, self.num_layers)

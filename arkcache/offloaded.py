@@ -116,7 +116,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         """Where the tensors that grow are now."""
         tensors = (self._table.digests, self._table.located, self._store.pieces(), self._slots)
         anew = (self._residents.page_of, self._books.lengths, self._newest)  # by `keep_sequences`
-        return tuple(tensor.data_ptr() for tensor in tensors + anew)
+        return (self._table.num_pages, *(tensor.data_ptr() for tensor in tensors + anew))
 
     def _book_pages(self, rows: slice, seals: Ids) -> None:
         heads, device = self.geometry.num_kv_heads, self.geometry.device
@@ -159,31 +159,31 @@ class OffloadedLayer(RingLayer, TieredLayer):
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, pack, back up and, where there is room, place pages from number `first` on."""
-        sequences, heads, count = key.shape[:3]
-        nbytes = self._packer.layout.nbytes
-        handles = self._store.allot(rows, first, count)
+        heads, count = key.shape[1:3]
+        nbytes, layout = self._packer.layout.nbytes, self._packer.layout
+        handles = self._store.allot(rows, first, count).reshape(key.shape[0], -1)
         self._table.locate(
             rows, first, np.stack([self._store.lines(s, first, first + count) for s in _each(rows)])
         )
-        block = self._backups.borrow(sequences * count * heads * nbytes)
-        packed = block.data.view(sequences, count, heads, nbytes).transpose(1, 2)
         digest_key = rotate(key) if self.config.rotates_keys else key
         digests = self._table.digests.unflatten(0, (-1, heads))
         for number, sequence in enumerate(_each(rows)):
+            block = self._backups.borrow(count * heads * nbytes)
+            packed = block.data.view(count, heads, nbytes).transpose(0, 1)
             seal_pages(
                 key[number],
                 value[number],
                 digest_key[number],
-                packed[number],
+                packed,
                 digests[sequence],
                 first=first,
-                layout=self._packer.layout,
+                layout=layout,
                 index=self.config.index,
                 index_bits=self.config.index_bits,
             )
-        self._place(rows, first, packed)
-        self._ticket = self._backups.submit(block, self.host, handles)
-        self.counters.bytes_backed_up += packed.numel()
+            self._place(slice(sequence, sequence + 1), first, packed[None])
+            self._ticket = self._backups.submit(block, self.host, handles[number])
+            self.counters.bytes_backed_up += packed.numel()
 
     def _place(self, rows: slice, first: int, packed: Tensor) -> None:
         """Put new pages [sequences, kv_heads, pages, nbytes] where `seal_newest` would."""

@@ -29,7 +29,8 @@ class PageTable:
 
     def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
         self._config, self._geometry = config, geometry
-        shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES)
+        pages = max(FIRST_PAGES, config.num_sink_pages)
+        shape = (geometry.batch, geometry.num_kv_heads, pages)
         dtype = torch.uint8 if config.index == "tokens" else geometry.dtype
         features = digest_features(config, geometry.head_dim)
         self._digests = GrowingTensor((*shape, features), 2, dtype, geometry.device)

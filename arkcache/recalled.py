@@ -64,7 +64,7 @@ class RecalledLayer(OffloadedLayer):
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over sinks, selected pages and recent window."""
-        self._settle()
+        self.join()
         config, books = self.config, self._books
         sinks = config.num_sink_pages
         scores = self._score(step)

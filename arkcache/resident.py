@@ -124,7 +124,7 @@ class ResidentLayer(DenseLayer):
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
         tensors = (self._key.data, self._value.data, self._books.lengths)
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        return (self._key.data.shape[2], *(tensor.data_ptr() for tensor in tensors))
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`."""
@@ -208,7 +208,7 @@ class ResidentPackedLayer(RingLayer):
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
         tensors = (self._pages.data, self._window.key, self._books.lengths, self._newest)
-        return tuple(tensor.data_ptr() for tensor in tensors)
+        return (self._pages.data.shape[2], *(tensor.data_ptr() for tensor in tensors))
 
     def _book_pages(self, _rows: slice, seals: Ids) -> None:
         self._pages.reserve(int(self.sealed[seals].max()) + 1)

@@ -74,6 +74,8 @@ class Residents:
     def place(self, rows: slice, first: int, last: int) -> None:
         """Note that places hold new pages first..last, each in the place of its own number."""
         sinks = self._config.num_sink_pages
+        if last <= sinks:
+            return
         start = max(first, sinks)
         places = torch.arange(start - sinks, last - sinks, device=self.page_of.device)
         fits = places < self.may_hold[rows, None]

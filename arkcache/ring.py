@@ -86,10 +86,10 @@ class RingLayer(SealingLayer):
 
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+        self.join()  # before anything moves that other lanes read
         if key.shape[2] == 1:
             self.launch_append(rows, key, value, self.book_token(rows))
             return
-        self.join()
         super().append(rows, key, value)
         self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
 
@@ -105,7 +105,6 @@ class RingLayer(SealingLayer):
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
         """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
-        self.join()
         config, books, cache_rows = self.config, self._books, self.cache_rows(rows)
         key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
         append(

@@ -67,11 +67,13 @@ class StaticSteps:
 
     Attributes:
         launching: while a step that was booked is launched, whether it seals pages; None otherwise.
+        saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
     """
 
     def __init__(self, layers: Sequence[StaticLayer]) -> None:
         self.layers = layers
         self.launching: bool | None = None
+        self.saw_mask = False
 
     def reserve(self, tokens: int) -> None:
         """Make room on the device for so many tokens of every sequence."""
@@ -90,12 +92,17 @@ class StaticSteps:
     def book(self, batch: int) -> bool:
         """Enter one token of every sequence in the books of all layers; whether pages seal."""
         seals = False
+        self.join()  # a graph cannot wait for what was asked for outside it
         for layer in self.layers:
-            layer.join()  # a graph cannot wait for what was asked for outside it
             seals |= layer.book_token(slice(0, batch))
             layer.columns += 1
             layer.count_attended()
         return seals
+
+    def join(self) -> None:
+        """Have the next kernels wait for what other lanes do for any layer."""
+        for layer in self.layers:
+            layer.join()
 
     @contextmanager
     def launch(self, seals: bool) -> Iterator[None]:
@@ -103,8 +110,7 @@ class StaticSteps:
         self.launching = seals
         try:
             yield
-            for layer in self.layers:
-                layer.join()
+            self.join()
         except BaseException:
             for layer in self.layers:
                 layer.abandon()

@@ -262,8 +262,9 @@ def paged_attention(
     views: tuple[Tensor | None, ...] = (None, None, None)
     if slots is not None and num_pages > 0:
         views = (slots.view(query.dtype), slots.view(meta_dtype(query.dtype)), slots)
-    peak, mass = torch.empty((2, rows, group, num_splits), device=query.device)
-    total = torch.empty((rows, group, num_splits, layout.value_dim), device=query.device)
+    device, shape = query.device, (rows, group, num_splits)
+    peak, mass = torch.empty((2, *shape), dtype=torch.float32, device=device)
+    total = torch.empty((*shape, layout.value_dim), dtype=torch.float32, device=device)
     with torch.cuda.device_of(query):
         partial_kernel[(rows, num_splits, triton.cdiv(group, BLOCK_HEADS))](
             query, *views, chosen, num_chosen, page_of, window_key, window_value,

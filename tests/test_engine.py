@@ -90,6 +90,17 @@ def test_a_prompt_of_one_token_after_another() -> None:
     stepped(make(on_kernels(), num_kv_heads=1), 30)
 
 
+@pytest.mark.parametrize("num_sink_tokens", [8, 4 * 66])
+def test_many_sinks(num_sink_tokens: int) -> None:
+    """A prompt that ends within the sinks; more sinks than the page table starts with."""
+    budget = num_sink_tokens + 28
+    twins = make(on_kernels(num_sink_tokens=num_sink_tokens, budget_tokens=budget), num_kv_heads=1)
+    twins.append(9)
+    stepped(twins, 1)
+    twins.append(num_sink_tokens + 20)
+    stepped(twins, 2)
+
+
 def test_softcap_sinks_and_masks() -> None:
     twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
     twins.append(50)
@@ -290,10 +301,12 @@ def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) 
     def reason(device: str = "cpu", latent: bool = False, **settings: Any) -> str:
         config = small_config(backend="triton", **settings)
         with pytest.raises(ConfigError, match="backend='auto'") as error:
-            choose_backend(config, torch.device(device), latent=latent)
+            choose_backend(config, torch.device(device), torch.float32, latent=latent)
         return str(error.value)
 
     assert "latents" in reason(latent=True)
+    with pytest.raises(ConfigError, match="float64"):
+        KVCacheManager(1, 2, 8, on_kernels(), dtype=torch.float64)
     assert "two formats" in reason(coarse_value_bits=4)
     assert "packed_slots" in reason(value_bits=4, packed_slots=False)
     monkeypatch.delenv("TRITON_INTERPRET")
@@ -305,8 +318,10 @@ def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) 
 def test_without_triton_a_gpu_runs_plain_torch_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
-        assert choose_backend(CacheConfig(), torch.device("cuda"), latent=False) == "torch"
-    assert choose_backend(CacheConfig(), torch.device("cuda"), latent=False) == "torch"
+        assert (
+            choose_backend(CacheConfig(), torch.device("cuda"), torch.half, latent=False) == "torch"
+        )
+    assert choose_backend(CacheConfig(), torch.device("cuda"), torch.half, latent=False) == "torch"
 
 
 def test_a_cpu_runs_plain_torch_by_default() -> None:

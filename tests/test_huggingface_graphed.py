@@ -27,15 +27,15 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
-    """The kinds of the steps that were replayed."""
+    """The kinds of the steps that were launched apart from their books."""
     kinds: list[tuple[bool, ...]] = []
-    original = Replayer._step
+    original = Replayer._launch
 
-    def spy(self: Replayer, kind: tuple[bool, ...], kwargs: dict[str, Any]) -> Any:
+    def spy(self: Replayer, kind: tuple[bool, ...], *args: Any) -> Any:
         kinds.append(kind)
-        return original(self, kind, kwargs)
+        return original(self, kind, *args)
 
-    monkeypatch.setattr(Replayer, "_step", spy)
+    monkeypatch.setattr(Replayer, "_launch", spy)
     return kinds
 
 
@@ -144,6 +144,66 @@ def test_a_model_with_other_layers_runs_as_ever_and_says_why() -> None:
             mistral, prompt(30), past_key_values=cache, max_new_tokens=4, do_sample=False
         )
     assert torch.equal(output, full)
+
+
+class CountsItself(LlamaForCausalLM):
+    """Takes no positions from outside."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+
+
+class Ignores(LlamaForCausalLM):
+    """Takes positions, and counts by itself all the same."""
+
+    def forward(self, input_ids: Tensor, position_ids: Any = None, **kwargs: Any) -> Any:
+        return super().forward(input_ids=input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("counting", [CountsItself, Ignores])
+def test_a_model_that_counts_positions_runs_as_ever_and_says_why(
+    model: LlamaForCausalLM, counting: type[LlamaForCausalLM]
+) -> None:
+    full = continued(model, DynamicCache(config=model.config), prompt(20), max_new_tokens=5)
+    counts = counting(model.config).eval()
+    counts.load_state_dict(model.state_dict())
+    cache = ArkCache(counts, **ON_KERNELS, budget_tokens=64)
+    with pytest.warns(UserWarning, match="counts positions itself"):
+        output = arkcache.generate_graphed(
+            counts, prompt(20), past_key_values=cache, max_new_tokens=5, do_sample=False
+        )
+    assert torch.equal(output, full)
+
+
+def test_a_mask_that_hides_what_the_cache_holds_runs_as_ever(model: LlamaForCausalLM) -> None:
+    outputs = []
+    for cache in (
+        DynamicCache(config=model.config),
+        ArkCache(model, **ON_KERNELS, budget_tokens=64),
+    ):
+        text = continued(model, cache, prompt(24), max_new_tokens=3)
+        text = torch.cat((text, prompt(3, seed=9)), dim=1)
+        mask = torch.ones_like(text)
+        mask[:, 2:12] = 0
+        given = {"attention_mask": mask, "max_new_tokens": 4, "do_sample": False}
+        if isinstance(cache, ArkCache):
+            with pytest.warns(UserWarning, match="hides tokens"):
+                text = arkcache.generate_graphed(model, text, past_key_values=cache, **given)
+        else:
+            text = model.generate(text, past_key_values=cache, **given)
+        outputs.append(text)
+    assert torch.equal(*outputs)
+
+
+def test_masks_of_the_model_are_not_recorded(model: LlamaForCausalLM) -> None:
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
+    text = graphed(model, prompt(20), cache, max_new_tokens=3)
+    (manager,) = cache.managers
+    manager.attend(0, torch.randn(1, 4, 1, 16), mask=torch.zeros(1, 1, 1, manager.num_columns))
+    assert manager.steps is not None
+    assert manager.steps.saw_mask
+    with pytest.warns(UserWarning, match="masks or biases"):
+        arkcache.generate_graphed(model, text, past_key_values=cache, max_new_tokens=4)
 
 
 def test_plain_torch_runs_as_ever_and_says_why(model: LlamaForCausalLM) -> None:

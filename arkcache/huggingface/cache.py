@@ -245,6 +245,10 @@ class ArkCache(DynamicCache):
                 detach(model)
             raise
 
+    def forget_step(self) -> None:
+        """Forget a step that was interrupted between its layers."""
+        self._core.forget_step()
+
     def stats(self) -> CacheStats:
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""
         return sum((manager.stats() for manager in self._core.managers.values()), CacheStats())

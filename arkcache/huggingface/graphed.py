@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,9 +20,13 @@ from transformers import PreTrainedModel
 
 from arkcache.errors import HostTierFullError, InputError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
+from arkcache.huggingface.probe import follows_positions
 from arkcache.stepping import StaticSteps
 
-KNOWN = {"input_ids", "attention_mask", "position_ids", "past_key_values", "cache_position"}
+INPUTS = ("input_ids", "position_ids", "cache_position")
+"""Tensors that are new at every step: a recording reads them from where they were first."""
+
+KNOWN = {*INPUTS, "attention_mask", "past_key_values"}
 """What a step may be given besides switches; of anything else a recording would keep the value."""
 
 
@@ -54,7 +59,8 @@ def generate_graphed(
             f"past_key_values is a {type(cache).__name__}: expected an ArkCache of this model"
         )
     config = kwargs.get("generation_config") or model.generation_config
-    new_tokens = kwargs.get("max_new_tokens") or config.max_new_tokens or 0
+    new_tokens = kwargs.get("max_new_tokens") or config.max_new_tokens
+    new_tokens = new_tokens or kwargs.get("max_length") or config.max_length or 0
     with replayed(model, cache, new_tokens):
         generate: Any = model.generate
         return generate(inputs, past_key_values=cache, **kwargs)
@@ -75,12 +81,15 @@ def replayed(model: PreTrainedModel, cache: ArkCache, new_tokens: int) -> Iterat
             del model.forward
 
 
+Kind = tuple[bool, ...]
+"""Of a step: whether it seals pages, in each of the cache's managers."""
+
+
 class Recording(NamedTuple):
     """A step that can be done again: `run` reads these inputs and returns the model's output."""
 
     run: Callable[[], Any]
-    input_ids: Tensor
-    position_ids: Tensor
+    inputs: dict[str, Tensor]
 
 
 class Replayer:
@@ -102,32 +111,32 @@ class Replayer:
     ) -> None:
         self._model, self._forward, self._cache = model, forward, cache
         self._new_tokens = new_tokens
-        self._recordings: dict[tuple[bool, ...], Recording] = {}
+        self._recordings: dict[Kind, Recording] = {}
+        self._is_warm: set[Kind] = set()
         self._addresses: tuple[int, ...] = ()
-        self._is_warm: set[tuple[bool, ...]] = set()
-        self._given_up = self._has_reserved = False
+        self._begun = self._given_up = False
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Replay a decode step, or run the model."""
-        if args or not self._is_step(kwargs) or self._given_up:
+        if args or self._given_up or not self._is_step(kwargs):
             return self._forward(*args, **kwargs)
-        reason = self._why_not()
-        if reason is not None:
-            self._warn(reason)
-            return self._forward(**kwargs)
-        managers = self._cache.managers
-        if not self._has_reserved:
-            for manager in managers:
-                # If generating ends early there may be room: the step that finds none says so.
-                with suppress(HostTierFullError):
-                    manager.reserve(manager.num_columns + self._new_tokens)
-            self._has_reserved = True
-        kind = tuple(manager.next_step_seals() for manager in managers)
-        if kind not in self._is_warm:  # kernels are compiled and libraries loaded as it runs
-            self._is_warm.add(kind)
-            return self._forward(**kwargs)
-        return self._step(kind, kwargs)
+        if not self._begun:
+            reason = self._why_not(kwargs.get("attention_mask"))
+            if reason is not None:
+                self._warn(reason)
+                return self._forward(**kwargs)
+            self._reserve()
+            self._begun = True
+        return self._step(kwargs)
+
+    def _reserve(self) -> None:
+        """Make room for all tokens to come, as far as there is any."""
+        for manager in self._cache.managers:
+            # If generating ends early there is enough: the step that finds none says so.
+            with suppress(HostTierFullError, torch.OutOfMemoryError):
+                manager.reserve(manager.num_columns + self._new_tokens)
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is a step of one token of the cache, and nothing else."""
@@ -144,8 +153,11 @@ class Replayer:
             and self._cache.get_seq_length() > 0
         )
 
-    def _why_not(self) -> str | None:
-        """Why steps of this model cannot be replayed; None where they can."""
+    def _why_not(self, mask: Tensor | None) -> str | None:
+        """Why steps of this model cannot be replayed; None where they can.
+
+        mask: of the first step. What comes after it is `generate`'s, which only appends ones.
+        """
         if self._cache.reason is not None:
             return self._cache.reason
         others = {
@@ -155,8 +167,13 @@ class Replayer:
             return f"layers of kind {', '.join(sorted(others))} keep a cache of changing shape"
         if len({parameter.device for parameter in self._model.parameters()}) > 1:
             return "the model is on several devices"
-        if any(manager.steps is None for manager in self._cache.managers):
+        managers = self._cache.managers
+        if any(manager.steps is None for manager in managers):
             return "its decode steps run on plain torch"
+        if mask is not None and not all(m.has_padding(mask[:, : m.num_columns]) for m in managers):
+            return "the attention mask hides tokens that are no padding to the cache"
+        if not follows_positions(self._model, self._forward):
+            return "the model counts positions itself, whatever position_ids say"
         return None
 
     @property
@@ -168,53 +185,104 @@ class Replayer:
         self._given_up = True
         warnings.warn(f"decode steps are not replayed as graphs: {reason}", stacklevel=5)
 
-    def _step(self, kind: tuple[bool, ...], kwargs: dict[str, Any]) -> Any:
+    def _step(self, kwargs: dict[str, Any]) -> Any:
         managers = self._cache.managers
-        ids, position_ids = kwargs["input_ids"], kwargs.get("position_ids")
-        if position_ids is None:
-            position_ids = torch.full_like(ids, self._cache.get_seq_length())
+        inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
+        # Said now: the model would count what the books hold already.
+        position = torch.full_like(inputs["input_ids"], self._cache.get_seq_length())
+        inputs.setdefault("position_ids", position)
         for manager in managers:
-            manager.begin_step()
+            manager.check_step()
+        kind = tuple(manager.begin_step() for manager in managers)
+        launch = functools.partial(self._launch, kind, kwargs)
         addresses = tuple(address for steps in self._steps for address in steps.addresses)
-        if addresses != self._addresses:
+        if addresses != self._addresses:  # what was recorded reads and writes what is gone
             self._recordings.clear()
-            self._addresses = addresses
+            self._is_warm.clear()
+            self._addresses, self._pool = addresses, None
+        if kind not in self._is_warm:
+            self._is_warm.add(kind)
+            return self._warm_up(functools.partial(launch, inputs))
+        if any(steps.saw_mask for steps in self._steps):
+            self._warn("the model masks or biases its attention by itself, anew at every step")
+            return launch(inputs)
         if kind not in self._recordings:
-            own = {"input_ids": ids.clone(), "position_ids": position_ids.clone()}
-            launch = functools.partial(self._launch, kind, {**kwargs, **own})
+            own = {name: tensor.clone() for name, tensor in inputs.items()}
             try:
-                self._recordings[kind] = Recording(self._record(launch, ids.device), **own)
-            except RuntimeError as error:  # the model waits for the device, or copies from it
-                self._warn(f"recording one failed ({error})")
-                return launch()
-        recording = self._recordings[kind]
-        recording.input_ids.copy_(ids)
-        recording.position_ids.copy_(position_ids)
+                run = self._record(functools.partial(launch, own), inputs["input_ids"].device)
+            except Exception as error:  # whatever a model's code does that no graph can hold
+                self._warn(f"recording one failed ({type(error).__name__}: {error})")
+                self._cache.forget_step()
+                return launch(inputs)
+            self._recordings[kind] = Recording(run, own)
+        return self._replay(self._recordings[kind], inputs)
+
+    def _warm_up(self, launch: Callable[[], Any]) -> Any:
+        """Do a step that compiles kernels and loads libraries, and see whether it waits."""
+        if self._model.device.type != "cuda":
+            return launch()
+        mode = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                output = launch()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        for warning in caught:
+            if "synchroniz" in str(warning.message):
+                self._warn("the model's own code waits for the device in the middle of a step")
+                break
+        return output
+
+    def _replay(self, recording: Recording, inputs: dict[str, Tensor]) -> Any:
+        for name, tensor in inputs.items():
+            recording.inputs[name].copy_(tensor)
         output = copy.copy(recording.run())
         output.logits = output.logits.clone()
         return output
 
-    def _launch(self, kind: tuple[bool, ...], kwargs: dict[str, Any]) -> Any:
+    def _launch(self, kind: Kind, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
         """Run the model, whose books have been kept already."""
         with ExitStack() as stack:
             for steps, seals in zip(self._steps, kind, strict=True):
                 stack.enter_context(steps.launch(seals))
             # Padding is in the books: a mask would be recorded as it is now.
-            return self._forward(**{**kwargs, "attention_mask": None})
+            return self._forward(**{**kwargs, **inputs, "attention_mask": None})
 
     def _record(self, launch: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         """What does the same as `launch` whenever it is called."""
         if device.type != "cuda":
             return launch
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device):
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                output = launch()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(device)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        # In a guard of its own: a capture that fails leaves its stream current.
+        capture = torch.cuda.graph(
+            graph, self._pool, self._stream, capture_error_mode="thread_local"
+        )
+        with torch.cuda.device(device), torch.cuda.stream(self._stream), _no_collection(), capture:
+            output = launch()
+        torch.cuda.current_stream(device).wait_stream(self._stream)
 
         def replay() -> Any:
             graph.replay()
             return output
 
         return replay
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Collect garbage now and not in between: what is freed may wait for the device."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()

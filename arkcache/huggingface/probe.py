@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,30 @@ def _probe_logits(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
             )
             outputs.append(result[0][:, -1])
     return torch.stack(outputs)
+
+
+def follows_positions(model: PreTrainedModel, forward: Callable[..., Any]) -> bool:
+    """Whether a token's logits follow the `position_ids` that come with it.
+
+    Some decoders count what their cache holds instead. `forward` is the model's own.
+    """
+    if "position_ids" not in inspect.signature(forward).parameters:
+        return False
+    ids = torch.ones((1, 5), dtype=torch.long, device=model.device)
+    outputs = []
+    with _evaluating(model), torch.no_grad():
+        for distance in (0, 3):
+            cache = DynamicCache(config=model.config)
+            for first, last in ((0, 4), (4, 5)):
+                positions = torch.arange(first, last, device=model.device)[None]
+                result = forward(
+                    input_ids=ids[:, first:last],
+                    position_ids=positions + (distance if first else 0),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            outputs.append(result[0][:, -1])
+    return not torch.equal(*outputs)
 
 
 @contextlib.contextmanager

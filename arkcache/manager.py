@@ -114,7 +114,7 @@ class KVCacheManager:
 
     def _clear(self) -> None:
         self.steps: StaticSteps | None = None
-        self._log = TokenLog(0)
+        self._log = self._log_before = TokenLog(0)
         self._most_selected = 0
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
@@ -315,8 +315,20 @@ class KVCacheManager:
         return self.steps.book(self.batch)
 
     def check_step(self) -> None:
-        """Raise `HostTierFullError` where the host tier has no room for one token more of each."""
+        """Raise `HostTierFullError` where the host tier has no room for one token more of each.
+
+        What is held now is what `undo_step` goes back to.
+        """
+        assert self.steps is not None
         self._grown_log(1, None)
+        self.steps.remember()
+        self._log_before = self._log
+
+    def undo_step(self) -> None:
+        """Take a step back that was begun after `check_step` and interrupted."""
+        assert self.steps is not None
+        self.steps.undo()
+        self._log = self._log_before
 
     # -- the state of a conversation --------------------------------------------------------------
 

@@ -212,6 +212,13 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._store.forget(sequence, first, last)
         self._residents.drop_from(rows, first)
 
+    def undo(self, lengths: Ids, sealed: Ids) -> None:
+        """Hold what was `held` before a token was booked, however far its step came."""
+        super().undo(lengths, sealed)
+        for sequence, first in enumerate(sealed.tolist()):
+            self._store.forget_from(sequence, first)
+            self._residents.drop_from(self.cache_rows(slice(sequence, sequence + 1)), first)
+
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
 

@@ -57,6 +57,15 @@ class ResidentLayer(DenseLayer):
         self.lengths.of[rows] += 1
         return False
 
+    def held(self) -> tuple[Ids, ...]:
+        """Tokens of every sequence, for `undo`."""
+        return (self.lengths.of.copy(),)
+
+    def undo(self, lengths: Ids) -> None:
+        """Hold what was `held` before a token was booked, however far its step came."""
+        self.lengths.of[:] = lengths
+        self._set_books()
+
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
         """Queue the storing of one token of each sequence."""
         heads = self.geometry.num_kv_heads

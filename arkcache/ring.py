@@ -122,6 +122,16 @@ class RingLayer(SealingLayer):
             digest_window = rotate(key_window) if config.rotates_keys else key_window
             self._launch_seal(cache_rows, digest_window)
 
+    def held(self) -> tuple[Ids, ...]:
+        """Tokens and sealed pages of every sequence, for `undo`."""
+        return self.lengths.of.copy(), self.sealed.copy()
+
+    def undo(self, lengths: Ids, sealed: Ids) -> None:
+        """Hold what was `held` before a token was booked, however far its step came."""
+        self.join()
+        self.lengths.of[:], self.sealed[:] = lengths, sealed
+        self._books.set(slice(0, self.geometry.batch), lengths, sealed)
+
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token."""
         self.count_attended()

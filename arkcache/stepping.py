@@ -42,6 +42,14 @@ class StaticLayer(Protocol):
         """Note how many tokens the step under way attends."""
         ...
 
+    def held(self) -> tuple[Ids, ...]:
+        """What the books say, for `undo`."""
+        ...
+
+    def undo(self, *held: Ids) -> None:
+        """Hold what was `held` before a token was booked, however far its step came."""
+        ...
+
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
         """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
         ...
@@ -74,6 +82,7 @@ class StaticSteps:
         self.layers = layers
         self.launching: bool | None = None
         self.saw_mask = False
+        self._before: list[tuple[int, tuple[Ids, ...]]] = []
 
     def reserve(self, tokens: int) -> None:
         """Make room on the device for so many tokens of every sequence."""
@@ -88,6 +97,16 @@ class StaticSteps:
     def seals_at(self, lengths: Ids) -> bool:
         """Whether a step to these lengths seals pages."""
         return any(layer.seals_at(lengths) for layer in self.layers)
+
+    def remember(self) -> None:
+        """Note what the books say, for `undo`."""
+        self._before = [(layer.columns, layer.held()) for layer in self.layers]
+
+    def undo(self) -> None:
+        """Go back to what was remembered, after a step that did not come to its end."""
+        for layer, (columns, held) in zip(self.layers, self._before, strict=True):
+            layer.undo(*held)
+            layer.columns = columns
 
     def book(self, batch: int) -> bool:
         """Enter one token of every sequence in the books of all layers; whether pages seal."""

@@ -175,6 +175,12 @@ class PageStore:
         self.host.release(self._handles[sequence, :, first:last].reshape(-1))
         self._handles[sequence, :, first:last] = -1
 
+    def forget_from(self, sequence: int, first: int) -> None:
+        """Give whatever is held of a sequence from page `first` on back to the host tier."""
+        handles = self._handles[sequence, :, first:]
+        self.host.release(handles[handles >= 0])
+        handles[:] = -1
+
     def keep_sequences(self, index: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied."""
         held = self.held()

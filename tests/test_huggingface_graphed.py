@@ -222,6 +222,36 @@ def test_another_cache_is_refused(model: LlamaForCausalLM) -> None:
         arkcache.generate_graphed(model, prompt(5), past_key_values=cache)
 
 
+@pytest.mark.parametrize("step", [2, 3, 6])
+def test_an_interrupted_step_changes_nothing(model: LlamaForCausalLM, step: int) -> None:
+    """Ctrl-C between two layers, in steps that seal a page and in steps that do not."""
+    model = make_model(num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.08)
+    full = continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=9)
+    cache, count = ArkCache(model, **ON_KERNELS, budget_tokens=64), 0
+    layer = model.model.layers[1]
+
+    def interrupt(_layer: Any, _args: Any, given: dict[str, Any]) -> None:
+        nonlocal count
+        count += given.get("past_key_values") is cache
+        if count == step + 1:  # the prompt is the first
+            raise KeyboardInterrupt
+
+    hook = layer.register_forward_pre_hook(interrupt, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        graphed(model, prompt(30), cache)
+    hook.remove()
+    cache.check_integrity()
+    held = cache.get_seq_length()
+    assert held == 30 + step - 1
+    assert torch.equal(
+        graphed(model, full[:, : held + 1], cache, max_new_tokens=39 - held - 1), full
+    )
+    cache.check_integrity()
+    assert {manager._host.num_pieces for manager in cache.managers if manager._host} == {
+        2 * ((cache.get_seq_length() - 8) // 4)
+    }
+
+
 def test_a_recording_that_fails_is_launched_instead(
     model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -193,7 +193,17 @@ class Replayer:
         inputs.setdefault("position_ids", position)
         for manager in managers:
             manager.check_step()
-        kind = tuple(manager.begin_step() for manager in managers)
+        try:
+            return self._booked_step(kwargs, inputs)
+        except BaseException:  # interrupted, too: the cache is to be what it was before
+            for manager in managers:
+                manager.undo_step()
+            self._cache.forget_step()
+            raise
+
+    def _booked_step(self, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
+        """Keep the books of a step, then do it: the first time as it is, then recorded."""
+        kind = tuple(manager.begin_step() for manager in self._cache.managers)
         launch = functools.partial(self._launch, kind, kwargs)
         addresses = tuple(address for steps in self._steps for address in steps.addresses)
         if addresses != self._addresses:  # what was recorded reads and writes what is gone

@@ -149,11 +149,8 @@ def attend_parts(
         start = 0
         for key, value in parts:
             stop = start + key.shape[2]
-            if stop == start:
-                continue
             own = None if mask is None else mask[:, :, :, None, start:stop]
-            if step.expand is not None:
-                key, value = step.expand(key, value)
+            key, value = _expanded(step, key, value)
             yield Block(key, value, mask=None if own is None else partial(_whole, own))
             start = stop
 
@@ -211,12 +208,7 @@ def causal_blocks(
     new_tokens = last_visible.shape[1]
     for key, value, numbers in blocks:
         if numbers.shape[1] == 0:
-            if step.expand is not None:  # of one token, as modules may not expand none
-                ones = (
-                    plane.new_zeros(*plane.shape[:2], 1, plane.shape[3]) for plane in (key, value)
-                )
-                key, value = (plane[:, :, :0] for plane in step.expand(*ones))
-            yield Block(key, value, new_tokens)
+            yield Block(*_expanded(step, key, value), new_tokens)
             continue
         held = numbers >= 0
         first = int(numbers[held].min()) if held.any() else 0
@@ -225,9 +217,19 @@ def causal_blocks(
             seen_from = new_tokens
         plain = bool(held.all()) and int(numbers.max()) <= least and step.bias is None
         mask = None if plain else _causal_mask(step, numbers, visible)
-        if step.expand is not None:
-            key, value = step.expand(key, value)
-        yield Block(key, value, seen_from, mask)
+        yield Block(*_expanded(step, key, value), seen_from, mask)
+
+
+def _expanded(step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's keys and values as they are attended."""
+    if step.expand is None:
+        return key, value
+    if key.shape[2]:
+        return step.expand(key, value)
+    # Of one token, as modules may not expand none.
+    ones = (plane.new_zeros(*plane.shape[:2], 1, plane.shape[3]) for plane in (key, value))
+    key, value = (plane[:, :, :0] for plane in step.expand(*ones))
+    return key, value
 
 
 def _causal_mask(step: Step, numbers: Ids, visible: Tensor) -> Callable[[int, int], Tensor | None]:

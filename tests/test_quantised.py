@@ -904,3 +904,10 @@ def test_a_copy_made_in_inference_mode_goes_on_outside(settings: dict[str, Any])
 def test_dtypes_that_torch_hardly_computes_in_are_refused() -> None:
     with pytest.raises(InputError, match=r"expected one of torch.float16"):
         KVCacheManager(1, 1, 8, dtype=torch.float8_e4m3fn)
+
+
+def test_packed_slots_and_a_sequence_of_padding_alone() -> None:
+    twins = Twins(small_config(value_bits=4, group_size=8, packed_slots=True), batch=1)
+    twins.append(1, torch.zeros(1, 1, dtype=torch.bool))
+    twins.attend()
+    twins.check()

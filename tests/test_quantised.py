@@ -18,7 +18,7 @@ from arkcache.paged import PagedLayer
 from arkcache.tiering import host as host_module
 from arkcache.tiering.device import PackedWorkingSet
 from tests.oracle import Oracle
-from tests.twins import SMALL, Twins, follow_demotions
+from tests.twins import SMALL, Twins, follow_demotions, small_config
 
 FORMATS = ["K8V4", "K4V4", "K4V2", "K2V2", "K4V16", "K16V4"]
 MIXED = ["K8V4+K4V2", "K16V16+K2V2", "K8V8+K8V2"]
@@ -907,7 +907,8 @@ def test_dtypes_that_torch_hardly_computes_in_are_refused() -> None:
 
 
 def test_packed_slots_and_a_sequence_of_padding_alone() -> None:
-    twins = Twins(small_config(value_bits=4, group_size=8, packed_slots=True), batch=1)
+    config = small_config(value_bits=4, group_size=8, packed_slots=True)
+    twins = Twins(config, batch=1)
     twins.append(1, torch.zeros(1, 1, dtype=torch.bool))
     twins.attend()
     twins.check()

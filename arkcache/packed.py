@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +20,6 @@ from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_blocks
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import ChunkedTensor
-from arkcache.tiering.host import HostTier
 from arkcache.windows import ShiftedWindow
 
 CHUNK_PAGES = 32
@@ -60,10 +58,6 @@ class PackedLayer(SealingLayer):
         heads = self.geometry.num_kv_heads
         return attend_blocks(step, self.blocks(), heads, self.lengths.of[:, None] - 1)
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
-        """Host pieces that growing to these lengths takes: none."""
-        return 0
-
     def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
         """Make sequence i what sequence `index[i]` was."""
         self.geometry = device_tier.geometry
@@ -72,16 +66,6 @@ class PackedLayer(SealingLayer):
         with torch.inference_mode(False):
             self._window = ShiftedWindow(*(plane[on_device] for plane in self._window))
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
-
-    def release(self) -> None:
-        """Free what the layer holds outside itself: nothing."""
-
-    def move_blocks(self, _host: HostTier) -> None:
-        """Follow the layer's pages into another host tier: there are none."""
-
-    def held_blocks(self) -> Ids:
-        """Host pieces that the layer refers to: none."""
-        return np.zeros(0, dtype=np.int64)
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other."""

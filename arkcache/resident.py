@@ -22,7 +22,6 @@ from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import GrowingTensor
-from arkcache.tiering.host import HostTier
 from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow
 
@@ -270,10 +269,6 @@ class ResidentPackedLayer(RingLayer):
             key, value = self._packer.unpack(self._pages.data[:, :, first:last])
             yield first, last, key.flatten(2, 3), value.flatten(2, 3)
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
-        """Host pieces that growing to these lengths takes: none."""
-        return 0
-
     def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
         """Make sequence i what sequence `index[i]` was."""
         self.geometry = device_tier.geometry
@@ -285,16 +280,6 @@ class ResidentPackedLayer(RingLayer):
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
         self._open_books()
         self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
-
-    def release(self) -> None:
-        """Free what the layer holds outside itself: nothing."""
-
-    def move_blocks(self, _host: HostTier) -> None:
-        """Follow the layer's pages into another host tier: there are none."""
-
-    def held_blocks(self) -> Ids:
-        """Host pieces that the layer refers to: none."""
-        return np.zeros(0, dtype=np.int64)
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other."""

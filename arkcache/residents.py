@@ -9,13 +9,10 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_score import Scores
-from arkcache.kernels.triton_select import Selection, select
+from arkcache.kernels.triton_select import NUM_COUNTERS, Selection, select
 from arkcache.pages import Ids
 from arkcache.stats import CacheStats
 from arkcache.tiering.transfer import upload
-
-NUM_COUNTERS = 5
-"""Of a row, kept by `select`: hits, recalled, evicted, speculative hits, speculated."""
 
 
 class Residents:

@@ -147,11 +147,6 @@ class RingLayer(SealingLayer):
         super().crop(lengths)
         self._books.set(slice(0, self.geometry.batch), lengths, self.sealed)
 
-    def cache_rows(self, rows: slice) -> slice:
-        """The (sequence, KV head) pairs of some sequences."""
-        heads = self.geometry.num_kv_heads
-        return slice(rows.start * heads, rows.stop * heads)
-
     @staticmethod
     def by_row(window: RingWindow) -> tuple[Tensor, Tensor]:
         """Keys and values of a window [rows, tokens, dim]."""

@@ -17,6 +17,7 @@ from arkcache.errors import IntegrityError
 from arkcache.pages import Ids, sealed_pages
 from arkcache.step import Counters, Lengths
 from arkcache.tiering.device import Geometry
+from arkcache.tiering.host import HostTier
 from arkcache.windows import Window
 
 SEAL_PAGES = 64
@@ -89,10 +90,29 @@ class SealingLayer(ABC):
             self.window.write(rows, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
         self.lengths.set(rows, length + new_tokens)
 
+    def cache_rows(self, rows: slice) -> slice:
+        """The (sequence, KV head) pairs of some sequences."""
+        heads = self.geometry.num_kv_heads
+        return slice(rows.start * heads, rows.stop * heads)
+
     def pages_to_seal(self, new_lengths: Ids) -> int:
         """Pages, over all sequences, that growing to these lengths seals."""
         sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
         return int(np.maximum(sealed - self.sealed, 0).sum())
+
+    def blocks_needed(self, _new_lengths: Ids) -> int:
+        """Pieces of the host tier that growing to these lengths takes: none, unless it is used."""
+        return 0
+
+    def release(self) -> None:  # noqa: B027 - most layers hold nothing outside themselves
+        """Free what the layer holds outside itself: nothing, unless it uses the host tier."""
+
+    def move_blocks(self, _host: HostTier) -> None:  # noqa: B027
+        """Follow the layer's pages into another host tier, if it uses one."""
+
+    def held_blocks(self) -> Ids:
+        """Pieces of the host tier that the layer refers to: none, unless it is used."""
+        return np.zeros(0, dtype=np.int64)
 
     def _check_sealed(self, counts: Ids) -> None:
         """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids
-from arkcache.tiering.host import HostTier
+from arkcache.tiering.host import HostTier, take
 
 DEMOTED_PAGES = 256
 """Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
@@ -106,7 +106,7 @@ class PageStore:
     def read(self, rows: Ids, pages: Ids) -> Iterator[PackedPages]:
         """The bytes of page `pages[i]` of row `rows[i]`, format by format."""
         if len(self.packers) == 1:
-            packed = _take(self.pieces(), self.locate(rows, pages))
+            packed = take(self.pieces(), self.locate(rows, pages))
             yield PackedPages(slice(None), packed, self.packers[0])
             return
         handles = self._handles[*np.divmod(rows, self.num_kv_heads), pages]
@@ -114,7 +114,7 @@ class PageStore:
         for kind, packer in enumerate(self.packers):
             which = np.flatnonzero(kinds == kind)
             if len(which):
-                packed = _take(self.host.pieces(kind), self.host.rows(handles[which]))
+                packed = take(self.host.pieces(kind), self.host.rows(handles[which]))
                 yield PackedPages(which, packed, packer)
 
     def read_run(
@@ -162,7 +162,7 @@ class PageStore:
     def _demote(self, handles: Ids, references: Ids) -> Ids:
         """New handles, of the coarse format and with these references, in place of these."""
         fine, coarse = self.packers
-        states = fine.unpack(_take(self.host.pieces(0), self.host.rows(handles)))
+        states = fine.unpack(take(self.host.pieces(0), self.host.rows(handles)))
         # Released first: pages make room for themselves, even in a full tier.
         self.host.release(np.repeat(handles, references))
         fresh = self.host.allocate(len(handles), kind=1)
@@ -215,11 +215,3 @@ class PageStore:
 def _heads_per_piece(packers: list[PagePacker], num_kv_heads: int) -> int:
     """KV heads whose page is one piece: all where no head demotes by itself."""
     return num_kv_heads if len(packers) == 1 else 1
-
-
-def _take(pieces: Tensor, rows: Ids) -> Tensor:
-    """Some rows of bytes, copied in words where they divide: four times as fast as byte by byte."""
-    where = torch.from_numpy(rows)
-    if pieces.shape[1] % 8:
-        return pieces.index_select(0, where)
-    return pieces.view(torch.int64).index_select(0, where).view(torch.uint8)

@@ -50,11 +50,6 @@ class TieredLayer(SealingLayer):
         """The host tier."""
         return self._store.host
 
-    def cache_rows(self, rows: slice) -> slice:
-        """The (sequence, KV head) pairs of some sequences."""
-        heads = self.geometry.num_kv_heads
-        return slice(rows.start * heads, rows.stop * heads)
-
     def blocks_needed(self, new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes."""
         return self.pages_to_seal(new_lengths) * self._store.pieces_per_page

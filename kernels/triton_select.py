@@ -39,6 +39,7 @@ SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
 
 NUM_COUNTERS = 5
+"""Of a row: hits, recalled, evicted, speculative hits, speculated."""
 
 
 class Selection(NamedTuple):

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.tiering.host import HostTier
+from arkcache.tiering.host import HostTier, take
 from arkcache.tiering.lanes import numbered
 from arkcache.tiering.pinned import Run, runs_of
 from arkcache.tiering.transfer import upload
@@ -47,7 +47,7 @@ def read_lines(
     """
     lines = np.ascontiguousarray(lines)
     if host.rows_per_chunk is None or device.type == "cpu" or len(lines) == 0:
-        return _select(pieces, lines).to(device)
+        return take(pieces, lines).to(device)
     target = torch.empty((len(lines), pieces.shape[1]), dtype=torch.uint8, device=device)
     lines_per_chunk = host.rows_per_chunk * (host.piece_bytes[0] // pieces.shape[1])
     copy_path_of(device).read(pieces, lines, target, lines_per_chunk)
@@ -113,12 +113,6 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times)
-
-
-def _select(pieces: Tensor, lines: NDArray[np.int64]) -> Tensor:
-    """On the host, in the widest words that lines divide into."""
-    word = torch.uint8 if pieces.shape[1] % 8 else torch.int64
-    return pieces.view(word).index_select(0, torch.from_numpy(lines)).view(torch.uint8)
 
 
 def _copy_runs(pieces: Tensor, runs: list[Run], target: Tensor) -> None:

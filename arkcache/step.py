@@ -198,26 +198,84 @@ def additive(attended: NDArray[np.bool_], device: torch.device) -> Tensor:
 def causal_blocks(
     blocks: Iterator[tuple[Tensor, Tensor, Ids]], step: Step, last_visible: Ids
 ) -> Iterator[Block]:
-    """A layer's blocks (key, value, token numbers) with the masks of several new tokens.
+    """A layer's blocks (key, value, token numbers) with who attends what of them.
 
     last_visible [batch, new]: the number of the last token that each new token attends.
     """
-    device = step.query.device
-    visible = torch.from_numpy(last_visible).to(device)
-    least = int(last_visible.min())
-    new_tokens = last_visible.shape[1]
+    lines = [] if step.bias is not None else causal_lines(last_visible)
+    visible = torch.from_numpy(last_visible).to(step.query.device)
     for key, value, numbers in blocks:
-        if numbers.shape[1] == 0:
-            yield Block(*_expanded(step, key, value), new_tokens)
+        key, value = _expanded(step, key, value)
+        if numbers.shape[1] == 0 or not lines:
+            yield _masked_block(step, key, value, numbers, last_visible, visible)
             continue
-        held = numbers >= 0
-        first = int(numbers[held].min()) if held.any() else 0
-        seen_from = int(np.argmax((last_visible >= first).any(axis=0)))
-        if not (last_visible >= first).any():
-            seen_from = new_tokens
-        plain = bool(held.all()) and int(numbers.max()) <= least and step.bias is None
-        mask = None if plain else _causal_mask(step, numbers, visible)
-        yield Block(*_expanded(step, key, value), seen_from, mask)
+        for line in lines:
+            yield from line.blocks(key, value, numbers[line.sequences])
+
+
+class CausalLine(NamedTuple):
+    """Sequences whose new tokens attend one token more each: no mask is needed.
+
+    All new tokens attend the tokens up to `oldest`; from new token `first` on, each attends the
+    next one too.
+    """
+
+    sequences: slice
+    oldest: int
+    first: int
+
+    def blocks(self, key: Tensor, value: Tensor, numbers: Ids) -> Iterator[Block]:
+        """Of a layer's block, what all new tokens attend and what they attend one by one."""
+        start = int(numbers[0, 0])
+        held = int(np.count_nonzero(numbers[0] >= 0))
+        past = min(held, max(0, self.oldest + 1 - start))
+        for first, stop in ((0, past), (past, held)):
+            if first == stop:
+                continue
+            causal = first == past
+            yield Block(
+                key[self.sequences, :, first:stop],
+                value[self.sequences, :, first:stop],
+                seen_from=self.first + start + first - self.oldest - 1 if causal else 0,
+                causal=causal,
+                sequences=self.sequences,
+            )
+
+
+def causal_lines(last_visible: Ids) -> list[CausalLine]:
+    """One line for all sequences or one for each; none where a mask is needed or cheaper.
+
+    It is needed where padding is between the new tokens (not where it is before them), and cheaper
+    for one new token. last_visible: see `causal_blocks`.
+    """
+    batch, new_tokens = last_visible.shape
+    alike = bool((last_visible == last_visible[0]).all())
+    if new_tokens == 1 and not alike:
+        return []
+    lines = []
+    for sequence in range(1 if alike else batch):
+        visible = last_visible[sequence]
+        first = int(np.count_nonzero(visible == visible[0]))
+        more = np.maximum(np.arange(new_tokens) - first + 1, 0)
+        if not np.array_equal(visible, visible[0] + more):
+            return []
+        sequences = slice(0, batch) if alike else slice(sequence, sequence + 1)
+        lines.append(CausalLine(sequences, int(visible[0]), first))
+    return lines
+
+
+def _masked_block(
+    step: Step, key: Tensor, value: Tensor, numbers: Ids, last_visible: Ids, visible: Tensor
+) -> Block:
+    """A block of all sequences whose mask says who attends what."""
+    new_tokens = last_visible.shape[1]
+    if numbers.shape[1] == 0:
+        return Block(key, value, new_tokens)
+    held = numbers >= 0
+    first = int(numbers[held].min()) if held.any() else 0
+    seen = (last_visible >= first).any(axis=0)
+    seen_from = int(np.argmax(seen)) if seen.any() else new_tokens
+    return Block(key, value, seen_from, _causal_mask(step, numbers, visible))
 
 
 def _expanded(step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ class KVCacheManager:
 
     Two calls serve any decoder: `append` a layer's new keys and values, then `attend` with its
     queries. One new token attends sinks, the pages selected for it and the recent window; several
-    attend everything before them exactly, streamed through the device tier in blocks.
+    (or one, if told to be `exact`) attend everything before them, streamed through the device tier
+    in blocks.
 
     Args:
         num_layers: attention layers, numbered from 0.
@@ -192,6 +193,7 @@ class KVCacheManager:
         mask: Tensor | None = None,
         expand: Expand | None = None,
         index_query: Tensor | None = None,
+        exact: bool = False,
     ) -> Tensor:
         """Attend the newest tokens of a layer, causally.
 
@@ -206,6 +208,8 @@ class KVCacheManager:
                 attend; queries have the expanded head dim then.
             index_query: what pages are rated by, where it is not the query itself
                 [batch, num_heads, new_tokens, stored key dim (+ value dim if latent)].
+            exact: attend everything, even with one new token: the last one of a prompt that is read
+                in chunks, which the cache cannot tell from a generated one.
 
         Returns [batch, num_heads, new_tokens, value_dim] in the query's dtype. Raises `InputError`
         for what does not fit.
@@ -234,8 +238,9 @@ class KVCacheManager:
         )
         steps = self.steps
         if steps is not None and steps.launching is not None:
+            assert not exact, "what is attended block by block cannot be recorded"
             output = steps.layers[layer].launch_attend(step)
-        elif new_tokens == 1:
+        elif new_tokens == 1 and not (exact and isinstance(state, TieredLayer)):
             output = state.attend_one(step)
         else:
             last_visible = self._log.last_visible(state.columns, new_tokens)

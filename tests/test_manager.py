@@ -15,7 +15,7 @@ from arkcache import CacheConfig, CacheStats, IntegrityError, KVCacheManager
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
 from arkcache.kernels import reference
 from tests.oracle import Oracle
-from tests.twins import SMALL, Twins, small_config
+from tests.twins import SMALL, Twins, needs_interpreter, small_config
 
 UNLIMITED = small_config(budget_tokens=None)
 LEFT_PADDED = torch.arange(60) >= torch.tensor([[0], [25]])
@@ -676,3 +676,36 @@ def test_the_oracle_notices_a_page_too_few() -> None:
     twins.append(100)
     with pytest.raises(AssertionError, match="off by"):
         twins.attend()
+
+
+# -- a prompt that ends in one token --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_dense_layers": 1},
+        {"key_bits": 4, "value_bits": 4},
+        {"key_bits": 8, "value_bits": 4, "coarse_key_bits": 4, "coarse_value_bits": 2},
+        pytest.param({"backend": "triton"}, marks=needs_interpreter),
+    ],
+)
+def test_one_token_attends_all_when_told_to_be_exact(settings: dict[str, Any]) -> None:
+    config = small_config(group_size=16, **settings)
+    states = [torch.randn(2, 2, 101, 16) for _ in range(2)]
+    query = torch.randn(2, 4, 2, 16)
+    managers = [KVCacheManager(2, 2, 16, config) for _ in range(2)]
+    for chunks, manager in zip(((99, 2), (99, 1, 1)), managers, strict=True):
+        for layer in range(2):
+            for key, value in zip(*(plane.split(chunks, dim=2) for plane in states), strict=True):
+                manager.append(layer, key, value)
+    together, apart = managers
+    for layer in range(2):
+        expected = together.attend(layer, query)[:, :, 1:]
+        output = apart.attend(layer, query[:, :, 1:], exact=True)
+        torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+        sparse = apart.attend(layer, query[:, :, 1:])
+        is_dense = config.budget_of(layer) is None
+        assert is_dense or (sparse - expected).abs().max() > 0.01
+    assert apart.stats().attended_tokens < together.stats().attended_tokens == 4 * 101

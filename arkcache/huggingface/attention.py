@@ -54,6 +54,7 @@ def attention_forward(
         mask=_own_mask(attention_mask, kwargs.get("position_bias")),
         expand=expand,
         index_query=_latent_query(module, query) if rates_latents else None,
+        exact=layer.exact,
     )
     return output.transpose(1, 2).contiguous(), None
 

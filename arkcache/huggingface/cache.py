@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -35,6 +36,12 @@ class PagedCacheLayer(CacheLayerMixin):
     Args:
         core: what it shares with the other layers of its cache.
         layer: its number in the model.
+
+    Attributes:
+        in_prompt: whether the last step was part of a prompt as far as one can tell: it had several
+            tokens. One token more may be what chunks left over of the prompt, or the first that was
+            generated, and so attends everything.
+        exact: whether the step under way attends everything.
     """
 
     is_compileable = False
@@ -48,6 +55,7 @@ class PagedCacheLayer(CacheLayerMixin):
         self.core, self.layer = core, layer
         self.manager: KVCacheManager | None = None
         self.index = 0
+        self.in_prompt = self.exact = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Find or build the manager that holds layers of this shape."""
@@ -90,6 +98,8 @@ class PagedCacheLayer(CacheLayerMixin):
         past = self.manager.columns_of(self.index)
         padding = attachment.padding_of(self.core, past, key_states)
         self.manager.append(self.index, key_states, value_states, padding)
+        self.exact = self.core.exact or self.in_prompt
+        self.in_prompt = key_states.shape[2] > 1
         if past == 0:
             return key_states, value_states
         if self.core.reason is not None:
@@ -114,7 +124,7 @@ class PagedCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; see `ArkCache.reset`."""
         self.manager = None
-        self.is_initialized = False
+        self.is_initialized = self.in_prompt = False
 
     def offload(self) -> None:
         """Nothing: the pages are in the host tier already."""
@@ -136,6 +146,11 @@ class ArkCache(DynamicCache):
 
         cache = ArkCache(model, budget_tokens=2048)
         model.generate(**inputs, past_key_values=cache)
+
+    A prompt is attended exactly, however it is cut: so is every step of several tokens, and the one
+    token after it, which may be what chunks left over. Every further token is a decode step and
+    attends the pages selected for it. Where a prompt is read one token at a time, say so:
+    `with cache.exact()`.
 
     Building it attaches to the model: its attention implementation becomes "arkcache" until
     `arkcache.detach(model)`; other caches go on working. The first time, a probe of 12 tokens
@@ -249,6 +264,31 @@ class ArkCache(DynamicCache):
         """Forget a step that was interrupted between its layers."""
         self._core.forget_step()
 
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """Within it every step attends everything: for a prompt that is read token by token."""
+        core, before = self._core, self._core.exact
+        core.exact = True
+        try:
+            yield
+        finally:
+            core.exact = before
+
+    @property
+    def next_is_exact(self) -> bool:
+        """Whether a step of one token would attend everything."""
+        paged = (layer for layer in self.layers if isinstance(layer, PagedCacheLayer))
+        return self._core.exact or any(layer.in_prompt for layer in paged)
+
+    def end_prompt(self) -> None:
+        """Say that the next token is no part of a prompt: it is attended as a decode step.
+
+        Spares one exact step, which reads the whole past, where the caller knows.
+        """
+        for layer in self.layers:
+            if isinstance(layer, PagedCacheLayer):
+                layer.in_prompt = False
+
     def stats(self) -> CacheStats:
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""
         return sum((manager.stats() for manager in self._core.managers.values()), CacheStats())
@@ -278,6 +318,7 @@ class ArkCache(DynamicCache):
         target = length + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
         if target < 0:
             raise InputError(f"crop({tokens_to_remove}): the cache holds {length} tokens")
+        self.end_prompt()  # rejected drafts, a retry: what comes next is generated
         for layer in self._other_layers():
             layer.crop(min(0, target - length))
         for manager in self._core.managers.values():

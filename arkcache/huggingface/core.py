@@ -30,6 +30,7 @@ class CacheCore:
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
         attachment: of the model; None after unpickling without the model.
         managers: of layers that are alike, by their shape or, where it is unknown, by layer.
+        exact: every step attends everything, whatever its size: see `ArkCache.exact`.
     """
 
     config: CacheConfig
@@ -39,6 +40,7 @@ class CacheCore:
     mask_is_read: bool = False
     attachment: Attachment | None = None
     managers: dict[LayerShape | int, KVCacheManager] = field(default_factory=dict)
+    exact: bool = False
 
     def attached(self) -> Attachment:
         """The attachment; raises `InputError` where there is none."""

@@ -151,6 +151,7 @@ class Replayer:
             and given <= KNOWN
             and not wanted
             and self._cache.get_seq_length() > 0
+            and not self._cache.next_is_exact
         )
 
     def _why_not(self, mask: Tensor | None) -> str | None:

@@ -22,7 +22,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-5.17 lint format bench bench-formats kernels gpu-check dist clean
+.PHONY: help demo test test-slow test-5.17 lint format bench bench-prefill bench-formats kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -52,6 +52,9 @@ format: $(VENV)/.ready ## apply what lint can mend itself
 
 bench: $(VENV_BENCH)/.ready ## decode speed here, against the caches of transformers
 	$(IN_BENCH) python benchmarks/bench_decode.py $(BENCH_ARGS)
+
+bench-prefill: $(VENV)/.ready ## seconds to read a prompt here, against a full cache
+	$(BIN)/python benchmarks/bench_prefill.py $(BENCH_ARGS)
 
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)

@@ -87,7 +87,10 @@ class CacheConfig:
         host_bytes: bytes that the host tier may hold. None: the memory that this process may use.
             An `ArkCache` divides both among its groups of layers of one shape.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
-            several new tokens attend all of it (chunked prefill, a next turn, drafted tokens).
+            several new tokens attend all of it (chunked prefill, a next turn, drafted tokens). On a
+            GPU there are two such blocks, so that one is read while the other is attended. None:
+            1024 on a CPU; on a GPU 8192 shared by the sequences, 1024 each at least, and no more
+            than an eighth of `device_bytes`.
     """
 
     page_size: int = 32
@@ -112,7 +115,7 @@ class CacheConfig:
     group_reduction: str = "softmax-mean"
     device_bytes: int | None = None
     host_bytes: int | None = None
-    stream_block_tokens: int = 1024
+    stream_block_tokens: int | None = None
 
     def __new__(cls, **settings: Any) -> CacheConfig:
         """Refuse unknown names."""
@@ -268,7 +271,7 @@ class CacheConfig:
         }
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if name in ("device_bytes", "host_bytes") and value is None:
+            if name in ("device_bytes", "host_bytes", "stream_block_tokens") and value is None:
                 continue
             if not _is_int(value) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")

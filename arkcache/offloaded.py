@@ -7,6 +7,7 @@ step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -194,6 +195,10 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._residents.place(self.cache_rows(rows), first, last)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
+
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        self._settle()  # on the main lane: blocks are read on another
+        return super()._page_blocks()
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         self._settle()

@@ -18,6 +18,10 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids
 from arkcache.tiering.device import Geometry, TierPlan
 
+LEAST_STREAMED, MOST_STREAMED = 1024, 8192
+"""Tokens of a streaming block, unless the settings say how many. On a CPU the least is as fast as
+any; on a GPU longer blocks are fewer launches and longer copies, and take memory."""
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -75,9 +79,24 @@ class Planner:
             slots,
             config.page_size,
             config.window_tokens,
-            config.stream_block_tokens // config.page_size * config.page_size,
+            self._stream_block_tokens(geometry),
             self.packers[0] if packed else None,
+            num_stream_blocks=1 if self.device.type == "cpu" else 2,
         )
+
+    def _stream_block_tokens(self, geometry: Geometry) -> int:
+        """Tokens of a streaming block of so many sequences: whole pages, one at least."""
+        config, page_size = self.config, self.config.page_size
+        tokens = config.stream_block_tokens
+        if tokens is None:
+            tokens = LEAST_STREAMED
+            if self.device.type != "cpu":
+                tokens = max(tokens, MOST_STREAMED // geometry.batch)
+                if config.device_bytes is not None:
+                    per_token = geometry.num_rows * (geometry.head_dim + geometry.value_dim)
+                    limit = config.device_bytes // (8 * 2 * per_token * geometry.dtype.itemsize)
+                    tokens = min(tokens, limit)
+        return max(tokens // page_size, 1) * page_size
 
     def pages_that_fit(self, batch: int) -> int:
         """The most pages that every KV head may select within `device_bytes`.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ from arkcache.sealing import SealingLayer
 from arkcache.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet
 from arkcache.tiering.host import HostTier
+from arkcache.tiering.lanes import lanes_of
+from arkcache.tiering.streaming import read_ahead
 
 
 class TieredLayer(SealingLayer):
@@ -55,20 +58,26 @@ class TieredLayer(SealingLayer):
         return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        stream = (self.device_tier.stream_key, self.device_tier.stream_value)
+        """See `SealingLayer`; the next block is read while one is attended."""
         page_size, total = self.config.page_size, int(self.sealed.max())
-        per_block = max(1, stream[0].shape[2] // page_size)
-        for first in range(0, total, per_block):
-            last = min(first + per_block, total)
-            for sequence in range(self.geometry.batch):
-                held = min(last, int(self.sealed[sequence]))
-                if held > first:
-                    tokens = (held - first) * page_size
-                    states = self._read(sequence, first, held)
-                    for plane, part in zip(stream, states, strict=True):
-                        plane[sequence, :, :tokens] = part
-            key, value = (plane[:, :, : (last - first) * page_size] for plane in stream)
+        blocks = self.device_tier.stream_blocks
+        per_block = blocks[0][0].shape[2] // page_size
+        runs = [(first, min(first + per_block, total)) for first in range(0, total, per_block)]
+        loads = [partial(self._load, first, last) for first, last in runs]
+        lanes = lanes_of(self.geometry.device)
+        for (first, last), block in zip(runs, read_ahead(lanes, blocks, loads), strict=True):
+            key, value = (plane[:, :, : (last - first) * page_size] for plane in block)
             yield first, last, key, value
+
+    def _load(self, first: int, last: int, block: Sequence[Tensor]) -> None:
+        """Fill a streaming block with pages first..last of every sequence that has them."""
+        for sequence in range(self.geometry.batch):
+            held = min(last, int(self.sealed[sequence]))
+            if held > first:
+                tokens = (held - first) * self.config.page_size
+                states = self._read(sequence, first, held)
+                for plane, part in zip(block, states, strict=True):
+                    plane[sequence, :, :tokens] = part
 
     @abstractmethod
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:

@@ -123,7 +123,7 @@ def test_chunked_prefill_makes_no_mask_and_bounds_the_device_tier(
     assert stats.bytes_streamed > block_bytes
     tier = next(iter(cache._core.managers.values()))._device_tier
     assert tier is not None
-    assert tier.stream_key.shape[2] == 64
+    assert [key.shape[2] for key, _ in tier.stream_blocks] == [64]
 
 
 # -- attach and detach --------------------------------------------------------------------------

@@ -153,7 +153,9 @@ def test_fewer_bits_hold_more_tokens_in_the_same_bytes() -> None:
 
 
 def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
-    config = CacheConfig.preset("K4V4", index="tokens", num_dense_layers=0)
+    config = CacheConfig.preset(
+        "K4V4", index="tokens", num_dense_layers=0, stream_block_tokens=1024
+    )
     shape = CacheShape(4, 2, 64, 64, torch.bfloat16)
     on_gpu, on_cpu = (plan_memory(config, shape, 8192, device=name) for name in ("cuda", "cpu"))
     assert on_gpu.tier_bytes < on_cpu.tier_bytes
@@ -181,3 +183,27 @@ def test_planning_allocates_nothing() -> None:
     shape = CacheShape(126, 8, 128, 128, torch.bfloat16)
     plan = plan_memory(CacheConfig.preset("K2V2"), shape, 1 << 24, batch=64)
     assert plan.host_bytes > 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "settings", "tokens", "blocks"),
+    [
+        ("cpu", 1, {}, 1024, 1),
+        ("cpu", 16, {}, 1024, 1),
+        ("cpu", 1, {"stream_block_tokens": 500}, 480, 1),
+        ("meta", 1, {}, 8192, 2),
+        ("meta", 3, {}, 2720, 2),
+        ("meta", 16, {}, 1024, 2),
+        ("meta", 16, {"stream_block_tokens": 8192}, 8192, 2),
+        # An eighth of 8 MiB for two blocks, 512 bytes to a token.
+        ("meta", 1, {"device_bytes": 8 << 20}, 1024, 2),
+        ("meta", 1, {"device_bytes": 100_000}, 32, 2),
+    ],
+)
+def test_streaming_blocks(
+    device: str, batch: int, settings: dict[str, Any], tokens: int, blocks: int
+) -> None:
+    """ "meta" is what every GPU is to a plan."""
+    manager = KVCacheManager(2, 2, 64, CacheConfig(**settings), device=device, dtype=torch.bfloat16)
+    plan = manager.planner.plan(batch, 1)
+    assert (plan.stream_block_tokens, plan.num_stream_blocks) == (tokens, blocks)

@@ -1,4 +1,4 @@
-"""The device tier: one allocation, carved into a working set per layer and a streaming block.
+"""The device tier: one allocation, carved into a working set per layer and streaming blocks.
 
 A row (a sequence and KV head of a layer) owns adjacent slots, so that what it attends is one run
 and nothing is gathered on a hit. Unpacked, keys and values are planes of their own:
@@ -168,8 +168,9 @@ class TierPlan:
         slots_per_layer: slots for sinks and selected pages of each paged layer.
         page_size: tokens per slot.
         window_tokens: capacity of the recent window; rounded up to whole slots.
-        stream_block_tokens: tokens of the streaming block; not made without paged layers.
+        stream_block_tokens: tokens of a streaming block; none is made without paged layers.
         packer: where slots hold packed pages, of these; None where they are unpacked.
+        num_stream_blocks: two, and one is read while the other is attended.
     """
 
     geometry: Geometry
@@ -178,12 +179,14 @@ class TierPlan:
     window_tokens: int
     stream_block_tokens: int
     packer: PagePacker | None = None
+    num_stream_blocks: int = 1
 
     @property
     def nbytes(self) -> int:
         """Bytes of the allocation."""
         layers = sum(self._plane_bytes(slots) for slots in self.slots_per_layer)
-        return layers + (self.states_bytes(self.stream_block_tokens) if layers else 0)
+        block = self.states_bytes(self.stream_block_tokens)
+        return layers + (self.num_stream_blocks * block if layers else 0)
 
     @property
     def whole_window_tokens(self) -> int:
@@ -209,10 +212,14 @@ class TierPlan:
 
 
 class DeviceTier:
-    """The one allocation: a working set per paged layer and a block to stream the past through.
+    """The one allocation: a working set per paged layer, and blocks to stream the past through.
 
     Args:
         plan: what it is made of.
+
+    Attributes:
+        working_sets: of each paged layer.
+        stream_blocks: keys and values [batch, kv_heads, stream_block_tokens, dim] of each block.
     """
 
     def __init__(self, plan: TierPlan) -> None:
@@ -255,8 +262,10 @@ class DeviceTier:
                 windows = self._carve_states(window)
                 at_once = unpacked_pages(plan.geometry, plan.page_size)
                 self.working_sets.append(PackedWorkingSet(packed, windows, plan.packer, at_once))
-        block_tokens = plan.stream_block_tokens if plan.slots_per_layer else 0
-        self.stream_key, self.stream_value = self._carve_states(block_tokens)
+        num_blocks = plan.num_stream_blocks if plan.slots_per_layer else 0
+        self.stream_blocks = [
+            self._carve_states(plan.stream_block_tokens) for _ in range(num_blocks)
+        ]
 
     def _carve_states(self, tokens: int) -> tuple[Tensor, Tensor]:
         geometry = self.geometry

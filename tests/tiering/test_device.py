@@ -53,7 +53,7 @@ def packed_set(tier: DeviceTier, layer: int = 0) -> PackedWorkingSet:
 
 def planes(tier: DeviceTier) -> list[Tensor]:
     own = [plane for ws in tier.working_sets for plane in ws.planes]
-    return [*own, tier.stream_key, tier.stream_value]
+    return [*own, *(plane for block in tier.stream_blocks for plane in block)]
 
 
 def fill(tier: DeviceTier) -> None:
@@ -121,8 +121,9 @@ def test_odd_planes_are_padded() -> None:
     geometry = Geometry(1, 3, 5, 5, torch.bfloat16, torch.device("cpu"))
     tier = DeviceTier(TierPlan(geometry, (0,), 3, 3, 3))
     assert tier.nbytes == tier.plan.nbytes == 4 * 128
-    tier.stream_key.fill_(1)
-    assert not tier.stream_value.any()
+    key, value = tier.stream_blocks[0]
+    key.fill_(1)
+    assert not value.any()
 
 
 @EITHER_KIND
@@ -159,7 +160,7 @@ def test_copy_sequences(packer: PagePacker | None) -> None:
         copy_sequences(source.planes, target.planes, index)
         for mine, theirs in zip(target.planes, source.planes, strict=True):
             assert torch.equal(mine, theirs[index])
-    assert not other.stream_key.any()
+    assert not other.stream_blocks[0][0].any()
 
 
 def vars_of(geometry: Geometry) -> tuple[int, int, int, torch.dtype, torch.device]:

@@ -33,7 +33,8 @@ else:
     _Model = Annotated[
         str | None,
         typer.Option(
-            help="Any causal language model: a folder or a Hugging Face id.",
+            help="Any causal language model: a folder, a Hugging Face id, or smollm2, a small "
+            "chat model.",
             show_default="the shipped model",
         ),
     ]

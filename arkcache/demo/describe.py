@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from rich.text import Text
 from transformers import AutoConfig, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from arkcache.demo.models import where_is
 from arkcache.errors import InputError
 from arkcache.memory import CacheShape, MemoryPlan
 
@@ -26,16 +26,13 @@ def shape_of_model(name: str, dtype: str | None) -> tuple[CacheShape, list[int]]
     attend their whole past.
 
     Args:
-        name: a folder or an id of the Hugging Face hub.
+        name: a folder, an id of the Hugging Face hub, or "smollm2".
         dtype: None is what the model was saved in.
 
     Raises `InputError` where there is no such model or its config does not say all sizes.
     """
-    # A folder that does not exist would be looked for on the hub, with a puzzling message.
-    if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
-        raise InputError(f"model {name}: no such folder")
     try:
-        whole = AutoConfig.from_pretrained(name)
+        whole = AutoConfig.from_pretrained(where_is(name))
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise InputError(

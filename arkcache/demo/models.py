@@ -12,6 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from arkcache.demo import smollm2
 from arkcache.errors import InputError
 
 SHIPPED = Path(__file__).parent / "model"
@@ -34,30 +35,44 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def where_is(name: str | None) -> str:
+    """The folder or hub id of a model; None is the shipped one, "smollm2" the small chat model.
+
+    Raises `InputError` for a folder that does not exist.
+    """
+    if name is None:
+        return str(SHIPPED)
+    if name == smollm2.NAME:
+        return smollm2.locate()
+    # A folder that does not exist would be looked for on the hub, with a puzzling message.
+    if not Path(name).exists() and (name.count("/") > 1 or name[:1] in ("", ".", "/", "~")):
+        raise InputError(f"model {name}: no such folder")
+    return name
+
+
 def load_model(
     name: str | None, device: torch.device, dtype: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model and its tokenizer, from a folder or the Hugging Face hub; None is the shipped one.
 
-    `dtype` "auto" is what the model was saved in, and fp32 for the shipped model on a CPU, where
-    it is faster. Raises `InputError` where there is no such model or its dtype is unknown.
+    "smollm2" is SmolLM2-135M-Instruct (see `smollm2.py`). `dtype` "auto" is what the model was
+    saved in, and fp32 for these two on a CPU, where it is faster. Raises `InputError` where there
+    is no such model or its dtype is unknown.
     """
     if dtype not in _DTYPES:
         raise InputError(f"dtype {dtype!r}: expected one of {', '.join(_DTYPES)}")
-    if name is None and dtype == "auto" and device.type == "cpu":
+    if name in (None, smollm2.NAME) and dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    where = str(SHIPPED) if name is None else name
-    # A folder that does not exist would be looked for on the hub, with a puzzling message.
-    if name is not None and not Path(name).exists() and (name.count("/") > 1 or name[0] in "./~"):
-        raise InputError(f"model {name}: no such folder")
+    where = where_is(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where)
         model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
+        advice = f" Without the hub: {smollm2.ADVICE}." if where == smollm2.HUB_ID else ""
         raise InputError(
             f"model {where}: not a folder with a causal language model and its tokenizer, nor "
-            f"one that the Hugging Face hub gave. {reason}"
+            f"one that the Hugging Face hub gave.{advice} {reason}"
         ) from None
     model.eval()
     torch.nn.Module.to(model, device)  # typed, which the model's own is not

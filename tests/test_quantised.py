@@ -872,13 +872,13 @@ def test_demotion_of_shared_pages_takes_no_room_that_was_promised(
 
 def test_two_formats_map_no_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit may be all of the memory: a byte more of address space may be refused."""
-    sizes, map_anonymous = [], host_module._map_anonymous
+    sizes, map_anonymous = [], host_module.map_anonymous
 
     def mapped(size: int) -> Any:
         sizes.append(size)
         return map_anonymous(size)
 
-    monkeypatch.setattr(host_module, "_map_anonymous", mapped)
+    monkeypatch.setattr(host_module, "map_anonymous", mapped)
     for limit in range(10_000, 10_064):
         config = config_of("K16V16+K16V2", page_size=1, group_size=5, host_bytes=limit)
         manager = KVCacheManager(1, 1, 5, config)

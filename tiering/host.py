@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.errors import HostTierFullError, InputError, IntegrityError
-from arkcache.tiering.pinned import PinnedArena, logger
+from arkcache.tiering.mapping import map_anonymous
+from arkcache.tiering.pinned import PinnedArena
+from arkcache.tiering.registration import logger
 
 Ids = NDArray[np.int64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -277,10 +279,11 @@ class HostTier:
             return
         left, page = self._sides[0].extent * self.piece_bytes[0], mmap.PAGESIZE
         stop = (left + self._gap) // page * page
-        start = -(-max(left, self._pinning.nbytes) // page) * page
-        if start < stop:
-            with contextlib.suppress(OSError):  # memory that someone has locked stays
-                self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        start = -(-max(left, self._pinning.claimed_bytes) // page) * page
+        if start >= stop:
+            return
+        with contextlib.suppress(OSError):  # memory that someone has locked stays
+            self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
     def _close_holes(self) -> None:
         """Move the last pieces of each side into its holes.
@@ -364,15 +367,16 @@ class HostTier:
 
     def _reserve(self) -> None:
         """Map address space for the limit; the mapping goes when the last view of it does."""
-        mapping = _map_anonymous(max(1, self._end))
+        mapping = map_anonymous(max(1, self._end))
         places = zip(self._starts, self._capacity, self.piece_bytes, strict=True)
         with torch.inference_mode(False):
             arena = torch.frombuffer(mapping, dtype=torch.uint8)
             pieces = [arena[at : at + n * size].view(n, size) for at, n, size in places]
-        self._pinning.open(arena.data_ptr(), self._end)
+        self._pinning.open(mapping, arena.data_ptr(), self._end)
         self._mapping, self._pieces = mapping, pieces
         how = (
-            f"pinned for {self.pin_to}, reached by its kernels and copies"
+            f"pinned for {self.pin_to} at the host's own addresses, reached by its kernels and "
+            "copies"
             if self.pinned
             else f"pageable ({self.why_pageable}), plain copies"
         )
@@ -496,18 +500,3 @@ def take(pieces: Tensor, rows: Ids) -> Tensor:
 def _word(pieces: Tensor) -> torch.dtype:
     """The widest elements that whole rows divide into: byte by byte, a copy takes twice as long."""
     return torch.uint8 if pieces.shape[1] % 8 else torch.int64
-
-
-def _map_anonymous(size: int) -> mmap.mmap:
-    try:
-        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            # A recall reads scattered pieces: with huge pages it takes 15 % less time.
-            with contextlib.suppress(OSError):  # a kernel built without them
-                mapping.madvise(mmap.MADV_HUGEPAGE)
-        return mapping
-    except (OSError, ValueError, OverflowError) as error:
-        raise HostTierFullError(
-            f"the system refused to reserve {size} bytes of address space for the host tier "
-            f"({error}): set host_bytes to what this machine may use"
-        ) from error

@@ -3,14 +3,17 @@
 import contextlib
 import gc
 import mmap
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from arkcache.tiering import pinned
+from arkcache.tiering import pinned, registration
 
 GPU = torch.device("cuda", 1)
 """Not device 0, so that whatever happens there is seen."""
@@ -29,6 +32,8 @@ class FakeCupy:
         num_calls: registrations asked for.
         num_waits: times that a device was waited for.
         offset: from an address of the host to what the device calls it.
+        has_host_addresses: what the driver says of the device's addresses of registered memory.
+        gates: registrations by number that take until their event is set, at most ten seconds.
         is_dead: every call but a registration fails, as after a fault of a kernel.
     """
 
@@ -37,20 +42,42 @@ class FakeCupy:
         self.refuse: set[int] = set()
         self.num_calls = self.num_waits = self.offset = 0
         self.is_dead = False
-        self.current = [0]
+        self.has_host_addresses = True
+        self.gates: dict[int, threading.Event] = {}
+        self._local = threading.local()
         self.cuda = SimpleNamespace(runtime=self, Device=self._on)
+
+    cudaDevAttrCanUseHostPointerForRegisteredMem = 91
+
+    @property
+    def current(self) -> list[int]:
+        """Devices that were made current in this thread, one within the other."""
+        if not hasattr(self._local, "current"):
+            self._local.current = [0]
+        current: list[int] = self._local.current
+        return current
 
     @contextlib.contextmanager
     def _on(self, index: int) -> Iterator[None]:
         assert isinstance(index, int)
         self.current.append(index)
-        yield
-        self.current.pop()
+        try:
+            yield
+        finally:
+            self.current.pop()
+
+    def deviceGetAttribute(self, attribute: int, index: int) -> int:
+        self._check()
+        assert attribute == self.cudaDevAttrCanUseHostPointerForRegisteredMem
+        assert index == GPU.index
+        return int(self.has_host_addresses)
 
     def hostRegister(self, address: int, size: int, flags: int) -> None:
         self._check()
-        self.num_calls += 1
-        if self.num_calls - 1 in self.refuse:
+        number, self.num_calls = self.num_calls, self.num_calls + 1
+        if number in self.gates:
+            assert self.gates[number].wait(10), "nobody opened the gate"
+        if number in self.refuse:
             raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
         assert address % mmap.PAGESIZE == 0
         assert size > 0
@@ -93,4 +120,28 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCupy]:
     monkeypatch.setattr(pinned, "_has_warned", False)
     yield fake
     gc.collect()
+    registration._finish()
     assert fake.ranges == {}, "memory stayed registered"
+
+
+SETUP = """
+import contextlib, sys, torch
+from arkcache.tiering.host import HostTier
+from tests.tiering.fake_cupy import GPU, FakeCupy
+
+fake = sys.modules['cupy'] = FakeCupy()
+torch.cuda.device = lambda device: contextlib.nullcontext()
+"""
+
+
+def run_alone(code: str) -> str:
+    """What `code` prints in a process of its own, where `fake` stands in the place of cupy."""
+    done = subprocess.run(
+        [sys.executable, "-c", SETUP + code],
+        cwd=Path(__file__).resolve().parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout

@@ -7,10 +7,8 @@ import mmap
 import os
 import pickle
 import random
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +21,7 @@ from arkcache.tiering import host as host_module
 from arkcache.tiering import pinned
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.pinned import runs_of
-from tests.tiering.fake_cupy import GPU, FakeCupy, cupy
+from tests.tiering.fake_cupy import GPU, FakeCupy, cupy, run_alone
 from tests.tiering.test_host import FINE, Model, ids, read, step, write
 
 __all__ = ["cupy"]
@@ -38,6 +36,8 @@ pytestmark = pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="counts pages of 4
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "CHUNK_BYTES", CHUNK)
+    monkeypatch.setattr(pinned, "MOST_AT_ONCE_BYTES", CHUNK)
+    monkeypatch.setattr(pinned, "MOST_AHEAD_BYTES", 0)
 
 
 def make(most: int = 10 * PER_CHUNK) -> HostTier:
@@ -175,13 +175,31 @@ def test_a_warning_that_is_an_error_changes_nothing(cupy: FakeCupy) -> None:
     use(tier)
 
 
-def test_a_device_that_sees_other_addresses(cupy: FakeCupy) -> None:
-    cupy.offset = 4096
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_device_that_sees_other_addresses(
+    cupy: FakeCupy, caplog: pytest.LogCaptureFixture, tells: bool
+) -> None:
+    """Registered bit by bit, such memory may lie anywhere for the device: it is left alone."""
+    cupy.offset, cupy.has_host_addresses = 4096, not tells
     tier = make()
-    with pytest.warns(UserWarning, match="other addresses"):
-        tier.allocate(1)
+    with (
+        caplog.at_level(logging.INFO, "arkcache"),
+        pytest.warns(UserWarning, match=r"other addresses.*Nothing can be done"),
+    ):
+        tier.check_room([1])
     assert not tier.pinned
     assert cupy.ranges == {}
+    assert cupy.num_calls == (0 if tells else 1)
+    assert "pageable (OtherAddressesError: the device sees host memory at other" in caplog.text
+    use(tier)
+
+
+def test_a_driver_that_does_not_know_the_attribute(cupy: FakeCupy) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(FakeCupy, "cudaDevAttrCanUseHostPointerForRegisteredMem")
+        tier = make()
+        tier.allocate(1)
+    assert tier.pinned
 
 
 def test_pieces_that_fill_no_chunk(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,24 +286,15 @@ def test_a_fork_leaves_its_parent_s_registrations_alone(cupy: FakeCupy) -> None:
 
 
 def test_exit_unpins() -> None:
-    code = (
-        "import contextlib, sys, torch\n"
-        "from tests.tiering.fake_cupy import GPU, FakeCupy\n"
-        "from arkcache.tiering.host import HostTier\n"
-        "fake = sys.modules['cupy'] = FakeCupy()\n"
-        "torch.cuda.device = lambda device: contextlib.nullcontext()\n"
-        "unregister = fake.hostUnregister\n"
-        "fake.hostUnregister = lambda address: (unregister(address), print('unpinned'))\n"
-        "tier = HostTier([96], 96000, pin_to=GPU)\n"
-        "tier.allocate(1)\n"
-        "tier.itself = tier\n"
-        "print('over')\n"
-    )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split() == ["over", "unpinned"]
+    said = run_alone("""
+unregister = fake.hostUnregister
+fake.hostUnregister = lambda address: (unregister(address), print('unpinned'))
+tier = HostTier([96], 96000, pin_to=GPU)
+tier.allocate(1)
+tier.itself = tier
+print('over')
+""")
+    assert said.split() == ["over", "unpinned"]
 
 
 # -- copies ---------------------------------------------------------------------------------------
@@ -386,8 +395,8 @@ def test_one_line_tells_what_a_tier_is(cupy: FakeCupy, caplog: pytest.LogCapture
             tier.allocate(1)
             tier.allocate(1)
     assert caplog.messages == [
-        f"host tier: at most {10 * CHUNK} bytes, pinned for cuda:1, reached by its kernels and "
-        "copies",
+        f"host tier: at most {10 * CHUNK} bytes, pinned for cuda:1 at the host's own addresses, "
+        "reached by its kernels and copies",
         f"host tier: at most {10 * FINE} bytes, pageable (there is no CUDA device to pin it for), "
         "plain copies",
     ]

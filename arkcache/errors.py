@@ -33,7 +33,10 @@ class UnsupportedModelError(InputError):
 
 
 class HostTierFullError(ArkCacheError, MemoryError):
-    """The host tier has reached `host_bytes`; the tokens that did not fit were not appended."""
+    """The host tier has reached `host_bytes` or, without it, what the system has to spare.
+
+    The tokens that did not fit were not appended.
+    """
 
 
 class TransferError(ArkCacheError, RuntimeError):

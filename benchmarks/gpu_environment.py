@@ -45,10 +45,10 @@ def commit() -> str | None:
 
 
 def host_memory() -> int:
-    """Bytes of RAM that this process may use."""
-    from arkcache.tiering.host import physical_memory_bytes
+    """Bytes of RAM that this process may still take."""
+    from arkcache.tiering.system_memory import available_memory_bytes
 
-    return physical_memory_bytes()
+    return available_memory_bytes()
 
 
 def _gpu(bench: Bench) -> dict[str, Any]:

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -31,9 +29,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.errors import HostTierFullError, InputError, IntegrityError
+from arkcache.tiering.allowance import Allowance
 from arkcache.tiering.mapping import map_anonymous
 from arkcache.tiering.pinned import PinnedArena
 from arkcache.tiering.registration import logger
+from arkcache.tiering.system_memory import physical_memory_bytes
 
 Ids = NDArray[np.int64]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -45,20 +45,13 @@ MOVE_BYTES = 64 << 20
 """Pieces are copied in chunks of this size, so that moving many takes little extra memory."""
 
 
-def physical_memory_bytes() -> int:
-    """Bytes of RAM that this process may use: the machine's, or its container's if that is less."""
-    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"
-    return physical if allowed == "max" else min(physical, int(allowed))
-
-
 class HostTier:
     """An arena of pieces of one or two sizes.
 
     Args:
         piece_bytes: size of a piece of each kind.
-        limit_bytes: the most it may hold; None is the machine's memory.
+        limit_bytes: the most it may hold, whatever the system has. None: it may grow while the
+            system has memory to spare (`Allowance`), which it asks as it grows.
         pin_to: a CUDA device that is to reach the pieces by itself; they are of one size then.
 
     Raises `HostTierFullError` from `allocate` before anything has changed.
@@ -72,6 +65,7 @@ class HostTier:
         pin_to: torch.device | None = None,
     ) -> None:
         self.piece_bytes, self.pin_to = tuple(piece_bytes), pin_to
+        self._allowance = Allowance() if limit_bytes is None else None
         self._pinning = self._new_pinning()
         self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
         self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
@@ -98,13 +92,16 @@ class HostTier:
                 f"pin_to={self.pin_to} with pieces of {self.piece_bytes} bytes: pieces of one size "
                 "can be pinned; leave pin_to out for two"
             )
-        pinning = PinnedArena(self.pin_to, self.piece_bytes[0])
+        may_take = (self._allowance.covers,) if self._allowance is not None else ()
+        pinning = PinnedArena(self.pin_to, self.piece_bytes[0], *may_take)
         pinning.close_with(self)
         return pinning
 
     def _forget(self) -> None:
         """Be as new: hold nothing and no memory."""
         self._pinning.close()
+        if self._allowance is not None:
+            self._allowance.give_back(0)
         self._mapping: mmap.mmap | None = None
         self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
         self._sides = [_Side() for _ in self.piece_bytes]
@@ -154,11 +151,35 @@ class HostTier:
                 f"{sum(counts)} more pages need {needed}: raise host_bytes, shorten "
                 "the context, or release another cache with reset()"
             )
+        if not needed:
+            return  # most steps fill no page
+        more = (*counts, *(0 for _ in self.piece_bytes[len(counts) :]))
+        self._back(
+            [
+                (side.extent + max(0, count - len(side.holes))) * size
+                for side, count, size in zip(self._sides, more, self.piece_bytes, strict=True)
+            ]
+        )
+
+    def _back(self, extents: Sequence[int]) -> None:
+        """Have memory for so many bytes from the end of each side on, and pin it.
+
+        Raises `HostTierFullError` where the system has none to spare, or refuses to pin it.
+        """
+        # Sides that would overlap are compacted first.
+        needed = min(self._pinning.reach(sum(extents)), self._end)
+        if self._allowance is not None:
+            self._allowance.require(needed)
         if needed and self._mapping is None:
             self._reserve()
-        # One kind of pieces can be pinned, so the first is all there are.
-        side, count = self._sides[0], counts[0] if counts else 0
-        self._pinning.extend((side.extent + max(0, count - len(side.holes))) * self.piece_bytes[0])
+        self._pinning.extend(extents[0])  # pieces of two kinds are not pinned
+        if self._allowance is not None:
+            self._allowance.touch(self._pinning.nbytes)
+
+    def _touch(self) -> None:
+        """Count what is allocated as touched: it is written next."""
+        if self._allowance is not None:
+            self._allowance.touch(self._end - self._gap)
 
     # -- pinned or pageable -----------------------------------------------------------------------
 
@@ -198,6 +219,7 @@ class HostTier:
         self._kind[handles] = kind
         self._row[handles] = rows
         side.handle_at[rows] = handles
+        self._touch()
         return handles
 
     def _grow(self, missing: int) -> None:
@@ -284,6 +306,8 @@ class HostTier:
             return
         with contextlib.suppress(OSError):  # memory that someone has locked stays
             self._mapping.madvise(mmap.MADV_DONTNEED, start, stop - start)
+            if self._allowance is not None:
+                self._allowance.give_back(self._end - (stop - start))
 
     def _close_holes(self) -> None:
         """Move the last pieces of each side into its holes.
@@ -306,7 +330,8 @@ class HostTier:
 
         It is pinned by itself, for the same device.
         """
-        tier = HostTier(self.piece_bytes, self.limit_bytes, pin_to=self.pin_to)
+        limit = self.limit_bytes if self._allowance is None else None
+        tier = HostTier(self.piece_bytes, limit, pin_to=self.pin_to)
         self._pinning.synchronize()
         tier._origin, listings = np.unique(handles, return_counts=True)
         tier._extracted = np.zeros_like(tier._origin)
@@ -325,15 +350,18 @@ class HostTier:
     def __getstate__(self) -> dict[str, object]:
         self._pinning.synchronize()
         held = [pieces[self._used(kind)].clone() for kind, pieces in enumerate(self._pieces)]
-        return self.__dict__ | {"_mapping": None, "_pieces": held, "_pinning": None}
+        own = {"_mapping": None, "_pinning": None, "_allowance": self._allowance is not None}
+        return self.__dict__ | own | {"_pieces": held}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
+        self._allowance = Allowance() if state["_allowance"] else None
         self._pinning = self._new_pinning()
         held = self._pieces
         if any(len(pieces) for pieces in held):
-            self._reserve()
-            self._pinning.extend(self._sides[0].extent * self.piece_bytes[0])
+            sizes = zip(self._sides, self.piece_bytes, strict=True)
+            self._back([side.extent * size for side, size in sizes])
+            self._touch()
             for kind, pieces in enumerate(held):
                 self._pieces[kind][self._used(kind)] = pieces
 
@@ -380,7 +408,10 @@ class HostTier:
             if self.pinned
             else f"pageable ({self.why_pageable}), plain copies"
         )
-        logger.info("host tier: at most %d bytes, %s", self._end, how)
+        most = f"at most {self._end} bytes"
+        if self._allowance is not None:
+            most += " while the system has memory to spare"
+        logger.info("host tier: %s, %s", most, how)
 
 
 class _Stack:

@@ -186,6 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
     find_repository()
     from gpu_environment import host_memory
 
+    from tests.interpreter import why_it_fails
+
+    if options.rehearse and (reason := why_it_fails()) is not None:
+        print(f"No rehearsal here: {reason}.")
+        return 2
     if not (options.rehearse or torch.cuda.is_available()):
         print("No CUDA GPU here: --list shows the checks, --rehearse runs them at tiny sizes.")
         return 2

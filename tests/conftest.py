@@ -2,12 +2,14 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+from tests import interpreter
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=40)
 hypothesis.settings.register_profile(
@@ -39,6 +41,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, reason in unmet.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """Skip, and say why, what fails for no other reason than the interpreter's."""
+    try:
+        return (yield)
+    except (Exception, pytest.fail.Exception) as error:
+        reason = interpreter.why_it_fails()
+        if reason is None or not interpreter.is_that(error):
+            raise
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)

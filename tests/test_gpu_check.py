@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import interpreter
 from tests.twins import needs_interpreter
 
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
@@ -33,6 +34,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def rehearse(*arguments: str) -> None:
+    if (reason := interpreter.why_it_fails()) is not None:
+        pytest.skip(reason)
     done = run(str(PROGRAM), "--rehearse", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\n0 failed: \n0 missed: \n" in done.stdout
@@ -58,6 +61,18 @@ def test_without_a_gpu_it_says_so() -> None:
     done = run(str(PROGRAM))
     assert done.returncode == 2
     assert "--rehearse" in done.stdout
+
+
+def test_a_rehearsal_with_an_interpreter_that_fails_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(PROGRAM.parent))
+    import gpu_check
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(interpreter, "why_it_fails", lambda: "Triton 3.6.0 beside numpy 2.4.6")
+    assert gpu_check.main(["--rehearse", "--quick"]) == 2
+    assert capsys.readouterr().out == "No rehearsal here: Triton 3.6.0 beside numpy 2.4.6.\n"
 
 
 def test_every_result_is_in_the_file_at_once(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.twins import needs_interpreter
+from tests.marks import needs_interpreter
 
 PROGRAM = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import ROOT, Bench, Outcome
 
 import arkcache
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.check import Outcome
+from benchmarks.gpu_check import ROOT
 
 PACKAGES = ("triton", "numpy", "transformers", "cupy-cuda13x", "cupy-cuda12x", "cupy")
 LIMITS = ("memory.max", "memory.current", "cpu.max", "cpuset.cpus.effective")
@@ -42,13 +44,6 @@ def commit() -> str | None:
     """The commit of the working tree, marked where files differ; None outside git."""
     described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     return described or None
-
-
-def host_memory() -> int:
-    """Bytes of RAM that this process may use."""
-    from arkcache.tiering.host import physical_memory_bytes
-
-    return physical_memory_bytes()
 
 
 def _gpu(bench: Bench) -> dict[str, Any]:

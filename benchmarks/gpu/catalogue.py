@@ -188,7 +188,7 @@ LONG = [
           "device's memory", 16,
           least(0.6, 0.8), settings={"nbytes": 16 << 10}, most_seconds=60, is_quick=True),
     _step("7b", 30720, 4, 30, least(3, 4, "x")),
-    _throughput("K16V16", 30),
+    _throughput("K16V16", 40),
     _step("8b", 32 << 10, 4, 20, least(1.4, 1.6, "x")),
     Check("checkpoint", "benchmarks.gpu.generating:checkpoint",
           "a real model (--model FOLDER): tokens per second, hit rates, tokens equal", 20,

@@ -48,7 +48,8 @@ class Ledger:
 
     def is_done(self, check: Check) -> bool:
         """Whether the check's result is known."""
-        return self.results.get(check.name, {}).get("status", RUNNING) != RUNNING
+        result = self.results.get(check.name)
+        return result is not None and result["status"] != RUNNING
 
     @property
     def has_failures(self) -> bool:

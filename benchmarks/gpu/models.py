@@ -34,7 +34,7 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vo
 
 DTYPE = torch.bfloat16
 
-SPARE_BYTES = 6 << 30
+SPARE_BYTES = 3 << 30
 """Of GPU memory, for everything that is not a cache or a model."""
 
 SPARE_HOST_BYTES = 16 << 30

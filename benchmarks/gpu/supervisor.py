@@ -170,10 +170,10 @@ class Supervisor:
                 progress.until = min(self._ends, now + check.limit)
                 self._ledger.add(check.name, check.result(RUNNING, 0.0, {}))
             case "note":
-                check = progress.check
-                assert check is not None
-                noted = self._ledger.results[check.name]["details"] | message["details"]
-                self._ledger.add(check.name, check.result(RUNNING, now - progress.since, noted))
+                assert progress.check is not None
+                name, seconds = progress.check.name, now - progress.since
+                noted = self._ledger.results[name]["details"] | message["details"]
+                self._ledger.add(name, progress.check.result(RUNNING, seconds, noted))
             case "end":
                 assert progress.check is not None
                 self._enter(progress.check, message["result"])

@@ -197,7 +197,10 @@ def register(bench: Bench) -> Outcome:
     for nbytes in bench.pick(REGISTERED_BYTES, (1 << 16,)):
         if 4 * nbytes > bench.host_bytes:
             continue
-        with mmap.mmap(-1, nbytes) as mapping:
+        # As the arena of the host tier is mapped.
+        with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as mapping:
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                mapping.madvise(mmap.MADV_HUGEPAGE)
             address = np.frombuffer(mapping, dtype=np.uint8).ctypes.data
             seconds = []
             for call in (lambda a=address, n=nbytes: runtime.hostRegister(a, n, 0),

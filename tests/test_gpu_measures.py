@@ -66,6 +66,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "from functools import lru_cache\n"
         "PAGE_SPLIT = 128\n"
         "NUM_COUNTERS = 5\n"
+        "CHUNK_WARPS = {256: 1}\n"
         "@lru_cache\n"
         "def sizes():\n"
         "    return {'SPLIT': PAGE_SPLIT}\n"
@@ -102,13 +103,14 @@ def test_every_knob_has_its_turn_before_any_has_two() -> None:
     assert [value for _, value in in_turn(knobs, 1)] == [2, 4]
 
 
-def test_a_launcher_without_knobs_is_skipped_with_a_reason() -> None:
+def test_a_launcher_without_knobs_is_skipped_with_a_reason(launcher: ModuleType) -> None:
     from benchmarks.gpu.bench import Bench
     from benchmarks.gpu.micro import Load
 
     bench = Bench(torch.device("cpu"), seconds=50)
     with pytest.raises(Skipped, match="leaves nothing open"):
-        sweep(bench, Load(lambda _number: None, 1, 1), [], "stages", 10.0)
+        sweep(bench, Load(lambda _number: None, 1, 1), "triton_made_up", "CHUNK", 10.0)
+    assert bench.notes["left_alone"] == ["triton_made_up.CHUNK_WARPS is {256: 1}"]
 
 
 def test_what_is_noted_is_told_at_once() -> None:

@@ -87,6 +87,16 @@ def constants(module: str, pattern: str) -> list[Knob]:
     return found
 
 
+def others(module: str, pattern: str) -> list[str]:
+    """Constants of a kernel module whose names match, but that are no single number to turn."""
+    found = vars(sys.modules[f"arkcache.kernels.{module}"])
+    return [
+        f"{module}.{name} is {value!r}"[:120]
+        for name, value in sorted(found.items())
+        if name.isupper() and type(value) is not int and re.search(pattern, name)
+    ]
+
+
 def options(run: Callable[[], Any], pattern: str) -> list[Knob]:
     """Options of the kernels that `run` launches whose names match."""
     given: Numbers = {}

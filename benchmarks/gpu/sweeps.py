@@ -10,7 +10,7 @@ import torch
 
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import Outcome
-from benchmarks.gpu.knobs import Knob, constants, options, turned
+from benchmarks.gpu.knobs import Knob, constants, options, others, turned
 from benchmarks.gpu.micro import Load, attention_load, select_load, volumes_load
 from tests.gpu.outcome import Skipped
 
@@ -21,34 +21,32 @@ CONTEXT = 128 << 10
 def sweep_attention(bench: Bench, preset: str, seconds: float) -> Outcome:
     """Page split, window split, stages of the pipelines, warps; 2048 of 32k tokens."""
     load = attention_load(bench, 32 << 10, preset)
-    knobs = constants("triton_attention", r"_SPLIT$|STAGES$")
-    return sweep(bench, load, knobs, r"stages$|STAGES$|num_warps$", seconds)
+    return sweep(bench, load, "triton_attention", r"_SPLIT$|STAGES$", seconds)
 
 
 def sweep_score(bench: Bench, seconds: float) -> Outcome:
     """Pages of a program, stages, warps of the digest scan."""
     load = volumes_load(bench, CONTEXT)
-    knobs = constants("triton_score", r"_PER_|STAGES$")
-    return sweep(bench, load, knobs, r"stages$|STAGES$|warps$", seconds)
+    return sweep(bench, load, "triton_score", r"_PER_|STAGES$", seconds)
 
 
 def sweep_select(bench: Bench, seconds: float) -> Outcome:
     """Chunks, warps and whatever else the module names as a variant."""
     load, _counters = select_load(bench, CONTEXT)
-    knobs = constants("triton_select", r"CHUNK|FEW|VARIANT|RADIX|BUCKETS|BITS$")
-    return sweep(bench, load, knobs, r"stages$|STAGES$|warps$", seconds)
+    return sweep(bench, load, "triton_select", r"CHUNK|FEW|VARIANT|RADIX|BUCKETS|BITS$", seconds)
 
 
-def sweep(bench: Bench, load: Load, knobs: list[Knob], pattern: str, seconds: float) -> Outcome:
+def sweep(bench: Bench, load: Load, module: str, pattern: str, seconds: float) -> Outcome:
     """Turn one knob at a time; the figure is the time as it is over the best found.
 
     Args:
-        knobs: constants to turn, in this order.
-        pattern: of the names of options of launches that are turned after them.
+        module: whose constants are turned, and then the stages and warps of its launches.
+        pattern: of the constants' names.
         seconds: after which nothing more is tried: nearly every value is compiled anew.
     """
     start, wanted = time.monotonic(), _result(load)
-    knobs = knobs + options(lambda: load.run(0), pattern)
+    knobs = constants(module, pattern) + options(lambda: load.run(0), r"stages$|STAGES$|warps$")
+    bench.note(knobs=[knob.where for knob in knobs], left_alone=others(module, pattern))
     if not knobs:
         raise Skipped("the launcher leaves nothing open that can be set")
     present = bench.time(load.run, load.sets).median_us

@@ -14,6 +14,7 @@ from benchmarks.gpu.profiling import Span, shares_of
 from benchmarks.gpu.sweeps import in_turn, sweep
 from tests.gpu.card import Card
 from tests.gpu.outcome import Skipped
+from tests.gpu.replays import refusal_is_an_error
 
 
 def test_a_profile_counts_overlapping_lanes_once() -> None:
@@ -121,3 +122,16 @@ def test_what_is_noted_is_told_at_once() -> None:
     card.note(second=2)
     assert told == [{"first": 1}, {"second": 2}]
     assert card.notes == {"first": 1, "second": 2}
+
+
+def test_steps_that_were_not_replayed_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed = []
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed.append)
+    with refusal_is_an_error(Card(torch.device("cuda", 0))) as replays:
+        for number in range(3):
+            torch.cuda.CUDAGraph.replay(number)  # type: ignore[arg-type]
+        replays.check(3)
+        with pytest.raises(AssertionError, match="3 graphs were replayed in 4 decode steps"):
+            replays.check(4)
+    assert replayed == [0, 1, 2]
+    assert torch.cuda.CUDAGraph.replay == replayed.append

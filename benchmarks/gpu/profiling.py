@@ -48,7 +48,8 @@ def profiled_step(bench: Bench, shape: str, context: int) -> Outcome:
         found = shares_of(spans_of(bench, steps))
         steps.replays.check(2 * NUM_STEPS)
     bench.kept[name] = found["launches_per_step"]
-    return Outcome(found["busy_us"] / found["step_us"], details=found)
+    share = None if bench.rehearsing else found["busy_us"] / found["step_us"]
+    return Outcome(share, details=found)
 
 
 def spans_of(bench: Bench, run: Callable[[int], Any]) -> list[Span]:

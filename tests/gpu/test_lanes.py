@@ -18,7 +18,7 @@ def test_no_waiting(card: Card) -> None:
     for prompt in card.pick((20 * page_size, 3 * page_size), (9 * page_size,)):
         decoder.step(*decoder.tokens(prompt))
         # Both kinds of steps are compiled, and memory is cached.
-        decoder.steps(card.pick(2, 1) * page_size)
+        decoder.steps(card.pick(2 * page_size, 1))
         decoder.manager.reserve(64 * page_size)  # what grows later may be compiled anew
     steps = card.pick(2, 1) * page_size
     with card.waiting_is_an_error():

@@ -134,7 +134,7 @@ def captured(bench: Bench, step: Callable[[int], Any]) -> Callable[[int], Any]:
             return step
         torch.cuda.synchronize(bench.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may pin memory
             output = step(0)
 
     def replay(_number: int, _alive: Any = step) -> Any:  # what the graph reads belongs to `step`

@@ -71,9 +71,9 @@ class Bench(Card):
     def host_bytes(self) -> int:
         """Host memory that the checks may take."""
         if self._host_bytes is None:
-            from arkcache.tiering.host import HostTier
+            from benchmarks.gpu.environment import host_memory
 
-            self._host_bytes = HostTier([1 << 20], None).limit_bytes
+            self._host_bytes = host_memory()
         return self._host_bytes
 
     def seconds_left(self) -> float:
@@ -120,7 +120,7 @@ class Bench(Card):
             run(number)
         torch.cuda.synchronize(self.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may pin memory
             for number in range(calls):
                 run(number % sets)
         return lambda _number: graph.replay(), calls

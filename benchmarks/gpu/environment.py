@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -44,6 +45,18 @@ def commit() -> str | None:
     """The commit of the working tree, marked where files differ; None outside git."""
     described = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40")
     return described or None
+
+
+def host_memory() -> int:
+    """Bytes of RAM that this process may still take."""
+    available = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    least = [int(available[1]) << 10] if available else []
+    group = Path("/sys/fs/cgroup")
+    if (group / "memory.max").exists():
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            least.append(int(limit) - int((group / "memory.current").read_text()))
+    return min(least, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _gpu(bench: Bench) -> dict[str, Any]:

@@ -109,7 +109,8 @@ def work(options: argparse.Namespace, checks: list[Check]) -> int:
     from benchmarks.gpu.bench import Bench
 
     if not (options.rehearse or torch.cuda.is_available()):
-        send({"event": "refuse", "reason": "No CUDA GPU here"})
+        how = "--list shows the checks, --rehearse runs them at tiny sizes"
+        send({"event": "refuse", "reason": f"No CUDA GPU here: {how}"})
         return 0
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", 0)
     bench = Bench(
@@ -136,7 +137,7 @@ def supervise(options: argparse.Namespace, checks: list[Check]) -> int:
     except KeyboardInterrupt:
         interrupted = True
     if supervisor.refusal is not None:
-        print(f"{supervisor.refusal}: --list shows the checks, --rehearse runs them at tiny sizes.")
+        print(f"{supervisor.refusal}.")
         return 2
     if not options.rehearse:
         print("\n" + json.dumps(ledger.entry) + "\n")

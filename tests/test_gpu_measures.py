@@ -72,7 +72,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "def sizes():\n"
         "    return {'SPLIT': PAGE_SPLIT}\n"
         "def run(_number=0):\n"
-        "    made_up_kernel[(1,)](7, **sizes(), num_stages=4, num_warps=8)\n"
+        "    made_up_kernel[(1,)](7, **sizes(), num_stages=4, num_warps=8, PAGES_AHEAD=3)\n"
     )
     exec(source, vars(module))
     vars(module)["made_up_kernel"] = Kernel()
@@ -84,10 +84,11 @@ def test_knobs_are_found_turned_and_turned_back(launcher: ModuleType) -> None:
     kernel = launcher.made_up_kernel
     (split,) = constants("triton_made_up", "_SPLIT$")
     assert split == Knob("triton_made_up.PAGE_SPLIT", 128, (64, 256, 32, 512))
-    stages, warps = options(launcher.run, "stages|warps")
+    ahead, stages, warps = options(launcher.run)
     assert (stages.where, stages.current) == ("made_up_kernel(num_stages)", 4)
+    assert ahead.where == "made_up_kernel(PAGES_AHEAD)"
     assert warps.where == "made_up_kernel(num_warps)"
-    assert 4 not in stages.values
+    assert stages.values == (3, 6, 2, 8, 1)
     with turned(split, 64):
         launcher.run()
     with turned(stages, 2):

@@ -6,16 +6,22 @@ that a launch is given, such as `num_stages`. Nothing here knows which there are
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any
 
-OPTION_VALUES = {"stages": (1, 2, 3, 4, 6, 8), "warps": (1, 2, 4, 8, 16)}
-"""What is tried, by the end of an option's name."""
+OPTION_VALUES = {
+    "stages": (1, 2, 3, 4, 6, 8),
+    "ahead": (1, 2, 3, 4, 6),
+    "warps": (1, 2, 4, 8, 16),
+}
+"""What is tried, by the end of an option's name; the nearest first."""
 
 FACTORS = (0.5, 2, 0.25, 4)
 """By which a constant is multiplied, the nearest first."""
@@ -87,6 +93,10 @@ def constants(module: str, pattern: str) -> list[Knob]:
     return found
 
 
+def _distance(one: int, other: int) -> float:
+    return abs(math.log(one / other))
+
+
 def others(module: str, pattern: str) -> list[str]:
     """Constants of a kernel module whose names match, but that are no single number to turn."""
     found = vars(sys.modules[f"arkcache.kernels.{module}"])
@@ -97,8 +107,8 @@ def others(module: str, pattern: str) -> list[str]:
     ]
 
 
-def options(run: Callable[[], Any], pattern: str) -> list[Knob]:
-    """Options of the kernels that `run` launches whose names match."""
+def options(run: Callable[[], Any]) -> list[Knob]:
+    """Options of the kernels that `run` launches whose names end as one of `OPTION_VALUES`."""
     given: Numbers = {}
     with _launches(given, {}):
         run()
@@ -106,9 +116,10 @@ def options(run: Callable[[], Any], pattern: str) -> list[Knob]:
     for kernel, numbers in sorted(given.items()):
         for name, value in sorted(numbers.items()):
             ends = name.lower().rpartition("_")[2]
-            if re.search(pattern, name) and ends in OPTION_VALUES:
-                values = tuple(other for other in OPTION_VALUES[ends] if other != value)
-                found.append(Knob(f"{kernel}({name})", value, values))
+            if ends in OPTION_VALUES:
+                values = [other for other in OPTION_VALUES[ends] if other != value]
+                values.sort(key=partial(_distance, max(1, value)))
+                found.append(Knob(f"{kernel}({name})", value, tuple(values)))
     return found
 
 

@@ -35,7 +35,7 @@ tiny_run(torch.device("cuda", 0))
 def sanitizer(bench: Card) -> None:
     """Out-of-bounds accesses and races in shared memory; the run itself first."""
     if bench.rehearsing:
-        tiny_run(bench.device)
+        tiny_run(bench.device, num_steps=1)
         return
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).exists():
@@ -62,7 +62,7 @@ def sanitizer(bench: Card) -> None:
             break
 
 
-def tiny_run(device: torch.device) -> None:
+def tiny_run(device: torch.device, num_steps: int = 6) -> None:
     """Two layers, both raw and packed: a prompt, then steps that seal, recall and speculate."""
     from arkcache import CacheConfig, KVCacheManager
 
@@ -71,7 +71,7 @@ def tiny_run(device: torch.device) -> None:
         settings = sizes | bits | {"num_dense_layers": 1, "device_pool_factor": 2.0}
         config = CacheConfig(backend="triton", **settings)
         manager = KVCacheManager(2, 2, 16, config, device=device)
-        for tokens in (70, *[1] * 6):
+        for tokens in (70, *[1] * num_steps):
             for layer in range(2):
                 states = torch.randn(3, 2, 2, tokens, 16, device=device)
                 manager.append(layer, states[0], states[1])

@@ -21,13 +21,13 @@ CONTEXT = 128 << 10
 def sweep_attention(bench: Bench, preset: str, seconds: float) -> Outcome:
     """Page split, window split, stages of the pipelines, warps; 2048 of 32k tokens."""
     load = attention_load(bench, 32 << 10, preset)
-    return sweep(bench, load, "triton_attention", r"_SPLIT$|STAGES$", seconds)
+    return sweep(bench, load, "triton_attention", r"_SPLIT$", seconds)
 
 
 def sweep_score(bench: Bench, seconds: float) -> Outcome:
     """Pages of a program, stages, warps of the digest scan."""
     load = volumes_load(bench, CONTEXT)
-    return sweep(bench, load, "triton_score", r"_PER_|STAGES$", seconds)
+    return sweep(bench, load, "triton_score", r"_PER_", seconds)
 
 
 def sweep_select(bench: Bench, seconds: float) -> Outcome:
@@ -40,12 +40,12 @@ def sweep(bench: Bench, load: Load, module: str, pattern: str, seconds: float) -
     """Turn one knob at a time; the figure is the time as it is over the best found.
 
     Args:
-        module: whose constants are turned, and then the stages and warps of its launches.
+        module: whose constants are turned, and with them stages and warps of what is launched.
         pattern: of the constants' names.
         seconds: after which nothing more is tried: nearly every value is compiled anew.
     """
     start, wanted = time.monotonic(), _result(load)
-    knobs = constants(module, pattern) + options(lambda: load.run(0), r"stages$|STAGES$|warps$")
+    knobs = constants(module, pattern) + options(lambda: load.run(0))
     bench.note(knobs=[knob.where for knob in knobs], left_alone=others(module, pattern))
     if not knobs:
         raise Skipped("the launcher leaves nothing open that can be set")

@@ -62,7 +62,7 @@ bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised c
 kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
 
-gpu-check: ## on a machine with a GPU: correctness, then speed, with what python3 has (no set-up)
+gpu-check: ## on a machine with a GPU: what works and how fast, with what python3 has (no set-up)
 	$(PYTHON) benchmarks/gpu_check.py $(BENCH_ARGS)
 
 dist: $(VENV)/.ready ## the sdist and the wheel, in dist/

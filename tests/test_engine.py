@@ -13,7 +13,8 @@ from arkcache.backend import choose_backend
 from arkcache.errors import IntegrityError
 from arkcache.recalled import RecalledLayer
 from arkcache.resident import ResidentLayer, ResidentPackedLayer
-from tests.twins import Twins, needs_interpreter, small_config
+from tests.marks import needs_interpreter
+from tests.twins import Twins, small_config
 
 pytestmark = needs_interpreter
 

@@ -15,9 +15,10 @@ from arkcache.kernels.triton_select import Selection
 from arkcache.residents import Residents
 from arkcache.tiering.backup import BackupEngine
 from arkcache.tiering.host import HostTier
+from tests.marks import needs_interpreter
 from tests.tiering.fake_cupy import GPU, cupy
 from tests.tiering.fake_lanes import FakeEvent, World, at_random, latest
-from tests.twins import Twins, needs_interpreter, small_config
+from tests.twins import Twins, small_config
 
 __all__ = ["cupy"]
 

@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralF
 import arkcache
 from arkcache import ArkCache, InputError
 from arkcache.huggingface.graphed import Replayer
+from tests.marks import needs_interpreter
 from tests.test_huggingface import SMALL, continued, make_model, prompt
-from tests.twins import needs_interpreter
 
 pytestmark = needs_interpreter
 

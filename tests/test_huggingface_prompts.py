@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from arkcache import ArkCache
-from tests.twins import needs_interpreter
+from tests.marks import needs_interpreter
 
 CHUNK = 16
 SMALL: dict[str, Any] = {

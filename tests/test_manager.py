@@ -14,8 +14,9 @@ from torch import Tensor
 from arkcache import CacheConfig, CacheStats, IntegrityError, KVCacheManager
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
 from arkcache.kernels import reference
+from tests.marks import needs_interpreter
 from tests.oracle import Oracle
-from tests.twins import SMALL, Twins, needs_interpreter, small_config
+from tests.twins import SMALL, Twins, small_config
 
 UNLIMITED = small_config(budget_tokens=None)
 LEFT_PADDED = torch.arange(60) >= torch.tensor([[0], [25]])

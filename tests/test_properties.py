@@ -21,7 +21,8 @@ from torch import Tensor
 
 from arkcache import CacheConfig
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
-from tests.twins import Twins, needs_interpreter
+from tests.marks import needs_interpreter
+from tests.twins import Twins
 
 NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
 

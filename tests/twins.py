@@ -1,12 +1,9 @@
 """A manager and its dense oracle, driven together and compared after every step."""
 
-import importlib.util
 import math
-import os
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
@@ -14,11 +11,6 @@ from arkcache import CacheConfig, KVCacheManager
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.paged import PagedLayer
 from tests.oracle import Oracle
-
-needs_interpreter = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
-    reason="runs Triton kernels on a CPU",
-)
 
 SMALL = {
     "page_size": 4,

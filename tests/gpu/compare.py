@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_common import Bench, Outcome, poisoned
 from torch import Tensor
+
+from tests.gpu.card import Card, poisoned
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Case:
     """One way to call a launcher.
 
     Attributes:
-        name: for the list of failures.
+        name: for the list of failures; its first word is what is tested.
         run: raises `AssertionError` where they differ; the number that it returns, if any, is the
             error in multiples of the bound.
     """
@@ -26,14 +27,9 @@ class Case:
     run: Callable[[], float | None]
 
 
-def run_cases(bench: Bench, cases: Sequence[Case]) -> Outcome:
+def run_cases(card: Card, cases: Sequence[Case]) -> None:
     """All cases with poisoned memory. Raises `AssertionError` with those that failed."""
-    if bench.rehearsing:
-        cases = cases[::4]  # the interpreter is slow
-    # Side by side for the sake of the compiler: nearly each case is a kernel of its own.
-    with poisoned(), ThreadPoolExecutor(bench.threads) as pool:
-        results = list(pool.map(lambda case: _attempt(case), cases))
-    bench.synchronize()
+    results = attempt_all(card, cases)
     failures = [
         f"{case.name}: {result}"
         for case, result in zip(cases, results, strict=True)
@@ -42,8 +38,29 @@ def run_cases(bench: Bench, cases: Sequence[Case]) -> Outcome:
     errors = [result for result in results if isinstance(result, float)]
     if failures:
         raise AssertionError(f"{len(failures)} of {len(cases)} cases: " + "; ".join(failures))
-    details = {"cases": len(cases)} | ({"worst_error": round(max(errors), 3)} if errors else {})
-    return Outcome(max(errors, default=None), details=details)
+    card.note(cases=len(cases), **({"worst_error": round(max(errors), 3)} if errors else {}))
+
+
+def some(card: Card, cases: Sequence[Case]) -> Sequence[Case]:
+    """All cases, or in a rehearsal every fourth: the interpreter is slow."""
+    return card.pick(cases, cases[::4])
+
+
+def one_of_each(cases: Sequence[Case]) -> list[Case]:
+    """The first of each kind: of cases whose names begin with the same word."""
+    kinds: dict[str, Case] = {}
+    for case in cases:
+        kinds.setdefault(case.name.partition(" ")[0], case)
+    return list(kinds.values())
+
+
+def attempt_all(card: Card, cases: Sequence[Case]) -> list[float | str | None]:
+    """What came of each case; of one that failed, why."""
+    # Side by side for the sake of the compiler: nearly each case is a kernel of its own.
+    with poisoned(), ThreadPoolExecutor(card.threads) as pool:
+        results = list(pool.map(_attempt, cases))
+    card.synchronize()
+    return results
 
 
 def _attempt(case: Case) -> float | str | None:
@@ -99,7 +116,7 @@ def bound_of(plain: Tensor, exact: Tensor) -> Tensor:
 
 
 def on_both(
-    bench: Bench,
+    card: Card,
     launch: Callable[..., Any],
     reference: Callable[..., Any],
     pinned: Sequence[str] = (),
@@ -107,10 +124,10 @@ def on_both(
 ) -> Pair:
     """Call both with copies of the arguments; those named in `pinned` stay host memory."""
     theirs = {name: _copied(value) for name, value in arguments.items()}
-    mine = {name: _on(bench, value, name in pinned) for name, value in arguments.items()}
+    mine = {name: _on(card, value, name in pinned) for name, value in arguments.items()}
     expected = reference(**theirs)
     actual = launch(**mine)
-    bench.synchronize()
+    card.synchronize()
     return Pair(
         {name: _on_host(value) for name, value in mine.items()} | {"returned": _on_host(actual)},
         theirs | {"returned": expected},
@@ -128,14 +145,14 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _on(bench: Bench, value: Any, stays: bool) -> Any:
+def _on(card: Card, value: Any, stays: bool) -> Any:
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_on(bench, field, stays) for field in value))
+        return type(value)(*(_on(card, field, stays) for field in value))
     if not isinstance(value, Tensor):
         return value
     if not stays:
-        return _copy(value, bench.device)
-    return value.clone() if bench.rehearsing else value.pin_memory()
+        return _copy(value, card.device)
+    return value.clone() if card.rehearsing else value.pin_memory()
 
 
 def _on_host(value: Any) -> Any:

@@ -5,63 +5,46 @@ from __future__ import annotations
 import itertools
 
 import torch
-from gpu_common import Bench, Outcome
-from gpu_compare import Case, Pair, on_both, run_cases
 from torch import Tensor
 
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels import reference_copy, reference_seal
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
-NAMES = {FP32: "fp32", FP16: "fp16", BF16: "bf16"}
-
-
-def randn(seed: int, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    """Random numbers on the CPU, the same every time."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def random_bytes(seed: int, *shape: int) -> Tensor:
-    """Random bytes on the CPU."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-
-
-def int32(*numbers: int) -> Tensor:
-    """A table of the kernels."""
-    return torch.tensor(numbers, dtype=torch.int32)
-
+from tests.gpu.card import Card
+from tests.gpu.compare import Case, Pair, on_both, run_cases, some
+from tests.gpu.draws import BF16, FP16, FP32, NAMES, int32, randn, random_bytes
 
 # -- append -------------------------------------------------------------------------------------
 
 
-def append(bench: Bench) -> Outcome:
+def test_append(card: Card) -> None:
     """Windows of odd lengths, keys and values of odd and of different sizes, strided tokens."""
+    run_cases(card, some(card, append_cases(card)))
+
+
+def append_cases(card: Card) -> list[Case]:
+    """The sizes of a large model first."""
     sizes = [
+        (128, 128, 160, 32),
         (64, 64, 1, 1),
         (80, 40, 63, 5),
         (96, 96, 111, 32),
-        (128, 128, 160, 32),
         (256, 8, 7, 7),
     ]
-    return run_cases(
-        bench,
-        [
-            Case(f"{NAMES[dtype]} {size}", lambda d=dtype, s=size: _append(bench, d, *s))
-            for dtype, size in itertools.product((FP32, FP16, BF16), sizes)
-        ],
-    )
+    return [
+        Case(f"append {NAMES[dtype]} {size}", lambda d=dtype, s=size: _append(card, d, *s))
+        for dtype, size in itertools.product((BF16, FP32, FP16), sizes)
+    ]
 
 
 def _append(
-    bench: Bench, dtype: torch.dtype, head_dim: int, value_dim: int, window: int, page_size: int
+    card: Card, dtype: torch.dtype, head_dim: int, value_dim: int, window: int, page_size: int
 ) -> None:
     from arkcache.kernels import triton_append
 
     batch, heads = 3, 2
     rows = batch * heads
     pair = on_both(
-        bench,
+        card,
         triton_append.append,
         reference_seal.append,
         key=randn(1, heads, batch, head_dim, dtype=dtype).transpose(0, 1),
@@ -100,16 +83,21 @@ SEALS = [
 ]
 
 
-def seal(bench: Bench) -> Outcome:
+def test_seal(card: Card) -> None:
     """Pages of prompts and of the newest token, in every format, by every index and by none."""
+    run_cases(card, some(card, seal_cases(card)))
+
+
+def seal_cases(card: Card) -> list[Case]:
+    """The sizes of a large model first."""
     cases = []
     for entry in SEALS:
         name = f"{NAMES[entry[0]]} {entry[1:]}"
-        cases.append(Case(f"pages {name}", lambda e=entry: _seal_pages(bench, *e)))
-        cases.append(Case(f"newest {name}", lambda e=entry: _seal_newest(bench, *e)))
+        cases.append(Case(f"pages {name}", lambda e=entry: _seal_pages(card, *e)))
+        cases.append(Case(f"newest {name}", lambda e=entry: _seal_newest(card, *e)))
     entry = SEALS[11]
-    cases.append(Case("newest of a dense layer", lambda: _seal_newest(bench, *entry, dense=True)))
-    return run_cases(bench, cases)
+    cases.append(Case("newest of a dense layer", lambda: _seal_newest(card, *entry, dense=True)))
+    return cases
 
 
 def _digests(
@@ -134,7 +122,7 @@ def _check_digests(pair: Pair, dtype: torch.dtype, index: str) -> None:
 
 
 def _seal_pages(
-    bench: Bench,
+    card: Card,
     dtype: torch.dtype,
     bits: tuple[int, int, int],
     page_size: int,
@@ -148,7 +136,7 @@ def _seal_pages(
     rows, pages, first = 2, 2, 3
     key = randn(1, rows, pages, page_size, dims[0], dtype=dtype)
     pair = on_both(
-        bench,
+        card,
         triton_seal.seal_pages,
         reference_seal.seal_pages,
         key=key,
@@ -166,7 +154,7 @@ def _seal_pages(
 
 
 def _seal_newest(
-    bench: Bench,
+    card: Card,
     dtype: torch.dtype,
     bits: tuple[int, int, int],
     page_size: int,
@@ -186,7 +174,7 @@ def _seal_newest(
     if page_size == 1:  # one token more completes another page
         sealed = [length - recent for length in lengths]
     pair = on_both(
-        bench,
+        card,
         triton_seal.seal_newest,
         reference_seal.seal_newest,
         window_key=key,
@@ -214,15 +202,20 @@ def _seal_newest(
 # -- copy ---------------------------------------------------------------------------------------
 
 
-def copies(bench: Bench) -> Outcome:
+def test_copies(card: Card) -> None:
     """Pages of any size: whole words, odd bytes, larger than a program's chunk; empty rows."""
+    run_cases(card, some(card, copy_cases(card)))
+
+
+def copy_cases(card: Card) -> list[Case]:
+    """The pages of a large model first."""
     cases = []
-    for nbytes in (1, 13, 64, 1000, 8192, 16384, 24576, 40008):
-        cases.append(Case(f"gather {nbytes}", lambda n=nbytes: _gather(bench, n, num_sinks=1)))
-        cases.append(Case(f"scatter {nbytes}", lambda n=nbytes: _scatter(bench, n)))
-        cases.append(Case(f"gather_lines {nbytes}", lambda n=nbytes: _gather_lines(bench, n)))
-    cases.append(Case("gather without sinks", lambda: _gather(bench, 512, num_sinks=0)))
-    return run_cases(bench, cases)
+    for nbytes in (16384, 1, 13, 64, 1000, 8192, 24576, 40008):
+        cases.append(Case(f"gather {nbytes}", lambda n=nbytes: _gather(card, n, num_sinks=1)))
+        cases.append(Case(f"scatter {nbytes}", lambda n=nbytes: _scatter(card, n)))
+        cases.append(Case(f"gather_lines {nbytes}", lambda n=nbytes: _gather_lines(card, n)))
+    cases.append(Case("gather without sinks", lambda: _gather(card, 512, num_sinks=0)))
+    return cases
 
 
 def _lines(rows: int, capacity: int, seed: int) -> Tensor:
@@ -230,13 +223,13 @@ def _lines(rows: int, capacity: int, seed: int) -> Tensor:
     return order.view(rows, capacity)
 
 
-def _gather(bench: Bench, nbytes: int, num_sinks: int) -> None:
+def _gather(card: Card, nbytes: int, num_sinks: int) -> None:
     from arkcache.kernels import triton_copy
 
     rows, capacity, most = 4, 12, 7
     order = torch.stack([torch.randperm(most) for _ in range(rows)]).int()
     pair = on_both(
-        bench,
+        card,
         triton_copy.gather,
         reference_copy.gather,
         ("pieces",),
@@ -251,11 +244,11 @@ def _gather(bench: Bench, nbytes: int, num_sinks: int) -> None:
     pair.check_equal("slots")
 
 
-def _scatter(bench: Bench, nbytes: int) -> None:
+def _scatter(card: Card, nbytes: int) -> None:
     from arkcache.kernels import triton_copy
 
     pair = on_both(
-        bench,
+        card,
         triton_copy.scatter,
         reference_copy.scatter,
         ("pieces",),
@@ -268,11 +261,11 @@ def _scatter(bench: Bench, nbytes: int) -> None:
     pair.check_equal("pieces", "located")
 
 
-def _gather_lines(bench: Bench, nbytes: int) -> None:
+def _gather_lines(card: Card, nbytes: int) -> None:
     from arkcache.kernels import triton_copy
 
     pair = on_both(
-        bench,
+        card,
         triton_copy.gather_lines,
         reference_copy.gather_lines,
         ("pieces",),

@@ -1,6 +1,6 @@
 """Kernels that compute, on the real compiler: no worse than plain torch in the same dtype.
 
-Attention is in `gpu_attend.py`.
+Attention is in `test_attention.py`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import itertools
 from typing import Any
 
 import torch
-from gpu_common import Bench, Outcome
-from gpu_compare import Case, bound_of, error_share, on_both, run_cases
-from gpu_kernels import BF16, FP16, FP32, NAMES, int32, randn
 from torch import Tensor
 
 from arkcache.kernels import reference, reference_paged
 from arkcache.kernels.torch_tokens import TokenIndex
+from tests.gpu.card import Card
+from tests.gpu.compare import Case, bound_of, error_share, on_both, run_cases, some
+from tests.gpu.draws import BF16, FP16, FP32, NAMES, int32, randn
 
 # -- score --------------------------------------------------------------------------------------
 
@@ -44,28 +44,33 @@ TOKENS = [
 ]
 
 
-def score(bench: Bench) -> Outcome:
+def test_score(card: Card) -> None:
     """Volumes and low-bit tokens, with and without hidden pages, rows without pages among them."""
+    run_cases(card, some(card, score_cases(card)))
+
+
+def score_cases(card: Card) -> list[Case]:
+    """The sizes of a large model first."""
     cases = []
     for hides in (False, True):
         cases += [
             Case(
                 f"volumes {NAMES[v[0]]} {v[1:]} {hides=}",
-                lambda v=v, h=hides: _volumes(bench, *v, h),
+                lambda v=v, h=hides: _volumes(card, *v, h),
             )
             for v in VOLUMES
         ]
         cases += [
             Case(
-                f"tokens {NAMES[t[0]]} {t[1:]} {hides=}", lambda t=t, h=hides: _tokens(bench, *t, h)
+                f"tokens {NAMES[t[0]]} {t[1:]} {hides=}", lambda t=t, h=hides: _tokens(card, *t, h)
             )
             for t in TOKENS
         ]
-    return run_cases(bench, cases)
+    return cases
 
 
 def _volumes(
-    bench: Bench, dtype: torch.dtype, head_dim: int, group: int, kind: str, hides: bool
+    card: Card, dtype: torch.dtype, head_dim: int, group: int, kind: str, hides: bool
 ) -> float:
     from arkcache.kernels import triton_score
 
@@ -74,7 +79,7 @@ def _volumes(
     digests = reference.bounding_volume(key, kind).to(dtype)
     query, scale = randn(2, group, rows, head_dim, dtype=dtype).transpose(0, 1), head_dim**-0.5
     return _check_scores(
-        bench,
+        card,
         (triton_score.score_volumes, reference_paged.score_volumes),
         _plain_volumes(query, digests, kind) * scale,
         hides,
@@ -97,7 +102,7 @@ def _plain_volumes(query: Tensor, digests: Tensor, kind: str) -> Tensor:
 
 
 def _tokens(
-    bench: Bench,
+    card: Card,
     dtype: torch.dtype,
     head_dim: int,
     group: int,
@@ -114,7 +119,7 @@ def _tokens(
     query, scale = randn(2, group, rows, head_dim, dtype=dtype).transpose(0, 1), head_dim**-0.5
     logits = (query @ unpacked.flatten(2).to(dtype)) * scale  # [rows, group, pages * page_size]
     return _check_scores(
-        bench,
+        card,
         (triton_score.score_tokens, reference_paged.score_tokens),
         logits.unflatten(2, (pages, page_size)).logsumexp(dim=-1),
         hides,
@@ -127,13 +132,13 @@ def _tokens(
 
 
 def _check_scores(
-    bench: Bench, functions: tuple[Any, Any], plain: Tensor, hides: bool, **arguments: Any
+    card: Card, functions: tuple[Any, Any], plain: Tensor, hides: bool, **arguments: Any
 ) -> float:
     """Scores, and what peaks and masses of all blocks make of them together."""
     num_sinks, rows = 1, len(SEALED)
     hidden = randn(3, rows, max(SEALED) - num_sinks) > 1 if hides else None
     pair = on_both(
-        bench, *functions, sealed=int32(*SEALED), num_sinks=num_sinks, hidden=hidden, **arguments
+        card, *functions, sealed=int32(*SEALED), num_sinks=num_sinks, hidden=hidden, **arguments
     )
     mine, exact = pair.actual["returned"], pair.expected["returned"]
     worst = 0.0
@@ -158,18 +163,22 @@ def _check_scores(
 # -- select -------------------------------------------------------------------------------------
 
 
-def select(bench: Bench) -> Outcome:
+def test_select(card: Card) -> None:
     """Fewer pages than places, none, many; unequal budgets, hidden pages, guesses."""
-    shapes = itertools.product((3, 70, 700), (1, 3, 4, 16), ("softmax-mean", "raw-mean"))
-    cases = [
-        Case(f"{shape} {guesses=}", lambda s=shape, g=guesses: _select(bench, *s, guesses=g))
+    run_cases(card, some(card, select_cases(card)))
+
+
+def select_cases(card: Card) -> list[Case]:
+    """Many pages first."""
+    shapes = itertools.product((700, 3, 70), (4, 1, 3, 16), ("softmax-mean", "raw-mean"))
+    return [
+        Case(f"select {shape} {guesses=}", lambda s=shape, g=guesses: _select(card, *s, guesses=g))
         for shape in shapes
         for guesses in (False, True)
     ]
-    return run_cases(bench, cases)
 
 
-def _select(bench: Bench, pages: int, group: int, reduction: str, guesses: bool) -> None:
+def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -> None:
     from arkcache.kernels import triton_select
 
     num_sinks, places, head_dim = 1, 12, 64
@@ -185,7 +194,7 @@ def _select(bench: Bench, pages: int, group: int, reduction: str, guesses: bool)
     )
     selected = int32(*(limit[guesses] for limit in limits))
     pair = on_both(
-        bench,
+        card,
         triton_select.select,
         reference_paged.select,
         scores=scores,

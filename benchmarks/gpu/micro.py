@@ -6,15 +6,17 @@ nothing is read from the L2 cache that would not be there in a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from gpu_baseline import fastest_attention
-from gpu_common import Bench, Outcome, Timing
 from torch import Tensor
 
 from arkcache.formats import PRESETS, PageLayout
 from arkcache.kernels.torch_tokens import TokenIndex
+from benchmarks.gpu.baseline import fastest_attention
+from benchmarks.gpu.bench import Bench, Timing
+from benchmarks.gpu.check import Outcome
 
 ROWS, GROUP, HEAD_DIM, PAGE_SIZE = 8, 4, 128, 32
 NUM_SINKS, NUM_SELECTED, RECENT, WINDOW = 1, 58, 128, 160
@@ -55,8 +57,29 @@ def of_device_peak(bench: Bench, nbytes: int, timing: Timing) -> float:
 # -- the index ----------------------------------------------------------------------------------
 
 
+class Load(NamedTuple):
+    """A kernel with all it needs.
+
+    Attributes:
+        run: launches it on one of `sets` sets of buffers.
+        nbytes: read by a launch.
+    """
+
+    run: Callable[[int], Any]
+    sets: int
+    nbytes: int
+
+
 def scan_volumes(bench: Bench, context: int) -> Outcome:
     """Rate all pages by their cuboids."""
+    load = volumes_load(bench, context)
+    timing = bench.time(load.run, load.sets)
+    share = of_device_peak(bench, load.nbytes, timing)
+    return Outcome(timing.median_us, share, timing.asdict())
+
+
+def volumes_load(bench: Bench, context: int) -> Load:
+    """The digest scan of a layer."""
     from arkcache.kernels.triton_score import score_volumes
 
     context = bench.pick(context, 512)
@@ -65,9 +88,10 @@ def scan_volumes(bench: Bench, context: int) -> Outcome:
     digests = [bench.randn(ROWS, pages, 2 * HEAD_DIM) for _ in range(sets)]
     query = bench.randn(ROWS, GROUP, HEAD_DIM)
     how: dict[str, Any] = {"num_sinks": NUM_SINKS, "kind": "cuboid-mean", "scale": SCALE}
-    timing = bench.time(lambda i: score_volumes(query, digests[i], rows.sealed, **how), sets)
-    return Outcome(
-        timing.median_us, of_device_peak(bench, digests[0].nbytes, timing), timing.asdict()
+    return Load(
+        lambda number: score_volumes(query, digests[number], rows.sealed, **how),
+        sets,
+        digests[0].nbytes,
     )
 
 
@@ -95,6 +119,15 @@ def scan_tokens(bench: Bench, context: int) -> Outcome:
 
 def select_pages(bench: Bench, context: int) -> Outcome:
     """Choose 58 pages per row, nearly all of them missing."""
+    load, counters = select_load(bench, context)
+    timing = bench.time(load.run, load.sets)
+    hits, recalled = counters.sum(dim=0)[:2].tolist()
+    missing = recalled / (hits + recalled)
+    return Outcome(timing.median_us, None, timing.asdict() | {"missing": missing})
+
+
+def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
+    """The choice of a layer's pages, and the counters that it adds to."""
     from arkcache.kernels.triton_score import score_volumes
     from arkcache.kernels.triton_select import select
 
@@ -124,11 +157,7 @@ def select_pages(bench: Bench, context: int) -> Outcome:
             reduction="softmax-mean",
         )
 
-    timing = bench.time(choose, sets)
-    hits, recalled = counters.sum(dim=0)[:2].tolist()
-    return Outcome(
-        timing.median_us, None, timing.asdict() | {"missing": recalled / (hits + recalled)}
-    )
+    return Load(choose, sets, scores[0].score.nbytes), counters
 
 
 # -- append and seal ----------------------------------------------------------------------------
@@ -174,11 +203,35 @@ def seal_page(bench: Bench, preset: str) -> Outcome:
 
 def attend_budget(bench: Bench, context: int, preset: str) -> Outcome:
     """Attend 2048 tokens in pages, against the fastest attention of torch over all of them."""
+    load = attention_load(bench, context, preset)
+    timing = bench.time(load.run, load.sets)
+    assert bool(load.run(0).isfinite().all())
+    share = of_device_peak(bench, load.nbytes, timing)
+    bench.note(paged=timing.asdict())
+    del load
+    context, heads = bench.pick((context, ROWS), (2560, 1))
+    dense_sets = bench.num_sets(4 * heads * context * HEAD_DIM)
+    dense = [bench.randn(2, 1, heads, context, HEAD_DIM) for _ in range(dense_sets)]
+    query = bench.randn(1, heads * GROUP, 1, HEAD_DIM)
+    name, attend_all = fastest_attention(bench, query, *dense[0])
+    dense_timing = bench.time(lambda i: attend_all(query, *dense[i], SCALE), dense_sets)
+    return Outcome(
+        dense_timing.median_us / timing.median_us,
+        share,
+        {
+            "dense": dense_timing.asdict(),
+            "dense_is": name,
+            "dense_of_peak": of_device_peak(bench, dense[0].nbytes, dense_timing),
+        },
+    )
+
+
+def attention_load(bench: Bench, context: int, preset: str) -> Load:
+    """Attention of a layer to 2048 tokens in pages and in the window."""
     from arkcache.kernels.triton_attention import paged_attention
 
-    context = bench.pick(context, 2560)
+    context, heads = bench.pick((context, ROWS), (2560, 1))
     layout = PageLayout(PRESETS[preset], PAGE_SIZE, HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
-    heads = bench.pick(ROWS, 1)
     rows, num_slots = make_rows(bench, context, heads), NUM_SINKS + NUM_SELECTED
     sets = bench.num_sets(heads * num_slots * layout.nbytes)
     slots = [_random_slots(bench, layout, heads, num_slots) for _ in range(sets)]
@@ -192,26 +245,7 @@ def attend_budget(bench: Bench, context: int, preset: str) -> Outcome:
         counts = (rows.lengths, rows.sealed)
         return paged_attention(query, slots[number], *pages, *windows[number], *counts, **how)
 
-    timing = bench.time(attend, sets)
-    assert bool(attend(0).isfinite().all())
-    nbytes = slots[0].nbytes + windows[0].nbytes
-    share = of_device_peak(bench, nbytes, timing)
-    slots.clear()
-    dense_sets = bench.num_sets(4 * heads * context * HEAD_DIM)
-    dense = [bench.randn(2, 1, heads, context, HEAD_DIM) for _ in range(dense_sets)]
-    query = query.view(1, heads * GROUP, 1, HEAD_DIM)
-    name, attend_all = fastest_attention(bench, query, *dense[0])
-    dense_timing = bench.time(lambda i: attend_all(query, *dense[i], SCALE), dense_sets)
-    return Outcome(
-        dense_timing.median_us / timing.median_us,
-        share,
-        {
-            "paged": timing.asdict(),
-            "dense": dense_timing.asdict(),
-            "dense_is": name,
-            "dense_of_peak": of_device_peak(bench, dense[0].nbytes, dense_timing),
-        },
-    )
+    return Load(attend, sets, slots[0].nbytes + windows[0].nbytes)
 
 
 def _random_slots(bench: Bench, layout: PageLayout, rows: int, num_slots: int) -> Tensor:

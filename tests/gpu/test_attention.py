@@ -6,14 +6,14 @@ import math
 from typing import Any
 
 import torch
-from gpu_common import Bench, Outcome
-from gpu_compare import Case, bound_of, error_share, on_both, run_cases
-from gpu_kernels import BF16, FP16, FP32, NAMES, int32, randn
 from torch import Tensor
 
 from arkcache.formats import PRESETS, PageLayout
 from arkcache.kernels import reference_attention
 from arkcache.kernels.torch_pages import PagePacker
+from tests.gpu.card import Card
+from tests.gpu.compare import Case, bound_of, error_share, on_both, run_cases, some
+from tests.gpu.draws import BF16, FP16, FP32, NAMES, int32, randn
 
 ATTENTIONS = [
     # dtype, format, page size, head dims, group, window
@@ -33,18 +33,25 @@ ATTENTIONS = [
 EXTRAS = ["", "softcap", "sinks", "bias", "everything", "window"]
 
 
-def attention(bench: Bench) -> Outcome:
+def test_attention(card: Card) -> None:
     """Every format and shape; softcap, sinks and bias; all pages; the window alone; nothing."""
-    cases = [
-        Case(f"{NAMES[a[0]]} {a[1:]} {extra}", lambda a=a, e=extra: _attention(bench, *a, extra=e))
+    run_cases(card, some(card, attention_cases(card)))
+
+
+def attention_cases(card: Card) -> list[Case]:
+    """The sizes of a large model first."""
+    return [
+        Case(
+            f"{'raw' if a[1] == 'K16V16' else 'packed'} {NAMES[a[0]]} {a[1:]} {extra}",
+            lambda a=a, e=extra: _attention(card, *a, extra=e),
+        )
         for number, a in enumerate(ATTENTIONS)
         for extra in ("", EXTRAS[1 + number % 5], EXTRAS[1 + (number + 2) % 5])
     ]
-    return run_cases(bench, cases)
 
 
 def _attention(
-    bench: Bench,
+    card: Card,
     dtype: torch.dtype,
     preset: str,
     page_size: int,
@@ -80,7 +87,7 @@ def _attention(
     }
     arguments |= _extra(extra, rows, group, max(lengths) + 1)
     pair = on_both(
-        bench, triton_attention.paged_attention, reference_attention.paged_attention, **arguments
+        card, triton_attention.paged_attention, reference_attention.paged_attention, **arguments
     )
     plain = torch.stack([_plain_row(row, packer, arguments) for row in range(rows)])
     exact = pair.expected["returned"]

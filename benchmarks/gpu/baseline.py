@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from gpu_common import Bench
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.gpu.bench import Bench
 
 Attention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 """query [batch, heads, 1, dim], key, value [batch, kv_heads, tokens, dim], scale -> like query."""
@@ -133,10 +134,11 @@ def captured(bench: Bench, step: Callable[[int], Any]) -> Callable[[int], Any]:
             return step
         torch.cuda.synchronize(bench.device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            step(0)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may pin memory
+            output = step(0)
 
-    def replay(_number: int, _alive: Any = step) -> None:  # what the graph reads belongs to `step`
+    def replay(_number: int, _alive: Any = step) -> Any:  # what the graph reads belongs to `step`
         graph.replay()
+        return output
 
     return replay

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from gpu_common import Bench, Outcome
+
+from tests.gpu.card import Card
+from tests.twins import Twins, small_config
 
 QUANTISED = {"key_bits": 4, "value_bits": 2, "group_size": 8}
 REAL = {"page_size": 32, "num_sink_tokens": 32, "num_recent_tokens": 64, "budget_tokens": 512}
@@ -50,25 +52,23 @@ SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any], Sequence[tuple[str, A
 }
 
 
-def oracle(bench: Bench) -> Outcome:
+def test_oracle(card: Card) -> None:
     """Every scenario, every output against the oracle; the books and the tiers afterwards."""
-    from tests.twins import Twins, small_config
-
     failures = []
-    names = bench.pick(list(SCENARIOS), ["decode", "reorder", "left padding"])
+    names = card.pick(list(SCENARIOS), ["several prompts", "left padding"])
     for name in names:
         settings, shapes, script = SCENARIOS[name]
         try:
             config = small_config(backend="triton", **settings)
-            _play(Twins(config, device=bench.device, **shapes), script)
+            _play(Twins(config, device=card.device, **shapes), script)
         except Exception as error:  # whatever it is, the other scenarios go on
             failures.append(f"{name}: {type(error).__name__}: {str(error)[:300]}")
     if failures:
         raise AssertionError(f"{len(failures)} of {len(names)} scenarios: " + "; ".join(failures))
-    return Outcome(details={"scenarios": len(names)})
+    card.note(scenarios=len(names))
 
 
-def _play(twins: Any, script: Sequence[tuple[str, Any]]) -> None:
+def _play(twins: Twins, script: Sequence[tuple[str, Any]]) -> None:
     eps = torch.finfo(twins.dtype).eps
     for verb, value in script:
         if verb == "append":

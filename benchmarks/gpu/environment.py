@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_common import ROOT, Bench, Outcome
 
 import arkcache
+from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.check import Outcome
+from benchmarks.gpu_check import ROOT
 
 PACKAGES = ("triton", "numpy", "transformers", "cupy-cuda13x", "cupy-cuda12x", "cupy")
 LIMITS = ("memory.max", "memory.current", "cpu.max", "cpuset.cpus.effective")

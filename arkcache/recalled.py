@@ -140,9 +140,11 @@ class RecalledLayer(OffloadedLayer):
         def choose() -> None:
             chosen.append(self._residents.select(scores, self._books.sealed, speculative=True))
 
-        lanes.side.run(choose)
-        lanes.side.run(lambda: self._recall(chosen[0]))
-        self._speculation = Speculation(lanes.side.record(), scores, chosen)
+        try:
+            lanes.side.run(choose)
+            lanes.side.run(lambda: self._recall(chosen[0]))
+        finally:  # interrupted, too: what was queued is under way
+            self._speculation = Speculation(lanes.side.record(), scores, chosen)
 
     def join(self) -> None:
         """Have the main lane wait for the speculative recall and for the newest backup."""

@@ -124,15 +124,26 @@ class StaticSteps:
             layer.join()
 
     @contextmanager
-    def launch(self, seals: bool) -> Iterator[None]:
-        """Within it a manager's `append` and `attend` launch what is booked, and book nothing."""
+    def launch(self, seals: bool, *, recorded: bool = False) -> Iterator[None]:
+        """Within it a manager's `append` and `attend` launch what is booked, and book nothing.
+
+        recorded: what is launched is not done now but recorded, so that after a failure there is
+            nothing to wait for.
+        """
         self.launching = seals
         try:
             yield
             self.join()
         except BaseException:
-            for layer in self.layers:
-                layer.abandon()
+            if recorded:
+                self.abandon()
+            else:
+                self.join()  # other lanes are still at it
             raise
         finally:
             self.launching = None
+
+    def abandon(self) -> None:
+        """Forget what other lanes were asked for in a step that was to be recorded."""
+        for layer in self.layers:
+            layer.abandon()

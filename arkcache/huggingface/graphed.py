@@ -253,15 +253,17 @@ class Replayer:
         output.logits = output.logits.clone()
         return output
 
-    def _launch(self, kind: Kind, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
+    def _launch(
+        self, kind: Kind, kwargs: dict[str, Any], inputs: dict[str, Tensor], recorded: bool = False
+    ) -> Any:
         """Run the model, whose books have been kept already."""
         with ExitStack() as stack:
             for steps, seals in zip(self._steps, kind, strict=True):
-                stack.enter_context(steps.launch(seals))
+                stack.enter_context(steps.launch(seals, recorded=recorded))
             # Padding is in the books: a mask would be recorded as it is now.
             return self._forward(**{**kwargs, **inputs, "attention_mask": None})
 
-    def _record(self, launch: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    def _record(self, launch: Callable[..., Any], device: torch.device) -> Callable[[], Any]:
         """What does the same as `launch` whenever it is called."""
         if device.type != "cuda":
             return launch
@@ -276,7 +278,7 @@ class Replayer:
             graph, self._pool, self._stream, capture_error_mode="thread_local"
         )
         with torch.cuda.device(device), torch.cuda.stream(self._stream), _no_collection(), capture:
-            output = launch()
+            output = launch(recorded=True)
         torch.cuda.current_stream(device).wait_stream(self._stream)
 
         def replay() -> Any:

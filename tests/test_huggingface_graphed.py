@@ -6,11 +6,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 import arkcache
 from arkcache import ArkCache, InputError
-from arkcache.huggingface.graphed import Replayer
+from arkcache.huggingface.graphed import Replayer, seen_waiting
+from arkcache.huggingface.probe import follows_positions
+from tests.architectures import ARCHITECTURES
 from tests.test_huggingface import SMALL, continued, make_model, prompt
 from tests.twins import needs_interpreter
 
@@ -267,3 +276,73 @@ def test_a_recording_that_fails_is_launched_instead(
         )
     assert torch.equal(output, full)
     cache.check_integrity()
+
+
+# -- why steps may not be replayed ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_switching_the_watch_on_is_no_wait(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first switch in a process warns, as torch does, of what it cannot see."""
+    modes = [0]
+
+    def watch(mode: Any) -> None:
+        modes.append(mode)
+        warnings.warn(
+            "Synchronization debug mode is a prototype feature and does not yet detect all "
+            "synchronizing operations (Triggered internally at Module.cpp:861.)",
+            stacklevel=1,
+        )
+
+    def launch() -> str:
+        if waits:
+            warnings.warn(
+                "called a synchronizing CUDA operation (Triggered internally at "
+                "CUDAFunctions.cpp:195.)",
+                stacklevel=1,
+            )
+        return "output"
+
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", watch)
+    assert seen_waiting(launch) == ("output", waits)
+    assert modes == [0, "warn", 0]
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gpt2", "opt", "gemma3", "deepseek_v3", "smollm3"]
+)
+def test_which_models_follow_positions(family: str, dtype: torch.dtype) -> None:
+    follows = ARCHITECTURES[family].build().to(dtype)
+    assert follows_positions(follows, follows.forward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layers", [1, 4])
+def test_an_untrained_model_follows_positions(layers: int, dtype: torch.dtype) -> None:
+    """Its attention hardly tells tokens apart."""
+    follows = make_model(num_hidden_layers=layers, initializer_range=0.02).to(dtype)
+    assert follows_positions(follows, follows.forward)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_which_models_count_positions_themselves(dtype: torch.dtype) -> None:
+    config = BartConfig(
+        vocab_size=128,
+        d_model=64,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        is_decoder=True,
+        is_encoder_decoder=False,
+        attn_implementation="sdpa",
+    )
+    bart = BartForCausalLM(config).eval().to(dtype)
+    counting = Ignores(make_model().config).eval().to(dtype)
+    nowhere = ARCHITECTURES["granitemoehybrid"].build().to(dtype)  # "nope": no positions at all
+    for model in (bart, counting, nowhere):
+        assert not follows_positions(model, model.forward)

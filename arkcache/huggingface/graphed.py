@@ -30,6 +30,11 @@ KNOWN = {*INPUTS, "attention_mask", "past_key_values"}
 """What a step may be given besides switches; of anything else a recording would keep the value."""
 
 
+WAITED = "called a synchronizing CUDA operation"
+"""What torch says of an operation that waited. Switching its watch on warns once, too, and of
+synchronizing operations, but only that not all of them are detected."""
+
+
 def generate_graphed(
     model: PreTrainedModel,
     inputs: Tensor | None = None,
@@ -232,18 +237,9 @@ class Replayer:
         """Do a step that compiles kernels and loads libraries, and see whether it waits."""
         if self._model.device.type != "cuda":
             return launch()
-        mode = torch.cuda.get_sync_debug_mode()
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            torch.cuda.set_sync_debug_mode("warn")
-            try:
-                output = launch()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        for warning in caught:
-            if "synchroniz" in str(warning.message):
-                self._warn("the model's own code waits for the device in the middle of a step")
-                break
+        output, waits = seen_waiting(launch)
+        if waits:
+            self._warn("the model's own code waits for the device in the middle of a step")
         return output
 
     def _replay(self, recording: Recording, inputs: dict[str, Tensor]) -> Any:
@@ -286,6 +282,19 @@ class Replayer:
             return output
 
         return replay
+
+
+def seen_waiting(launch: Callable[[], Any]) -> tuple[Any, bool]:
+    """What `launch` returns, and whether torch saw it wait for the device."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            output = launch()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return output, any(WAITED in str(warning.message) for warning in caught)
 
 
 @contextmanager

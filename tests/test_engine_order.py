@@ -105,13 +105,19 @@ def test_without_settling_a_backup_steps_go_wrong(world: World) -> None:
 def interrupted(twins: Twins, *, recorded: bool) -> None:
     """A step that speculates and is interrupted before it is over."""
     manager, shape = twins.manager, (1, 1, 1, twins.head_dim)
-    assert manager.steps is not None
     manager.check_step()
     seals = manager.begin_step()
-    with pytest.raises(KeyboardInterrupt), manager.steps.launch(seals, recorded=recorded):
-        manager.append(0, twins.randn(*shape), twins.randn(*shape))
-        manager.attend(0, twins.query(size=2.0))
-        raise KeyboardInterrupt
+    key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query(size=2.0)
+
+    def step() -> None:
+        assert manager.steps is not None
+        with manager.steps.launch(seals, recorded=recorded):
+            manager.append(0, key, value)
+            manager.attend(0, query)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
 
 
 @pytest.mark.parametrize("world", ["side last"], indirect=True)

@@ -220,6 +220,8 @@ class DeviceTier:
     Attributes:
         working_sets: of each paged layer.
         stream_blocks: keys and values [batch, kv_heads, stream_block_tokens, dim] of each block.
+        lines: int64 [paged layers, rows], where kernels find which line of the host tier each page
+            that a step seals goes to; of all layers, so that one copy says it.
     """
 
     def __init__(self, plan: TierPlan) -> None:
@@ -251,6 +253,8 @@ class DeviceTier:
     def _carve_all(self) -> None:
         plan = self.plan
         self._next = 0
+        rows = (len(plan.slots_per_layer), plan.geometry.num_rows)
+        self.lines = torch.full(rows, -1, dtype=torch.int64, device=self.pool.device)
         self.working_sets: list[WorkingSet | PackedWorkingSet] = []
         window = plan.whole_window_tokens
         for slots in plan.slots_per_layer:

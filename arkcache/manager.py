@@ -415,10 +415,12 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        most = self._most_selected
+        assert self._device_tier is not None
+        most, factor = self._most_selected, self._device_tier.plan.pool_factor
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
             most = self.planner.pages_that_fit(len(order))
-        tier = DeviceTier(self.planner.plan(len(order), most))
+            factor = self.planner.pool_factor(len(order), most)
+        tier = DeviceTier(self.planner.plan(len(order), most, factor))
         for number, state in enumerate(self._layers):
             if isinstance(state, TieredLayer):
                 state.keep_sequences(order, tier, self.planner.selected(number, most))

@@ -67,7 +67,8 @@ class OffloadedLayer(RingLayer, TieredLayer):
         """Places for this working set, all empty; num_selected: pages, per KV head."""
         selected = np.tile(num_selected, self.geometry.batch)
         num_places = self._working_set.num_slots - self.config.num_sink_pages
-        return Residents(self.config, selected, num_places, self.geometry.device)
+        factor = self.device_tier.plan.pool_factor
+        return Residents(self.config, selected, num_places, factor, self.geometry.device)
 
     def _open_lines(self) -> None:
         """Make what a sealed page passes through on its way to the host."""

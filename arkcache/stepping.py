@@ -52,8 +52,8 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     num_heads = rule.selected.shape[-1]
     pages = np.minimum((sealed - sinks)[..., None], rule.selected).sum(axis=-1) + num_heads * sinks
     per_head = np.rint((pages * rule.page_size).sum(axis=-1) / num_heads).astype(np.int64)
-    recent: Ids = (lengths - sealed * rule.page_size).sum(axis=-1)
-    return per_head + recent
+    attended: Ids = per_head + (lengths - sealed * rule.page_size).sum(axis=-1)
+    return attended
 
 
 class StaticLayer(Protocol):
@@ -119,10 +119,13 @@ class Ledger:
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
         for layer, rows in zip(layers, self._rows, strict=True):
             layer.lengths.of, layer.sealed = rows
-        *numbers, selected, pieces = zip(*(layer.rule for layer in layers), strict=True)
-        columns = (np.array(number)[:, None] for number in (*numbers, pieces))
-        recent, page_size, num_sinks, pieces = columns
-        self._rule = Rule(recent, page_size, num_sinks, np.stack(selected), pieces)
+        of_all = Rule(*zip(*(layer.rule for layer in layers), strict=True))
+        columns = {
+            name: np.array(numbers)[:, None]
+            for name, numbers in of_all._asdict().items()
+            if name != "selected"
+        }
+        self._rule = Rule(selected=np.stack(list(of_all.selected)), **columns)
 
     def is_kept_by(self, layers: Sequence[StaticLayer]) -> bool:
         """Whether the layers still count here."""

@@ -12,6 +12,7 @@ import torch
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
 from arkcache.errors import IntegrityError
+from arkcache.planning import Planner
 from arkcache.recalled import RecalledLayer
 from arkcache.resident import ResidentLayer, ResidentPackedLayer
 from arkcache.store import PageStore
@@ -149,6 +150,34 @@ def test_a_copy_lives_its_own_life(duplicate: Any) -> None:
     stepped(twins, 4)
     twins.reset()
     stepped(clone, 4)
+
+
+def test_the_pool_factor_lasts_and_changes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is another whenever it is asked for; beams are reordered at every step."""
+    factors = iter((3.0, 1.0))
+    monkeypatch.setattr(Planner, "pool_factor", lambda *_: next(factors))
+    ours, theirs = (
+        Twins(on_kernels(device_pool_factor=factor), num_kv_heads=1) for factor in (None, 1.0)
+    )
+    ours.append(40)
+    monkeypatch.setattr(Planner, "pool_factor", lambda *_: 1.0)
+    theirs.append(40)
+    for change in (lambda x: x, lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy):
+        ours = change(ours)
+        for twins in (ours, theirs):
+            twins.keep_sequences([1, 0])
+        outputs = []
+        for twins in (ours, theirs):
+            twins.append(1)
+            outputs.append(twins.attend()[0])
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        ours.manager.check_integrity()
+        tier = ours.manager._device_tier
+        assert tier is not None
+        assert tier.plan.pool_factor == 3
+    ours.manager.keep_sequences(torch.tensor([0]))
+    assert ours.manager._device_tier is not None
+    assert ours.manager._device_tier.plan.pool_factor == 1
 
 
 # -- against plain torch --------------------------------------------------------------------------

@@ -171,6 +171,7 @@ class TierPlan:
         stream_block_tokens: tokens of a streaming block; none is made without paged layers.
         packer: where slots hold packed pages, of these; None where they are unpacked.
         num_stream_blocks: two, and one is read while the other is attended.
+        pool_factor: slots for each page that a step selects, of any KV head.
     """
 
     geometry: Geometry
@@ -180,6 +181,7 @@ class TierPlan:
     stream_block_tokens: int
     packer: PagePacker | None = None
     num_stream_blocks: int = 1
+    pool_factor: float = 1.0
 
     @property
     def nbytes(self) -> int:

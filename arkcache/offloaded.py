@@ -139,13 +139,14 @@ class OffloadedLayer(RingLayer, TieredLayer):
         [layers, batch]."""
         if not seals.any():
             return
-        for layer, own in zip(layers, seals, strict=True):
-            if own.any():
-                layer._table.reserve(int(layer.sealed[own].max()) + 1)
         first, heads = layers[0], layers[0].geometry.num_kv_heads
-        handles = first.host.allocate(int(seals.sum()))
+        pages = np.stack([layer.sealed for layer in layers])[seals]
+        most = int(pages.max()) + 1
+        for layer in layers:
+            layer._table.reserve(most)
+        handles = first.host.allocate(len(pages))
         try:
-            OffloadedLayer._hold(layers, seals, handles)
+            OffloadedLayer._hold(layers, seals, pages, handles)
         except BaseException:  # interrupted: what no layer holds yet is nobody's
             held = np.concatenate([layer.held_blocks() for layer in layers])
             first.host.release(np.setdiff1d(handles, held))
@@ -157,16 +158,15 @@ class OffloadedLayer(RingLayer, TieredLayer):
         first.device_tier.lines[numbers].copy_(on_device)
 
     @staticmethod
-    def _hold(layers: Sequence[OffloadedLayer], seals: Bools, handles: Ids) -> None:
-        """Enter pieces of the host tier as the newest pages, layer by layer."""
-        counts = seals.sum(axis=1).tolist()
+    def _hold(layers: Sequence[OffloadedLayer], seals: Bools, pages: Ids, handles: Ids) -> None:
+        """Enter pieces of the host tier as pages with these numbers, layer by layer."""
+        sequences = np.nonzero(seals)[1]
+        page_bytes = layers[0]._packer.layout.nbytes * layers[0].geometry.num_kv_heads
         stop = 0
-        for layer, own, number in zip(layers, seals, counts, strict=True):
-            start, stop = stop, stop + number
-            sequences = np.flatnonzero(own)
-            layer._store.enter(sequences, layer.sealed[sequences], handles[start:stop])
-            nbytes = layer._packer.layout.nbytes * layer.geometry.num_kv_heads
-            layer.counters.bytes_backed_up += number * nbytes
+        for layer, number in zip(layers, seals.sum(axis=1).tolist(), strict=True):
+            own = slice(stop, stop := stop + number)
+            layer._store.enter(sequences[own], pages[own], handles[own])
+            layer.counters.bytes_backed_up += number * page_bytes
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
         books = self._books

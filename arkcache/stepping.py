@@ -119,13 +119,15 @@ class Ledger:
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
         for layer, rows in zip(layers, self._rows, strict=True):
             layer.lengths.of, layer.sealed = rows
-        of_all = Rule(*zip(*(layer.rule for layer in layers), strict=True))
-        columns = {
-            name: np.array(numbers)[:, None]
-            for name, numbers in of_all._asdict().items()
-            if name != "selected"
-        }
-        self._rule = Rule(selected=np.stack(list(of_all.selected)), **columns)
+        rules = [layer.rule for layer in layers]
+        self._rule = Rule(
+            *(
+                np.array([getattr(rule, name) for rule in rules])[:, None]
+                for name in ("recent", "page_size", "num_sinks")
+            ),
+            selected=np.stack([rule.selected for rule in rules]),
+            pieces=np.array([[rule.pieces] for rule in rules]),
+        )
 
     def is_kept_by(self, layers: Sequence[StaticLayer]) -> bool:
         """Whether the layers still count here."""

@@ -121,10 +121,9 @@ class Ledger:
             layer.lengths.of, layer.sealed = rows
         rules = [layer.rule for layer in layers]
         self._rule = Rule(
-            *(
-                np.array([getattr(rule, name) for rule in rules])[:, None]
-                for name in ("recent", "page_size", "num_sinks")
-            ),
+            recent=np.array([[rule.recent] for rule in rules]),
+            page_size=np.array([[rule.page_size] for rule in rules]),
+            num_sinks=np.array([[rule.num_sinks] for rule in rules]),
             selected=np.stack([rule.selected for rule in rules]),
             pieces=np.array([[rule.pieces] for rule in rules]),
         )

@@ -298,6 +298,31 @@ def test_books_kept_together_are_those_of_each_layer(bits: int) -> None:
             assert ours.manager.stats() == theirs.manager.stats(), name
 
 
+def test_addresses_say_what_moved() -> None:
+    config = on_kernels(num_dense_layers=1)
+    twins = Twins(config, num_layers=2, num_kv_heads=1)
+    twins.append(20)
+    manager = twins.manager
+
+    def addresses() -> tuple[int, ...]:
+        assert manager.steps is not None
+        return manager.steps.addresses
+
+    seen = [addresses()]
+    manager.crop(18)
+    twins.append(1)
+    assert addresses() == seen[0]
+    for change in (
+        lambda: manager.reserve(200),  # the dense layer grows
+        lambda: manager.reserve(800),  # and the page table
+        lambda: manager.keep_sequences(np.array([1, 0])),
+        lambda: manager.keep_sequences(np.array([1, 0])),
+    ):
+        change()
+        seen.append(addresses())
+    assert len(set(seen)) == 5
+
+
 def test_pages_of_all_layers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = make(on_kernels(), num_layers=3)
     twins.append(50)

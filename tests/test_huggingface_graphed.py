@@ -1,7 +1,13 @@
 """`generate_graphed`: decode steps recorded and replayed; without a GPU they are launched anew."""
 
+import copy
+import gc
+import pickle
 import warnings
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -17,8 +23,9 @@ from transformers import (
 
 import arkcache
 from arkcache import ArkCache, InputError
-from arkcache.huggingface.graphed import Replayer, seen_waiting
 from arkcache.huggingface.probe import follows_positions
+from arkcache.huggingface.recordings import MOST, Recording, Recordings, seen_waiting
+from arkcache.huggingface.replaying import Replayer
 from tests.architectures import ARCHITECTURES
 from tests.test_huggingface import SMALL, continued, make_model, prompt
 from tests.twins import needs_interpreter
@@ -267,7 +274,7 @@ def test_a_recording_that_fails_is_launched_instead(
     def refuse(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(Replayer, "_record", refuse)
+    monkeypatch.setattr(Recordings, "record", refuse)
     full = continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=8)
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
     with pytest.warns(UserWarning, match="not permitted"):
@@ -276,6 +283,171 @@ def test_a_recording_that_fails_is_launched_instead(
         )
     assert torch.equal(output, full)
     cache.check_integrity()
+
+
+# -- in a block, and from one call to the next ----------------------------------------------------
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The steps that were recorded."""
+    made: list[Any] = []
+    record = Recordings.record
+
+    def spy(self: Recordings, step: Any, *args: Any) -> Recording:
+        made.append(step)
+        return record(self, step, *args)
+
+    monkeypatch.setattr(Recordings, "record", spy)
+    return made
+
+
+def grown(model: LlamaForCausalLM, text: Tensor, cache: ArkCache) -> Tensor:
+    """Another turn of six tokens, of which the first are plain steps and one seals."""
+    return graphed(model, torch.cat((text, prompt(2)), 1), cache, max_new_tokens=7)
+
+
+def test_a_conversation_is_recorded_once(
+    model: LlamaForCausalLM, recorded: list[Any], steps: list[Any]
+) -> None:
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
+    text = graphed(model, prompt(26), cache, max_new_tokens=12)
+    assert len(recorded) == len(set(recorded)) == 2
+    launched = len(steps)
+    text = grown(model, text, cache)
+    assert len(recorded) == 2
+    assert len(steps) > launched
+    hook = model.model.layers[0].register_forward_hook(lambda *_: None)
+    text = grown(model, text, cache)
+    assert len(recorded) > 2  # what was recorded knows nothing of the hook
+    hook.remove()
+    assert torch.equal(
+        text[:, :38], continued(model, DynamicCache(), prompt(26), max_new_tokens=12)
+    )
+
+
+def test_what_is_recorded_goes_with_the_cache(model: LlamaForCausalLM, recorded: list[Any]) -> None:
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
+    graphed(model, prompt(26), cache, max_new_tokens=8)
+    (manager,) = cache.managers
+    assert manager.steps is not None
+    assert manager.steps.recordings is not None
+    recordings = ref(manager.steps.recordings)
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))):
+        (other,) = twin.managers
+        assert other.steps is not None
+        assert other.steps.recordings is None
+    del manager, twin, other
+    cache.reset()
+    assert recordings() is None
+    graphed(model, prompt(20), cache, max_new_tokens=8)
+    gone = ref(cache._core)
+    gc.disable()  # nobody must be needed to find a cycle
+    try:
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_block_replays_and_leaves_the_model_as_it_was(
+    model: LlamaForCausalLM, steps: list[Any]
+) -> None:
+    full = continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=5)
+    one, two = (ArkCache(model, **ON_KERNELS, budget_tokens=64) for _ in range(2))
+    first, second = one.graphed(model), two.graphed(model, new_tokens=20)
+    first.__enter__()
+    second.__enter__()
+    assert torch.equal(continued(model, one, prompt(30), max_new_tokens=5), full)
+    launched = len(steps)
+    assert launched > 0
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert isinstance(other.forward, MethodType)
+        assert other.forward.__self__ is other
+    assert torch.equal(
+        continued(model, DynamicCache(config=model.config), prompt(30), max_new_tokens=5), full
+    )
+    assert len(steps) == launched
+    first.__exit__(None, None, None)  # not the last that was entered
+    assert torch.equal(continued(model, two, prompt(30), max_new_tokens=5), full)
+    assert len(steps) > launched
+    second.__exit__(None, None, None)
+    assert "forward" not in vars(model)
+
+
+def test_steps_under_gradients_run_as_ever_and_say_why(model: LlamaForCausalLM) -> None:
+    cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
+    ids = prompt(9)
+    with cache.graphed(model):
+        model(input_ids=ids, past_key_values=cache)
+        cache.end_prompt()
+        with pytest.warns(UserWarning, match="gradients are enabled"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+
+
+def test_another_manner_of_calling_is_recorded_by_itself(
+    model: LlamaForCausalLM, recorded: list[Any]
+) -> None:
+    """A recording has the switches that it was made with."""
+    cache = ArkCache(model, **ON_KERNELS | {"page_size": 8}, budget_tokens=64)
+    ids = prompt(9)  # no page seals in what follows
+    with torch.no_grad(), cache.graphed(model):
+        model(input_ids=ids, past_key_values=cache)
+        cache.end_prompt()
+        for step in range(4):
+            switches = {} if step % 2 else {"logits_to_keep": 1}
+            output = model(input_ids=ids[:, :1], past_key_values=cache, **switches)
+            assert output.past_key_values is cache
+    assert len(recorded) == len(set(recorded)) == 2
+
+
+def test_a_replayed_step_gives_an_output_of_its_own() -> None:
+    class Graph:
+        def replay(self) -> None:
+            logits.copy_(ids + 1)
+
+    ids, logits, cache = torch.zeros(1, 1), torch.zeros(1, 1), object()
+    fields = {"logits": logits, "past_key_values": None, "router_logits": (logits,)}
+    graph: Any = Graph()
+    recording = Recording(graph, {"input_ids": ids}, dict, fields)
+    outputs = [recording.replayed({"input_ids": torch.full((1, 1), x)}, cache) for x in (1.0, 2.0)]
+    assert [float(output["logits"]) for output in outputs] == [2.0, 3.0]
+    assert [float(output["router_logits"][0]) for output in outputs] == [2.0, 3.0]
+    assert all(output["past_key_values"] is cache for output in outputs)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.half(),
+        lambda model: model.train(),
+        lambda model: setattr(model.model.layers[0], "_disable_adapters", True),
+        lambda model: model.model.norm.register_forward_pre_hook(lambda *_: None),
+    ],
+)
+def test_what_was_recorded_of_a_model_that_changed_is_forgotten(
+    model: LlamaForCausalLM, change: Callable[[LlamaForCausalLM], object]
+) -> None:
+    kept, recording = Recordings(), Recording(None, {}, dict, {})
+    kept.keep_for(model)
+    kept.keep_at((1, 2))
+    kept.keep("step", recording)
+    kept.keep_for(model)
+    kept.keep_at((1, 2))
+    assert kept.of == {"step": recording}
+    change(model)
+    kept.keep_for(model)
+    assert not kept.of
+
+
+def test_recordings_are_bounded_and_stay_where_they_were_made() -> None:
+    kept, recording = Recordings(), Recording(None, {}, dict, {})
+    kept.keep_at((1, 2))
+    for step in range(3 * MOST):
+        kept.keep(step, recording)
+    assert list(kept.of) == list(range(2 * MOST, 3 * MOST))
+    kept.keep_at((1, 3))
+    assert not kept.of
 
 
 # -- why steps may not be replayed ----------------------------------------------------------------

@@ -168,7 +168,8 @@ def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
 def planner(factor: float | None = None, device: str = "cuda", **changes: Any) -> Planner:
     """Of a GPU that need not be there."""
     backend = changes.pop("backend", "triton")
-    config = CacheConfig(budget_tokens=1024, device_pool_factor=factor, **changes)
+    sizes: dict[str, Any] = {"budget_tokens": 1024, "stream_block_tokens": 1024}
+    config = CacheConfig(**sizes, device_pool_factor=factor, **changes)
     return Planner(config, 4, 2, 64, 64, torch.bfloat16, torch.device(device), backend)
 
 
@@ -211,7 +212,7 @@ def test_spare_slots_respect_what_is_set(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_plan_says_what_spare_slots_may_take() -> None:
     shape = CacheShape(4, 2, 64, 64, torch.bfloat16)
-    config = CacheConfig(budget_tokens=1024)
+    config = CacheConfig(budget_tokens=1024, stream_block_tokens=1024)
     plan, on_cpu = (plan_memory(config, shape, 8192, 2, device) for device in ("cuda", "cpu"))
     most = plan_memory(replace(config, device_pool_factor=4.0), shape, 8192, 2)
     assert (

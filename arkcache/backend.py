@@ -36,7 +36,7 @@ def choose_backend(
     """
     if config.backend == "torch" or (config.backend == "auto" and device.type != "cuda"):
         return "torch"
-    settings, machine = _why_not_settings(config, dtype, latent), _why_not_here(device)
+    settings, machine = why_not_settings(config, dtype, latent), _why_not_here(device)
     reason = settings or machine
     if reason is None:
         return "triton"
@@ -63,7 +63,10 @@ def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
     return guarded
 
 
-def _why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> str | None:
+def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> str | None:
+    """Why the kernels do not serve these settings, on any machine; None where they do."""
+    if config.backend == "torch":
+        return "backend='torch' asks for plain torch"
     if dtype not in DTYPES:
         return f"the kernels compute in fp32, fp16 and bf16, not in {dtype}"
     if latent:

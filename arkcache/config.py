@@ -56,7 +56,9 @@ class CacheConfig:
         num_recent_tokens: the newest tokens, always attended, never digested or quantised.
         num_dense_layers: the first layers that attend everything and stay in the device tier.
         device_pool_factor: slots for selected pages in the device tier, as a multiple of what one
-            step selects. Above 1, pages that were selected a while ago need not be recalled.
+            step selects. Above 1, pages that were selected a while ago need not be recalled. None:
+            for the kernels of a GPU as many as 1/16 of its free memory (and `device_bytes`) has
+            room for, at most 4; 1 on a CPU and on plain torch.
         key_bits, value_bits: bits per element of sealed pages, one of 16, 8, 4, 2; 16 is the
             model's dtype, untouched. `preset` sets both by name.
         group_size: channels of a value that share a scale; it must divide the value dim. Keys share
@@ -76,7 +78,7 @@ class CacheConfig:
             where they can serve these settings, plain torch otherwise. "triton" on a CPU needs
             TRITON_INTERPRET=1, for tests.
         speculative_recall: on the Triton backend, recall the pages that are rated next into spare
-            places (`device_pool_factor` above 1) while later layers run.
+            places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
@@ -101,7 +103,7 @@ class CacheConfig:
     num_sink_tokens: int = 32
     num_recent_tokens: int = 128
     num_dense_layers: int = 2
-    device_pool_factor: float = 1.0
+    device_pool_factor: float | None = None
     key_bits: int = 16
     value_bits: int = 16
     group_size: int = 32
@@ -280,6 +282,8 @@ class CacheConfig:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
         for name, least in (("device_pool_factor", 1), ("demote_below", 0)):
             value = getattr(self, name)
+            if name == "device_pool_factor" and value is None:
+                continue
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not least <= value < inf:
                 raise ConfigError(f"{name}={value!r}: expected a number of at least {least}")

@@ -307,7 +307,7 @@ class KVCacheManager:
     def next_step_seals(self) -> bool:
         """Whether a step of one token of every sequence would seal a page."""
         assert self.steps is not None
-        return self.steps.seals_at(self._log.lengths(self.num_columns) + 1)
+        return self.steps.seals_next()
 
     def begin_step(self) -> bool:
         """Enter one token of every sequence in the books of all layers; returns whether pages seal.
@@ -316,8 +316,11 @@ class KVCacheManager:
         graph of them. Raises `HostTierFullError` before anything has changed.
         """
         assert self.steps is not None
-        self._log = self._grown_log(1, None)
-        return self.steps.book(self.batch)
+        self._check_step_room()
+        log = copy.copy(self._log)
+        log.extend(1, None)
+        self._log = log
+        return self.steps.book()
 
     def check_step(self) -> None:
         """Raise `HostTierFullError` where the host tier has no room for one token more of each.
@@ -325,9 +328,16 @@ class KVCacheManager:
         What is held now is what `undo_step` goes back to.
         """
         assert self.steps is not None
-        self._grown_log(1, None)
+        self._check_step_room()
         self.steps.remember()
         self._log_before = self._log
+
+    def _check_step_room(self) -> None:
+        """Raise `HostTierFullError` unless the host tier has room for what the next step seals."""
+        assert self.steps is not None
+        needed = self.steps.pieces_needed()
+        if needed and self._host is not None:
+            self._host.check_room([needed])
 
     def undo_step(self) -> None:
         """Take a step back that was begun after `check_step` and interrupted."""
@@ -405,10 +415,12 @@ class KVCacheManager:
         order = sequence_order(index, self.batch)
         if np.array_equal(order, np.arange(self.batch)):
             return
-        most = self._most_selected
+        assert self._device_tier is not None
+        most, factor = self._most_selected, self._device_tier.plan.pool_factor
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
             most = self.planner.pages_that_fit(len(order))
-        tier = DeviceTier(self.planner.plan(len(order), most))
+            factor = self.planner.pool_factor(len(order), most)
+        tier = DeviceTier(self.planner.plan(len(order), most, factor))
         for number, state in enumerate(self._layers):
             if isinstance(state, TieredLayer):
                 state.keep_sequences(order, tier, self.planner.selected(number, most))

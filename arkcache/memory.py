@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-from arkcache.config import CacheConfig
+from arkcache.backend import why_not_settings
+from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import InputError
 from arkcache.formats import PageFormat, PageLayout, PartLayout
 from arkcache.index import make_index
 from arkcache.manager import KVCacheManager
 from arkcache.packed import CHUNK_PAGES
 from arkcache.pages import sealed_pages
+from arkcache.planning import Planner
 
 _PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
@@ -67,7 +69,10 @@ class MemoryPlan:
         host_bytes: the host tier.
         coarse_host_bytes: the host tier with every page demoted to the second format, a bound:
             sinks are never demoted; None without a second format.
-        tier_bytes: the device tier's one allocation: slots, windows and streaming block.
+        tier_bytes: the device tier's one allocation: slots, windows and streaming block. With an
+            automatic pool factor on a GPU, without spare slots: the GPU at hand decides.
+        spare_bytes: what such spare slots may take beside it at most, whatever the GPU; they never
+            take more than 1/16 of its free memory. 0 where the pool factor is given or 1.
         dense_bytes: layers that attend everything, on the device, growing.
         digest_bytes: the page index, on the device, growing.
         full_bytes: a full cache of the model's dtype, nothing paged.
@@ -86,6 +91,7 @@ class MemoryPlan:
     host_bytes: int
     coarse_host_bytes: int | None
     tier_bytes: int
+    spare_bytes: int
     dense_bytes: int
     digest_bytes: int
     full_bytes: int
@@ -148,6 +154,7 @@ def plan_memory(
     num_pages = len(paged) * rows * sealed
     dense = _dense_bytes(config, shape, context_tokens, sealed)
     coarse = config.coarse_format
+    tier_bytes = planner.plan(batch, most).nbytes
     return MemoryPlan(
         format=config.format.name + (f"+{coarse.name}" if coarse else ""),
         context_tokens=context_tokens,
@@ -166,7 +173,8 @@ def plan_memory(
         host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
         host_bytes=num_pages * page.nbytes,
         coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
-        tier_bytes=planner.plan(batch, most).nbytes,
+        tier_bytes=tier_bytes,
+        spare_bytes=_spare_bytes(planner, batch, most) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
         digest_bytes=num_pages * _digest_bytes(config, shape, device),
         full_bytes=batch * context_tokens * shape.token_bytes,
@@ -179,6 +187,16 @@ def _check(context_tokens: int, batch: int, device: str) -> None:
             raise InputError(f"{name}={size}: expected at least 1")
     if device not in _PLANNED_ON:
         raise InputError(f"device {device!r}: expected {' or '.join(_PLANNED_ON)}")
+
+
+def _spare_bytes(planner: Planner, batch: int, most: int) -> int:
+    """What an automatic pool factor may add to the device tier of a GPU at most."""
+    config = planner.config
+    given = config.device_pool_factor is not None
+    if given or why_not_settings(config, planner.dtype, latent=False) is not None:
+        return 0
+    factor = planner.factor_within(NO_LIMIT, batch, most)
+    return planner.plan(batch, most, factor).nbytes - planner.plan(batch, most).nbytes
 
 
 def _layout(one: PageFormat, config: CacheConfig, shape: CacheShape) -> PageLayout:

@@ -7,7 +7,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from arkcache.pages import Ids
 from arkcache.residents import Residents
 from arkcache.ring import RingLayer
 from arkcache.step import Lengths
+from arkcache.stepping import Bools, Rule
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet
@@ -66,15 +67,14 @@ class OffloadedLayer(RingLayer, TieredLayer):
         """Places for this working set, all empty; num_selected: pages, per KV head."""
         selected = np.tile(num_selected, self.geometry.batch)
         num_places = self._working_set.num_slots - self.config.num_sink_pages
-        return Residents(self.config, selected, num_places, self.geometry.device)
+        factor = self.device_tier.plan.pool_factor
+        return Residents(self.config, selected, num_places, factor, self.geometry.device)
 
     def _open_lines(self) -> None:
-        """Make what a sealed page passes through: its bytes, and where they go on the host."""
-        rows, device = self.geometry.num_rows, self.geometry.device
+        """Make what a sealed page passes through on its way to the host."""
+        shape = (self.geometry.num_rows, self._packer.layout.nbytes)
         with torch.inference_mode(False):  # written to in and out of it
-            self._lines = torch.full((rows,), -1, dtype=torch.int64, device=device)
-            shape = (rows, self._packer.layout.nbytes)
-            self._newest = torch.zeros(shape, dtype=torch.uint8, device=device)
+            self._newest = torch.zeros(shape, dtype=torch.uint8, device=self.geometry.device)
 
     @property
     def _working_set(self) -> PackedWorkingSet:
@@ -115,20 +115,58 @@ class OffloadedLayer(RingLayer, TieredLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        tensors = (self._table.digests, self._table.located, self._store.pieces(), self._slots)
-        anew = (self._residents.page_of, self._books.lengths, self._newest)  # by `keep_sequences`
-        return (self._table.num_pages, *(tensor.data_ptr() for tensor in tensors + anew))
+        # All else is new when the books are.
+        return self._books.number, *self._table.addresses, self.host.pieces().data_ptr()
 
-    def _book_pages(self, rows: slice, seals: Ids) -> None:
-        heads, device = self.geometry.num_kv_heads, self.geometry.device
-        lines = np.full((self.geometry.batch, heads), -1, dtype=np.int64)
-        for sequence in seals.tolist():
-            page = int(self.sealed[sequence])
-            self._store.allot(slice(sequence, sequence + 1), page, 1)
-            lines[sequence] = self._store.lines(sequence, page, page + 1)[:, 0]
-        self._table.reserve(int(self.sealed[seals].max()) + 1)
-        self._lines.copy_(upload(lines.reshape(-1), device))
-        self.counters.bytes_backed_up += len(seals) * heads * self._packer.layout.nbytes
+    @property
+    def rule(self) -> Rule:
+        """When it seals a page and how much it attends."""
+        config, batch = self.config, self.geometry.batch
+        selected = self._residents.selected.reshape(batch, -1)
+        pieces = self._store.pieces_per_page
+        return Rule(
+            config.num_recent_tokens, config.page_size, config.num_sink_pages, selected, pieces
+        )
+
+    @property
+    def _lines(self) -> Tensor:
+        """Where the pages that a step seals go on the host: a line of `pieces` for each row."""
+        return self.device_tier.lines[self.number]
+
+    @staticmethod
+    def make_ready(layers: Sequence[OffloadedLayer], seals: Bools, _tokens: int) -> None:
+        """Take places in the host tier for the pages that seal: of which layer and sequence
+        [layers, batch]."""
+        if not seals.any():
+            return
+        first, heads = layers[0], layers[0].geometry.num_kv_heads
+        pages = np.stack([layer.sealed for layer in layers])[seals]
+        most = int(pages.max()) + 1
+        for layer in layers:
+            layer._table.reserve(most)
+        handles = first.host.allocate(len(pages))
+        try:
+            OffloadedLayer._hold(layers, seals, pages, handles)
+        except BaseException:  # interrupted: what no layer holds yet is nobody's
+            held = np.concatenate([layer.held_blocks() for layer in layers])
+            first.host.release(np.setdiff1d(handles, held))
+            raise
+        lines = np.full((*seals.shape, heads), -1, dtype=np.int64)
+        lines[seals] = first.host.rows(handles)[:, None] * heads + np.arange(heads)
+        on_device = upload(lines.reshape(len(layers), -1), first.geometry.device)
+        numbers = slice(first.number, layers[-1].number + 1)
+        first.device_tier.lines[numbers].copy_(on_device)
+
+    @staticmethod
+    def _hold(layers: Sequence[OffloadedLayer], seals: Bools, pages: Ids, handles: Ids) -> None:
+        """Enter pieces of the host tier as pages with these numbers, layer by layer."""
+        sequences = np.nonzero(seals)[1]
+        page_bytes = layers[0]._packer.layout.nbytes * layers[0].geometry.num_kv_heads
+        stop = 0
+        for layer, number in zip(layers, seals.sum(axis=1).tolist(), strict=True):
+            own = slice(stop, stop := stop + number)
+            layer._store.enter(sequences[own], pages[own], handles[own])
+            layer.counters.bytes_backed_up += number * page_bytes
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
         books = self._books

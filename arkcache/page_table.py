@@ -42,6 +42,11 @@ class PageTable:
         return self._located.data.shape[2]
 
     @property
+    def addresses(self) -> tuple[int, ...]:
+        """How many pages there is room for, and where."""
+        return self.num_pages, self._digests.data.data_ptr(), self._located.data.data_ptr()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of both."""
         return self._digests.nbytes + self._located.nbytes

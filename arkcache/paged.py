@@ -79,7 +79,7 @@ class PagedLayer(TieredLayer):
         self._num_places = self.working_set.num_slots - self.config.num_sink_pages
         self._least_selected = int(num_selected.min())
         self._may_hold = np.minimum(
-            np.ceil(self._num_selected * self.config.device_pool_factor), self._num_places
+            np.ceil(self._num_selected * self.device_tier.plan.pool_factor), self._num_places
         ).astype(np.int64)
         self._spare = self._num_places > int(num_selected.max())
         self._plain = self._least_selected == self._num_places

@@ -22,6 +22,12 @@ LEAST_STREAMED, MOST_STREAMED = 1024, 8192
 """Tokens of a streaming block, unless the settings say how many. On a CPU the least is as fast as
 any; on a GPU longer blocks are fewer launches and longer copies, and take memory."""
 
+MOST_SLOTS = 4.0
+"""The largest automatic pool factor: slots for each page that a step selects."""
+
+SPARE_SHARE = 1 / 16
+"""Of a device's free memory, what automatic spare slots may take: models need the rest."""
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -58,15 +64,41 @@ class Planner:
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
         return np.minimum(np.array(pages, dtype=np.int64), most)
 
-    def plan(self, batch: int, most: int) -> TierPlan:
-        """The device tier for so many sequences, whose heads select at most `most` pages."""
+    @property
+    def takes_spare(self) -> bool:
+        """Whether the pool factor is up to the device, and it can make use of spare slots."""
+        automatic = self.config.device_pool_factor is None
+        return automatic and self.backend == "triton" and self.device.type == "cuda"
+
+    def pool_factor(self, batch: int, most: int) -> float:
+        """Slots for each page that a step selects: as set, or what the device has room for."""
+        least = self.config.device_pool_factor or 1.0
+        if not self.takes_spare:
+            return least
+        free, _ = torch.cuda.mem_get_info(self.device)
+        room = self.plan(batch, most, least).nbytes + int(free * SPARE_SHARE)
+        return self.factor_within(room, batch, most)
+
+    def factor_within(self, room: int, batch: int, most: int) -> float:
+        """The largest automatic pool factor of a tier within so many bytes and `device_bytes`."""
+        limit = self.config.device_bytes
+        room = room if limit is None else min(room, limit)
+        factors = np.arange(MOST_SLOTS, 1.0, -1 / 8).tolist()
+        fits = (factor for factor in factors if self.plan(batch, most, factor).nbytes <= room)
+        return next(fits, 1.0)
+
+    def plan(self, batch: int, most: int, pool_factor: float | None = None) -> TierPlan:
+        """The device tier for so many sequences, whose heads select at most `most` pages.
+
+        pool_factor: slots for each page that a step selects; None is `self.pool_factor`.
+        """
         config = self.config
+        factor = self.pool_factor(batch, most) if pool_factor is None else pool_factor
         geometry = Geometry(
             batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
         )
         slots = tuple(
-            config.num_sink_pages
-            + int(np.ceil(self.selected(layer, most).max() * config.device_pool_factor))
+            config.num_sink_pages + int(np.ceil(self.selected(layer, most).max() * factor))
             for layer in range(self.num_layers)
             if config.budget_of(layer) is not None
         )
@@ -82,6 +114,7 @@ class Planner:
             self._stream_block_tokens(geometry),
             self.packers[0] if packed else None,
             num_stream_blocks=1 if self.device.type == "cpu" else 2,
+            pool_factor=factor,
         )
 
     def _stream_block_tokens(self, geometry: Geometry) -> int:
@@ -101,21 +134,22 @@ class Planner:
     def pages_that_fit(self, batch: int) -> int:
         """The most pages that every KV head may select within `device_bytes`.
 
-        Raises `ConfigError` where not even one fits.
+        An automatic pool factor leaves no page out: spare slots take what is left. Raises
+        `ConfigError` where not even one fits.
         """
         limit = self.config.device_bytes
         if limit is None:
             return NO_LIMIT
-        fits, too_many = 1, 2
-        while self.plan(batch, too_many).nbytes <= limit and too_many < NO_LIMIT:
+        fits, too_many, least = 1, 2, self.config.device_pool_factor or 1.0
+        while self.plan(batch, too_many, least).nbytes <= limit and too_many < NO_LIMIT:
             fits, too_many = too_many, 2 * too_many
         while too_many - fits > 1:
             middle = (fits + too_many) // 2
-            if self.plan(batch, middle).nbytes <= limit:
+            if self.plan(batch, middle, least).nbytes <= limit:
                 fits = middle
             else:
                 too_many = middle
-        self.check(self.plan(batch, fits))
+        self.check(self.plan(batch, fits, least))
         return fits
 
     def check(self, plan: TierPlan) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 from torch import Tensor
 
 from arkcache.config import CacheConfig
@@ -114,18 +113,6 @@ class RecalledLayer(OffloadedLayer):
             num_sinks=self.config.num_sink_pages,
         )
 
-    def count_attended(self) -> None:
-        """Note how many tokens the step under way attends."""
-        config = self.config
-        sealed = np.repeat(self.sealed, self.geometry.num_kv_heads)
-        selectable = np.maximum(sealed - config.num_sink_pages, 0)
-        pages = np.minimum(selectable, self._residents.selected) + np.minimum(
-            sealed, config.num_sink_pages
-        )
-        recent = self.lengths.of - self.sealed * config.page_size
-        per_head = int(pages.sum()) * config.page_size / self.geometry.num_kv_heads
-        self.counters.attended_tokens = round(per_head) + int(recent.sum())
-
     # -- speculative recall -----------------------------------------------------------------------
 
     def _speculate(self, scores: Scores) -> None:
@@ -140,9 +127,11 @@ class RecalledLayer(OffloadedLayer):
         def choose() -> None:
             chosen.append(self._residents.select(scores, self._books.sealed, speculative=True))
 
-        lanes.side.run(choose)
-        lanes.side.run(lambda: self._recall(chosen[0]))
-        self._speculation = Speculation(lanes.side.record(), scores, chosen)
+        try:
+            lanes.side.run(choose)
+            lanes.side.run(lambda: self._recall(chosen[0]))
+        finally:  # interrupted, too: what was queued is under way
+            self._speculation = Speculation(lanes.side.record(), scores, chosen)
 
     def join(self) -> None:
         """Have the main lane wait for the speculative recall and for the newest backup."""

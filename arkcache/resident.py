@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.config import CacheConfig
+from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.dense import DenseLayer
 from arkcache.errors import IntegrityError
 from arkcache.formats import PageFormat, PageLayout
@@ -20,6 +20,7 @@ from arkcache.pages import Ids
 from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
+from arkcache.stepping import Bools, Rule
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.transfer import upload
@@ -31,6 +32,11 @@ NEVER = 1 << 30
 FIRST_PAGES = 32
 
 
+def everything(geometry: Geometry) -> Ids:
+    """As pages that a step selects: more than any sequence has [batch, kv_heads]."""
+    return np.full((geometry.batch, geometry.num_kv_heads), NO_LIMIT, dtype=np.int64)
+
+
 class ResidentLayer(DenseLayer):
     """A layer that attends everything in the model's own dtype: a window of the whole context."""
 
@@ -39,6 +45,7 @@ class ResidentLayer(DenseLayer):
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
         self._books = DeviceBooks(geometry)
+        self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
         sizes = (geometry.head_dim, geometry.value_dim, geometry.dtype.itemsize)
         self._layout = PageLayout(PageFormat(), 1, *sizes)
 
@@ -48,7 +55,7 @@ class ResidentLayer(DenseLayer):
             self.launch_append(rows, key, value, self.book_token(rows))
             return
         super().append(rows, key, value)
-        self._books.set(rows, self.lengths.of[rows], np.zeros_like(self.lengths.of[rows]))
+        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
 
     def book_token(self, rows: slice) -> bool:
         """Enter one more token of these sequences; no page ever seals."""
@@ -56,12 +63,19 @@ class ResidentLayer(DenseLayer):
         self.lengths.of[rows] += 1
         return False
 
-    def held(self) -> tuple[Ids, ...]:
-        """Tokens of every sequence, for `undo`."""
-        return (self.lengths.of.copy(),)
+    @property
+    def rule(self) -> Rule:
+        """No page ever seals, so that all tokens are recent ones."""
+        return Rule(NEVER, 1, 0, everything(self.geometry), 0)
 
-    def undo(self, lengths: Ids) -> None:
-        """Hold what was `held` before a token was booked, however far its step came."""
+    @staticmethod
+    def make_ready(layers: Sequence[ResidentLayer], _seals: Bools, tokens: int) -> None:
+        """Make room for sequences of up to so many tokens."""
+        for layer in layers:
+            layer.reserve(tokens)
+
+    def undo(self, lengths: Ids, _sealed: Ids) -> None:
+        """Hold what was held before a token was booked, however far its step came."""
         self.lengths.of[:] = lengths
         self._set_books()
 
@@ -90,10 +104,6 @@ class ResidentLayer(DenseLayer):
     def count_attended(self) -> None:
         """Note how many tokens the step under way attends."""
         self.counters.attended_tokens = int(self.lengths.of.sum())
-
-    def seals_at(self, _lengths: Ids) -> bool:
-        """Whether growing to these lengths seals a page: never."""
-        return False
 
     def join(self) -> None:
         """Have the next kernel wait for other lanes: none touch this layer."""
@@ -131,8 +141,8 @@ class ResidentLayer(DenseLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        tensors = (self._key.data, self._value.data, self._books.lengths)
-        return (self._key.data.shape[2], *(tensor.data_ptr() for tensor in tensors))
+        key, value = self._key.data, self._value.data
+        return self._books.number, key.shape[2], key.data_ptr(), value.data_ptr()
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`."""
@@ -143,11 +153,11 @@ class ResidentLayer(DenseLayer):
         """Make sequence i what sequence `index[i]` was."""
         super().keep_sequences(index, device_tier)
         self._books = DeviceBooks(self.geometry)
+        self.sealed = self.sealed[index]
         self._set_books()
 
     def _set_books(self) -> None:
-        none = np.zeros_like(self.lengths.of)
-        self._books.set(slice(0, self.geometry.batch), self.lengths.of, none)
+        self._books.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
 
 
 class ResidentPackedLayer(RingLayer):
@@ -204,9 +214,12 @@ class ResidentPackedLayer(RingLayer):
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
-    def count_attended(self) -> None:
-        """Note how many tokens the step under way attends."""
-        self.counters.attended_tokens = int(self.lengths.of.sum())
+    @property
+    def rule(self) -> Rule:
+        """When it seals a page; all pages are attended."""
+        config = self.config
+        selected = everything(self.geometry)
+        return Rule(config.num_recent_tokens, config.page_size, 0, selected, 0)
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens, so that no address changes until then."""
@@ -215,11 +228,15 @@ class ResidentPackedLayer(RingLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        tensors = (self._pages.data, self._window.key, self._books.lengths, self._newest)
-        return (self._pages.data.shape[2], *(tensor.data_ptr() for tensor in tensors))
+        pages = self._pages.data  # all else is new when the books are
+        return self._books.number, pages.shape[2], pages.data_ptr()
 
-    def _book_pages(self, _rows: slice, seals: Ids) -> None:
-        self._pages.reserve(int(self.sealed[seals].max()) + 1)
+    @staticmethod
+    def make_ready(layers: Sequence[ResidentPackedLayer], seals: Bools, _tokens: int) -> None:
+        """Make room for the pages that seal: of which layer and sequence [layers, batch]."""
+        for layer, own in zip(layers, seals, strict=True):
+            if own.any():
+                layer._pages.reserve(int(layer.sealed[own].max()) + 1)
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
         key, value = self.by_row(self._window)

@@ -25,6 +25,7 @@ class Residents:
         config: the cache's settings.
         selected: pages that a step selects, of each row.
         num_places: places of a row.
+        pool_factor: places for each page that a step selects.
         device: where the kernels run.
 
     Attributes:
@@ -36,10 +37,15 @@ class Residents:
     """
 
     def __init__(
-        self, config: CacheConfig, selected: Ids, num_places: int, device: torch.device
+        self,
+        config: CacheConfig,
+        selected: Ids,
+        num_places: int,
+        pool_factor: float,
+        device: torch.device,
     ) -> None:
         self._config, self.selected, self.most = config, selected, int(selected.max())
-        may_hold = np.ceil(selected * config.device_pool_factor).astype(np.int64)
+        may_hold = np.ceil(selected * pool_factor).astype(np.int64)
         self.has_spare = bool((may_hold > selected).any())
         rows = len(selected)
         with torch.inference_mode(False):  # written to in and out of it

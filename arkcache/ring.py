@@ -1,14 +1,18 @@
 """Layers of the GPU engine: a token is stored by a kernel, and the host only keeps the books.
 
-What happens at a step is split in two. `book_token` enters the token in the books on the host:
-whether a page seals follows from token counts alone. `launch_append` and `launch_attend` queue
-kernels whose shapes and addresses depend on no token count, so that a CUDA graph can replay them
-while the books go on. Nothing in either waits for the device.
+What happens at a step is split in two. The token is entered in the books on the host, for this
+layer (`book_token`) or for all layers at once (`stepping.py`): whether a page seals follows from
+token counts alone. `launch_append` and `launch_attend` queue kernels whose shapes and addresses
+depend on no token count, so that a CUDA graph can replay them while the books go on. Nothing in
+either waits for the device.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
+from itertools import count
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +23,12 @@ from arkcache.kernels.triton_append import append
 from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.step import Step
+from arkcache.stepping import Bools, Rule, attended_tokens
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow
+
+_numbers = count()
 
 
 class DeviceBooks:
@@ -29,9 +36,13 @@ class DeviceBooks:
 
     Args:
         geometry: sizes.
+
+    Attributes:
+        number: of these books in this process: new ones may lie where others were.
     """
 
     def __init__(self, geometry: Geometry) -> None:
+        self.number = next(_numbers)
         self._heads = geometry.num_kv_heads
         with torch.inference_mode(False):  # written to in and out of it
             empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
@@ -58,9 +69,16 @@ class RingLayer(SealingLayer):
     def window(self) -> RingWindow:
         """The recent window."""
 
+    @property
     @abstractmethod
-    def _book_pages(self, rows: slice, seals: Ids) -> None:
-        """Make ready for one page of each of the sequences `seals` (of `rows`) to be sealed."""
+    def rule(self) -> Rule:
+        """When it seals a page and how much it attends."""
+
+    @staticmethod
+    @abstractmethod
+    def make_ready(layers: Sequence[Any], seals: Bools, tokens: int) -> None:
+        """Make room in layers of this class for sequences of up to so many tokens, and for the
+        pages that seal: of which layer and sequence [layers, batch]."""
 
     @abstractmethod
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
@@ -80,10 +98,6 @@ class RingLayer(SealingLayer):
     def abandon(self) -> None:
         """Forget what other lanes were asked for: recording it failed, so nobody does it."""
 
-    def seals_at(self, lengths: Ids) -> bool:
-        """Whether growing to these lengths seals a page."""
-        return self.pages_to_seal(lengths) > 0
-
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
         self.join()  # before anything moves that other lanes read
@@ -97,14 +111,14 @@ class RingLayer(SealingLayer):
         """Enter one more token of these sequences; returns whether any seals a page with it."""
         config, lengths = self.config, self.lengths.of[rows] + 1
         sealed = np.maximum((lengths - config.num_recent_tokens) // config.page_size, 0)
-        seals = np.flatnonzero(sealed > self.sealed[rows]) + rows.start
-        if len(seals):
-            self._book_pages(rows, seals)
+        seals = np.zeros((1, self.geometry.batch), dtype=np.bool_)
+        seals[0, rows] = sealed > self.sealed[rows]
+        self.make_ready([self], seals, int(lengths.max()))
         self.lengths.of[rows], self.sealed[rows] = lengths, sealed
-        return bool(len(seals))
+        return bool(seals.any())
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
+        """Queue the storing of one token of each sequence; `seals` is what the books said."""
         config, books, cache_rows = self.config, self._books, self.cache_rows(rows)
         key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
         append(
@@ -122,12 +136,8 @@ class RingLayer(SealingLayer):
             digest_window = rotate(key_window) if config.rotates_keys else key_window
             self._launch_seal(cache_rows, digest_window)
 
-    def held(self) -> tuple[Ids, ...]:
-        """Tokens and sealed pages of every sequence, for `undo`."""
-        return self.lengths.of.copy(), self.sealed.copy()
-
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was `held` before a token was booked, however far its step came."""
+        """Hold what was held before a token was booked, however far its step came."""
         self.join()
         self.lengths.of[:], self.sealed[:] = lengths, sealed
         self._books.set(slice(0, self.geometry.batch), lengths, sealed)
@@ -137,9 +147,10 @@ class RingLayer(SealingLayer):
         self.count_attended()
         return self.launch_attend(step)
 
-    @abstractmethod
     def count_attended(self) -> None:
         """Note how many tokens the step under way attends."""
+        attended = attended_tokens(self.lengths.of, self.sealed, self.rule)
+        self.counters.attended_tokens = int(attended)
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`; see `SealingLayer.crop`."""

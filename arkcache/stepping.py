@@ -1,25 +1,73 @@
 """A decode step in two halves: books on the host, and launches that a CUDA graph can replay.
 
 The launches of a step depend on nothing that the books count, so that they can be recorded once and
-replayed while only the books go on.
+replayed while only the books go on. All layers of a manager count alike in such a step, so that
+their books are kept together: entering a token costs the same for two layers as for eighty.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.pages import Ids
-from arkcache.step import Step
+from arkcache.step import Counters, Lengths, Step
+
+Bools = NDArray[np.bool_]
+
+
+class Rule(NamedTuple):
+    """What a layer seals and attends, as far as it follows from token counts.
+
+    Of several layers its numbers are arrays [layers, 1], and `selected` is [layers, ...].
+
+    Attributes:
+        recent: tokens that stay unsealed.
+        page_size: tokens per page.
+        num_sinks: pages that are always attended.
+        selected: pages that a step selects beside them, of each sequence and KV head
+            [batch, kv_heads].
+        pieces: of the host tier that a sealed page takes.
+    """
+
+    recent: Any
+    page_size: Any
+    num_sinks: Any
+    selected: Ids
+    pieces: Any
+
+
+def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
+    """Tokens that a step attends, summed over sequences, the mean over KV heads.
+
+    lengths, sealed: tokens and sealed pages of each sequence [..., batch], of as many layers as the
+    rule is for. Returns [...].
+    """
+    sinks = np.minimum(sealed, rule.num_sinks)
+    num_heads = rule.selected.shape[-1]
+    pages = np.minimum((sealed - sinks)[..., None], rule.selected).sum(axis=-1) + num_heads * sinks
+    per_head = np.rint((pages * rule.page_size).sum(axis=-1) / num_heads).astype(np.int64)
+    attended: Ids = per_head + (lengths - sealed * rule.page_size).sum(axis=-1)
+    return attended
 
 
 class StaticLayer(Protocol):
     """A layer whose steps come in two halves: what `ring.py` and `resident.py` define."""
 
     columns: int
+    lengths: Lengths
+    sealed: Ids
+    counters: Counters
+
+    @property
+    def rule(self) -> Rule:
+        """When it seals a page and how much it attends."""
+        ...
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens, so that no address changes until then."""
@@ -30,28 +78,18 @@ class StaticLayer(Protocol):
         """Where the tensors that grow are now."""
         ...
 
-    def seals_at(self, lengths: Ids) -> bool:
-        """Whether growing to these lengths seals a page."""
+    @staticmethod
+    def make_ready(layers: Sequence[Any], seals: Bools, tokens: int) -> None:
+        """Make room in layers of this class for sequences of up to so many tokens, and for the
+        pages that seal: of which layer and sequence [layers, batch]."""
         ...
 
-    def book_token(self, rows: slice) -> bool:
-        """Enter one more token of these sequences; returns whether any seals a page with it."""
-        ...
-
-    def count_attended(self) -> None:
-        """Note how many tokens the step under way attends."""
-        ...
-
-    def held(self) -> tuple[Ids, ...]:
-        """What the books say, for `undo`."""
-        ...
-
-    def undo(self, *held: Ids) -> None:
-        """Hold what was `held` before a token was booked, however far its step came."""
+    def undo(self, lengths: Ids, sealed: Ids) -> None:
+        """Hold what was held before a token was booked, however far its step came."""
         ...
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what `book_token` said."""
+        """Queue the storing of one token of each sequence; `seals` is what the books said."""
         ...
 
     def launch_attend(self, step: Step) -> Tensor:
@@ -67,6 +105,57 @@ class StaticLayer(Protocol):
         ...
 
 
+class Ledger:
+    """Tokens and sealed pages of all layers, [layers, batch]: what each layer counts is a row here.
+
+    Args:
+        layers: whose books are kept here from now on. What gives a layer books of its own (`crop`,
+            `keep_sequences`, a copy) ends that: see `is_kept_by`.
+    """
+
+    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+        self.lengths: Ids = np.stack([layer.lengths.of for layer in layers])
+        self.sealed: Ids = np.stack([layer.sealed for layer in layers])
+        self._rows = list(zip(self.lengths, self.sealed, strict=True))
+        for layer, rows in zip(layers, self._rows, strict=True):
+            layer.lengths.of, layer.sealed = rows
+        rules = [layer.rule for layer in layers]
+        self._rule = Rule(
+            recent=np.array([[rule.recent] for rule in rules]),
+            page_size=np.array([[rule.page_size] for rule in rules]),
+            num_sinks=np.array([[rule.num_sinks] for rule in rules]),
+            selected=np.stack([rule.selected for rule in rules]),
+            pieces=np.array([[rule.pieces] for rule in rules]),
+        )
+
+    def is_kept_by(self, layers: Sequence[StaticLayer]) -> bool:
+        """Whether the layers still count here."""
+        return all(
+            layer.lengths.of is lengths and layer.sealed is sealed
+            for layer, (lengths, sealed) in zip(layers, self._rows, strict=True)
+        )
+
+    def sealing(self) -> Bools:
+        """Of which layer and sequence one token more seals a page [layers, batch]."""
+        rule = self._rule
+        seals: Bools = (self.lengths + (1 - rule.recent)) // rule.page_size > self.sealed
+        return seals
+
+    def pieces(self, seals: Bools) -> int:
+        """Pieces of the host tier that these pages take."""
+        return int((seals * self._rule.pieces).sum())
+
+    def enter(self, seals: Bools) -> None:
+        """Count one token more of every sequence, and the pages that it seals."""
+        self.lengths += 1
+        self.sealed += seals
+
+    def attended(self) -> list[int]:
+        """Tokens that a step attends now, in each layer."""
+        counts: list[int] = attended_tokens(self.lengths, self.sealed, self._rule).tolist()
+        return counts
+
+
 class StaticSteps:
     """The steps of a manager whose layers all come in two halves.
 
@@ -76,13 +165,29 @@ class StaticSteps:
     Attributes:
         launching: while a step that was booked is launched, whether it seals pages; None otherwise.
         saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
+        recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
 
     def __init__(self, layers: Sequence[StaticLayer]) -> None:
         self.layers = layers
         self.launching: bool | None = None
         self.saw_mask = False
-        self._before: list[tuple[int, tuple[Ids, ...]]] = []
+        self.recordings: object = None
+        self._books: Ledger | None = None
+        self._before: tuple[list[int], Ids, Ids] | None = None
+        numbers: dict[type[StaticLayer], list[int]] = {}
+        for number, layer in enumerate(layers):
+            numbers.setdefault(type(layer), []).append(number)
+        self._kinds = [(kind, [layers[i] for i in own], own) for kind, own in numbers.items()]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"recordings": None, "_books": None}
+
+    @property
+    def _ledger(self) -> Ledger:
+        if self._books is None or not self._books.is_kept_by(self.layers):
+            self._books = Ledger(self.layers)
+        return self._books
 
     def reserve(self, tokens: int) -> None:
         """Make room on the device for so many tokens of every sequence."""
@@ -94,29 +199,40 @@ class StaticSteps:
         """Where everything is that moves when it grows: what a graph was captured with."""
         return tuple(address for layer in self.layers for address in layer.addresses)
 
-    def seals_at(self, lengths: Ids) -> bool:
-        """Whether a step to these lengths seals pages."""
-        return any(layer.seals_at(lengths) for layer in self.layers)
+    def seals_next(self) -> bool:
+        """Whether a step of one token of every sequence seals pages."""
+        return bool(self._ledger.sealing().any())
+
+    def pieces_needed(self) -> int:
+        """Pieces of the host tier that such a step takes."""
+        ledger = self._ledger
+        return ledger.pieces(ledger.sealing())
 
     def remember(self) -> None:
         """Note what the books say, for `undo`."""
-        self._before = [(layer.columns, layer.held()) for layer in self.layers]
+        ledger = self._ledger
+        columns = [layer.columns for layer in self.layers]
+        self._before = columns, ledger.lengths.copy(), ledger.sealed.copy()
 
     def undo(self) -> None:
         """Go back to what was remembered, after a step that did not come to its end."""
-        for layer, (columns, held) in zip(self.layers, self._before, strict=True):
+        assert self._before is not None
+        for layer, columns, *held in zip(self.layers, *self._before, strict=True):
             layer.undo(*held)
             layer.columns = columns
 
-    def book(self, batch: int) -> bool:
+    def book(self) -> bool:
         """Enter one token of every sequence in the books of all layers; whether pages seal."""
-        seals = False
         self.join()  # a graph cannot wait for what was asked for outside it
-        for layer in self.layers:
-            seals |= layer.book_token(slice(0, batch))
+        ledger = self._ledger
+        seals, tokens = ledger.sealing(), int(ledger.lengths.max()) + 1
+        for kind, layers, numbers in self._kinds:
+            kind.make_ready(layers, seals[numbers], tokens)
+        ledger.enter(seals)
+        for layer, attended in zip(self.layers, ledger.attended(), strict=True):
             layer.columns += 1
-            layer.count_attended()
-        return seals
+            layer.counters.attended_tokens = attended
+        return bool(seals.any())
 
     def join(self) -> None:
         """Have the next kernels wait for what other lanes do for any layer."""
@@ -124,15 +240,26 @@ class StaticSteps:
             layer.join()
 
     @contextmanager
-    def launch(self, seals: bool) -> Iterator[None]:
-        """Within it a manager's `append` and `attend` launch what is booked, and book nothing."""
+    def launch(self, seals: bool, *, recorded: bool = False) -> Iterator[None]:
+        """Within it a manager's `append` and `attend` launch what is booked, and book nothing.
+
+        recorded: what is launched is not done now but recorded, so that after a failure there is
+            nothing to wait for.
+        """
         self.launching = seals
         try:
             yield
             self.join()
         except BaseException:
-            for layer in self.layers:
-                layer.abandon()
+            if recorded:
+                self.abandon()
+            else:
+                self.join()  # other lanes are still at it
             raise
         finally:
             self.launching = None
+
+    def abandon(self) -> None:
+        """Forget what other lanes were asked for in a step that was to be recorded."""
+        for layer in self.layers:
+            layer.abandon()

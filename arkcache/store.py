@@ -79,13 +79,25 @@ class PageStore:
         """
         batch, pieces = sequences.stop - sequences.start, self.pieces_per_page
         handles = self.host.allocate(batch * count * pieces)
-        width = self._handles.shape[2]
-        if width < first + count:
-            more = max(first + count, 2 * width) - width
-            self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+        self._widen(first + count)
         by_piece = handles.reshape(batch, count, pieces).transpose(0, 2, 1)
         self._handles[sequences, :, first : first + count] = by_piece
         return handles
+
+    def enter(self, sequences: Ids, pages: Ids, handles: Ids) -> None:
+        """Hold pieces that were allocated, one as page `pages[i]` of sequence `sequences[i]`.
+
+        For pages of one format, of which a piece holds all KV heads.
+        """
+        self._widen(int(pages.max(initial=0)) + 1)
+        self._handles[sequences, 0, pages] = handles
+
+    def _widen(self, num_pages: int) -> None:
+        """Make room for so many pages of every sequence."""
+        width = self._handles.shape[2]
+        if width < num_pages:
+            more = max(num_pages, 2 * width) - width
+            self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=-1)
 
     def lines(self, sequence: int, first: int, last: int) -> Ids:
         """Where pages first..last are in `pieces()`, for pages of one format [kv_heads, pages]."""

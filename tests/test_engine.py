@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
 from arkcache.errors import IntegrityError
+from arkcache.planning import Planner
 from arkcache.recalled import RecalledLayer
 from arkcache.resident import ResidentLayer, ResidentPackedLayer
+from arkcache.store import PageStore
 from tests.marks import needs_interpreter
 from tests.twins import Twins, small_config
 
@@ -150,6 +153,34 @@ def test_a_copy_lives_its_own_life(duplicate: Any) -> None:
     stepped(clone, 4)
 
 
+def test_the_pool_factor_lasts_and_changes_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Free memory is another whenever it is asked for; beams are reordered at every step."""
+    factors = iter((3.0, 1.0))
+    monkeypatch.setattr(Planner, "pool_factor", lambda *_: next(factors))
+    ours, theirs = (
+        Twins(on_kernels(device_pool_factor=factor), num_kv_heads=1) for factor in (None, 1.0)
+    )
+    ours.append(40)
+    monkeypatch.setattr(Planner, "pool_factor", lambda *_: 1.0)
+    theirs.append(40)
+    for change in (lambda x: x, lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy):
+        ours = change(ours)
+        for twins in (ours, theirs):
+            twins.keep_sequences([1, 0])
+        outputs = []
+        for twins in (ours, theirs):
+            twins.append(1)
+            outputs.append(twins.attend()[0])
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        ours.manager.check_integrity()
+        tier = ours.manager._device_tier
+        assert tier is not None
+        assert tier.plan.pool_factor == 3
+    ours.manager.keep_sequences(torch.tensor([0]))
+    assert ours.manager._device_tier is not None
+    assert ours.manager._device_tier.plan.pool_factor == 1
+
+
 # -- against plain torch --------------------------------------------------------------------------
 
 
@@ -222,6 +253,118 @@ def test_books_and_launches_apart_are_a_step() -> None:
     twins.check()
     assert kinds == {True, False}
     assert manager.steps.addresses == addresses
+
+
+def booked_step(twins: Twins) -> None:
+    """A step in two halves, every layer against the oracle."""
+    manager = twins.manager
+    assert manager.steps is not None
+    manager.check_step()
+    with manager.steps.launch(manager.begin_step()):
+        for layer in range(twins.num_layers):
+            twins.append_layer(layer, 1)
+            twins.attend_layer(layer, twins.query())
+
+
+CHANGES: dict[str, Callable[[Twins], None]] = {
+    "nothing": lambda twins: None,
+    "a step by hand": lambda twins: stepped(twins, 1) and None,
+    "several tokens": lambda twins: twins.append(6),
+    "crop": lambda twins: twins.crop(34),
+    "sequences": lambda twins: twins.keep_sequences([1]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
+def test_books_kept_together_are_those_of_each_layer(bits: int) -> None:
+    """Steps in two halves between all that gives layers books of their own."""
+    settings = {"key_bits": bits, "value_bits": bits, "group_size": 8}
+    config = on_kernels(num_dense_layers=1, budget_tokens=(None, 28), **settings)
+    ours, theirs = (Twins(config, num_layers=2, num_kv_heads=1) for _ in range(2))
+    for twins in (ours, theirs):
+        twins.append(37, LEFT_PADDED[:, :37])
+    for name, change in CHANGES.items():
+        change(ours)
+        change(theirs)
+        ours = copy.deepcopy(ours)
+        for _ in range(2):
+            booked_step(ours)
+            stepped(theirs, 1)
+            ours.check()
+            for mine, other in zip(ours.manager._layers, theirs.manager._layers, strict=True):
+                assert np.array_equal(mine.lengths.of, other.lengths.of), name
+                assert mine.columns == other.columns
+                assert mine.counters == other.counters
+            assert ours.manager.stats() == theirs.manager.stats(), name
+
+
+def test_addresses_say_what_moved() -> None:
+    config = on_kernels(num_dense_layers=1)
+    twins = Twins(config, num_layers=2, num_kv_heads=1)
+    twins.append(20)
+    manager = twins.manager
+
+    def addresses() -> tuple[int, ...]:
+        assert manager.steps is not None
+        return manager.steps.addresses
+
+    seen = [addresses()]
+    manager.crop(18)
+    twins.append(1)
+    assert addresses() == seen[0]
+    for change in (
+        lambda: manager.reserve(200),  # the dense layer grows
+        lambda: manager.reserve(800),  # and the page table
+        lambda: manager.keep_sequences(np.array([1, 0])),
+        lambda: manager.keep_sequences(np.array([1, 0])),
+    ):
+        change()
+        seen.append(addresses())
+    assert len(set(seen)) == 5
+
+
+def test_pages_of_all_layers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    twins = make(on_kernels(), num_layers=3)
+    twins.append(50)
+    manager, host = twins.manager, twins.manager._host
+    assert host is not None
+    counts: list[int] = []
+    allocate = host.allocate
+    monkeypatch.setattr(host, "allocate", lambda n, *kind: counts.append(n) or allocate(n, *kind))
+    sealed = 0
+    for _ in range(8):
+        manager.check_step()
+        sealed += manager.begin_step()
+    assert sealed == 2
+    assert counts == [3, 3]
+
+
+def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a step that seals, when some layers hold their new pages and others do not."""
+    twins = make(on_kernels(), num_layers=3)
+    twins.append(51)
+    manager, host = twins.manager, twins.manager._host
+    assert host is not None
+    held, enter, calls = host.num_pieces, PageStore.enter, []
+
+    def interrupted(self: PageStore, *args: Any) -> None:
+        calls.append(self)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        enter(self, *args)
+
+    assert manager.next_step_seals()
+    manager.check_step()
+    monkeypatch.setattr(PageStore, "enter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.begin_step()
+    manager.undo_step()
+    assert host.num_pieces == held
+    twins.check()
+    monkeypatch.setattr(PageStore, "enter", enter)
+    booked_step(twins)
+    twins.check()
 
 
 def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:

@@ -103,6 +103,58 @@ def test_without_settling_a_backup_steps_go_wrong(world: World) -> None:
         converse()
 
 
+def interrupted(twins: Twins, *, recorded: bool) -> None:
+    """A step that speculates and is interrupted before it is over."""
+    manager, shape = twins.manager, (1, 1, 1, twins.head_dim)
+    manager.check_step()
+    seals = manager.begin_step()
+    key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query(size=2.0)
+
+    def step() -> None:
+        assert manager.steps is not None
+        with manager.steps.launch(seals, recorded=recorded):
+            manager.append(0, key, value)
+            manager.attend(0, query)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+
+
+@pytest.mark.parametrize("world", ["side last"], indirect=True)
+def test_a_step_is_taken_back_when_its_speculation_is_over(world: World) -> None:
+    """Else a guess is half done: pages are noted where they will only be copied."""
+    config = small_config(backend="triton", host_bytes=1 << 16, device_pool_factor=2.0)
+    twins = Twins(config, batch=1, num_kv_heads=1, seed=5)
+    twins.append(160)
+    try:
+        for _ in range(4):
+            interrupted(twins, recorded=False)
+            for _ in range(2):  # it waits for the main lane, then it chooses
+                if world["side"].is_ready:
+                    world["side"].go_on()
+            twins.manager.undo_step()
+            twins.check()
+            twins.append(1)
+            twins.attend(size=2.0)
+    finally:
+        world.drain()
+        twins.manager.reset()
+
+
+@pytest.mark.parametrize("world", ["side last"], indirect=True)
+def test_what_was_to_be_recorded_is_waited_for_by_nobody(world: World) -> None:
+    config = small_config(backend="triton", host_bytes=1 << 16, device_pool_factor=2.0)
+    twins = Twins(config, batch=1, num_kv_heads=1, seed=5)
+    twins.append(71)
+    interrupted(twins, recorded=True)
+    assert world["side"].is_ready
+    twins.manager.undo_step()
+    assert world["side"].is_ready
+    world.drain()
+    twins.manager.reset()
+
+
 class HalfAhead:
     """An order in which half of a guess runs before anything else of its step, if it may."""
 

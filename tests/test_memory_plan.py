@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from arkcache import CacheConfig, ConfigError, InputError, KVCacheManager
 from arkcache.formats import PRESETS
 from arkcache.memory import CacheShape, MemoryPlan, plan_memory
+from arkcache.planning import Planner
 from arkcache.tiering.growing import GrowingTensor
 
 SMALL: dict[str, Any] = {
@@ -161,6 +163,67 @@ def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
     assert on_gpu.tier_bytes < on_cpu.tier_bytes
     assert on_gpu.digest_bytes < on_cpu.digest_bytes
     assert on_gpu.host_bytes == on_cpu.host_bytes
+
+
+def planner(factor: float | None = None, device: str = "cuda", **changes: Any) -> Planner:
+    """Of a GPU that need not be there."""
+    backend = changes.pop("backend", "triton")
+    sizes: dict[str, Any] = {"budget_tokens": 1024, "stream_block_tokens": 1024}
+    config = CacheConfig(**sizes, device_pool_factor=factor, **changes)
+    return Planner(config, 4, 2, 64, 64, torch.bfloat16, torch.device(device), backend)
+
+
+SLOT_BYTES = 32 * (64 + 64) * 2 * 2 * 2
+"""A page of two sequences and two KV heads."""
+
+
+@pytest.mark.parametrize(
+    ("free", "factor"), [(0, 1), (0.2, 1.1), (1, 1.5), (4, 3), (5.99, 3.995), (6, 4), (1000, 4)]
+)
+def test_spare_slots_are_what_free_memory_has_room_for(
+    free: float, factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`free`: a sixteenth of the device's free memory, in halves of what a step selects."""
+    (selected, *_) = planner().selected(2, 1 << 40)
+    half = 2 * SLOT_BYTES * selected // 2  # in both layers that are not dense
+    available = int(16 * free * half)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (available, 1 << 40))
+    ours = planner()
+    plan = ours.plan(2, 1 << 40)
+    least = ours.plan(2, 1 << 40, 1.0)
+    assert plan.nbytes - least.nbytes <= available / 16
+    assert plan.pool_factor <= factor
+    assert plan.pool_factor >= min(4, factor - 1 / 8)
+
+
+def test_spare_slots_respect_what_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+    assert planner().plan(2, 9).pool_factor == 4
+    assert planner(1.0).plan(2, 9).pool_factor == 1
+    assert planner(2.5).plan(2, 9).pool_factor == 2.5
+    assert planner(device="cpu").plan(2, 9).pool_factor == 1
+    assert planner(backend="torch").plan(2, 9).pool_factor == 1
+    limit = planner().plan(2, 1 << 40, 2.0).nbytes
+    limited = planner(device_bytes=limit)
+    assert limited.plan(2, limited.pages_that_fit(2)).pool_factor == 2
+    filled = planner(device_bytes=limit, num_recent_tokens=32)
+    assert filled.pages_that_fit(2) >= limited.selected(2, 1 << 40)[0]
+
+
+def test_a_plan_says_what_spare_slots_may_take() -> None:
+    shape = CacheShape(4, 2, 64, 64, torch.bfloat16)
+    config = CacheConfig(budget_tokens=1024, stream_block_tokens=1024)
+    plan, on_cpu = (plan_memory(config, shape, 8192, 2, device) for device in ("cuda", "cpu"))
+    most = plan_memory(replace(config, device_pool_factor=4.0), shape, 8192, 2)
+    assert (
+        plan.tier_bytes
+        == plan_memory(replace(config, device_pool_factor=1), shape, 1, 2).tier_bytes
+    )
+    assert plan.spare_bytes == most.tier_bytes - plan.tier_bytes > 0
+    assert (on_cpu.spare_bytes, most.spare_bytes) == (0, 0)
+    assert plan_memory(replace(config, backend="torch"), shape, 8192).spare_bytes == 0
+    tight = replace(config, device_bytes=plan.tier_bytes + 100)
+    assert plan_memory(tight, shape, 8192, 2).spare_bytes == 0
 
 
 def test_impossible_plans_are_refused() -> None:

@@ -229,7 +229,7 @@ class Twins:
             paged += 1
             most = max(self.oracle.num_selected(layer, h) for h in range(self.num_kv_heads))
             slots = math.ceil(config.num_sink_tokens / page_size)
-            slots += math.ceil(most * config.device_pool_factor)
+            slots += math.ceil(most * (config.device_pool_factor or 1))
             packed = config.packed_slots and not config.format.is_raw
             if packed or config.backend == "triton":
                 slots_bytes = self.batch * self.num_kv_heads * slots * self.page_bytes()

@@ -171,6 +171,7 @@ class TierPlan:
         stream_block_tokens: tokens of a streaming block; none is made without paged layers.
         packer: where slots hold packed pages, of these; None where they are unpacked.
         num_stream_blocks: two, and one is read while the other is attended.
+        pool_factor: slots for each page that a step selects, of any KV head.
     """
 
     geometry: Geometry
@@ -180,6 +181,7 @@ class TierPlan:
     stream_block_tokens: int
     packer: PagePacker | None = None
     num_stream_blocks: int = 1
+    pool_factor: float = 1.0
 
     @property
     def nbytes(self) -> int:
@@ -220,6 +222,8 @@ class DeviceTier:
     Attributes:
         working_sets: of each paged layer.
         stream_blocks: keys and values [batch, kv_heads, stream_block_tokens, dim] of each block.
+        lines: int64 [paged layers, rows], where kernels find which line of the host tier each page
+            that a step seals goes to; of all layers, so that one copy says it.
     """
 
     def __init__(self, plan: TierPlan) -> None:
@@ -251,6 +255,8 @@ class DeviceTier:
     def _carve_all(self) -> None:
         plan = self.plan
         self._next = 0
+        rows = (len(plan.slots_per_layer), plan.geometry.num_rows)
+        self.lines = torch.full(rows, -1, dtype=torch.int64, device=self.pool.device)
         self.working_sets: list[WorkingSet | PackedWorkingSet] = []
         window = plan.whole_window_tokens
         for slots in plan.slots_per_layer:

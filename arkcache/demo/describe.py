@@ -128,6 +128,7 @@ _PAGE: dict[str, Callable[[MemoryPlan], str]] = {
     "\n+ padding": lambda plan: f"{plan.padding_bytes:,}",
     "bits per\nelement": lambda plan: f"{plan.bits_per_element:.2f}",
     "host bytes\nper token": lambda plan: f"{plan.host_bytes_per_token:,.0f}",
+    "spare\nslots <=": lambda plan: memory(plan.spare_bytes) if plan.spare_bytes else "-",
 }
 _CACHE: dict[str, Callable[[MemoryPlan], str]] = {
     "host\ntier": _host,
@@ -143,7 +144,9 @@ _LEGEND = (
     "streaming block) stays as it is; dense layers and index grow with the context, the index and "
     "dense layers of 16 bits with room for up to half as much again. Tokens attended are per step "
     "and KV head of the layers that are not dense. / full: of a full cache; on the device, "
-    "everything counted."
+    "everything counted. Spare slots are what a GPU with memory to spare may add to its device "
+    "tier where device_pool_factor is left out, at most 1/16 of what is free there; they are in no "
+    "other column."
 )
 
 

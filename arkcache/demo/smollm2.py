@@ -13,8 +13,8 @@ import shutil
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from arkcache.errors import InputError
@@ -68,11 +68,11 @@ def _unpack(gguf: Path, folder: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        config = copy.deepcopy(read.config)
+        config: Any = copy.deepcopy(read.config)
         del config.quantization_config  # or it would refuse to be saved
         plain = LlamaForCausalLM(config)
         plain.load_state_dict(read.state_dict())
-        plain.to(torch.float16).save_pretrained(draft)
+        plain.half().save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         draft.rename(folder)
     except OSError:

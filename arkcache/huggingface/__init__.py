@@ -7,7 +7,7 @@ attention function registered as "arkcache" (`attention.py`), which reads the ta
 attend its pages. What belongs to a model, such as the attention to restore, rides on the name of
 its attention implementation (`attachment.py`). A model is trusted with all this only after a probe
 has shown that it gives the same logits (`probe.py`). On a GPU whole steps can be recorded and
-replayed (`graphed.py`).
+replayed (`graphed.py`, `replaying.py`, `recordings.py`).
 """
 
 from arkcache.huggingface.attachment import detach

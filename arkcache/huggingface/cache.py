@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 from weakref import ref
@@ -259,6 +259,28 @@ class ArkCache(DynamicCache):
             if not attached:
                 detach(model)
             raise
+
+    def graphed(
+        self, model: PreTrainedModel, new_tokens: int = 1024
+    ) -> AbstractContextManager[None]:
+        """Within it, decode steps of `model` with this cache are replayed as CUDA graphs.
+
+            with cache.graphed(model):
+                output = model.generate(**inputs, past_key_values=cache)
+
+        So it is for a loop of your own under `torch.no_grad()`. In a step that is replayed the
+        model's Python code does not run, hooks included; leave the block to change the model. Steps
+        that cannot be replayed run as ever, with one warning that says why. What is recorded lasts
+        until the cache is reset or goes.
+
+        Args:
+            model: the model that this cache is attached to.
+            new_tokens: of each sequence to make room for after every prompt; with more, what is
+                recorded may have to be recorded anew.
+        """
+        from arkcache.huggingface.graphed import replayed  # it imports this module
+
+        return replayed(model, self, new_tokens)
 
     def forget_step(self) -> None:
         """Forget a step that was interrupted between its layers."""

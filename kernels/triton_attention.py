@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from arkcache.errors import InputError
 from arkcache.formats import PageFormat, PageLayout
@@ -37,6 +38,12 @@ BLOCK_HEADS = 16
 
 BLOCK_BYTES = 8192
 """Most bytes of keys, or of values, that a program holds at a time."""
+
+PAGES_AHEAD = 3
+"""Blocks of pages that are on their way while one is attended."""
+
+WINDOW_AHEAD = 2
+"""Blocks of the window likewise; it is short."""
 
 SIZES = [
     *("group", "num_slots", "num_sinks", "most", "num_places", "ring", "page_splits"),
@@ -82,6 +89,7 @@ def partial_kernel(
     PAGES_PER_SPLIT: tl.constexpr, TOKENS_PER_SPLIT: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_SCALES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAGE: tl.constexpr, BLOCK_WINDOW: tl.constexpr,
+    PAGES_AHEAD: tl.constexpr, WINDOW_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split, block of heads) attends a run of pages, or of the window's tokens."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -113,8 +121,12 @@ def partial_kernel(
         share = tl.maximum(PAGES_PER_SPLIT, tl.cdiv(num_pages, page_splits))
         start = split * share
         stop = tl.where(split < page_splits, tl.minimum(start + share, num_pages), start)
+        # Where pages are found through a list the compiler shares the stages out: to read the list,
+        # to read the pages.
+        LISTED: tl.constexpr = chosen_ptr is not None and not is_hip()
+        STAGES: tl.constexpr = (PAGES_AHEAD + 1) * (2 if LISTED else 1)
         TILES: tl.constexpr = (PAGE_SIZE + BLOCK_PAGE - 1) // BLOCK_PAGE
-        for tile in range(start * TILES, stop * TILES):
+        for tile in tl.range(start * TILES, stop * TILES, num_stages=STAGES):
             slot = tile // TILES
             page = slot
             if chosen_ptr is not None:
@@ -123,17 +135,18 @@ def partial_kernel(
                 held = tl.load(page_of_ptr + row * num_places + place, at >= 0, other=0)
                 page = tl.where(at >= 0, held, slot)
                 slot = tl.where(at >= 0, num_sinks + place, slot)
-            index = tile % TILES * BLOCK_PAGE + tl.arange(0, BLOCK_PAGE)
+            first = tile % TILES * BLOCK_PAGE
+            index = first + tl.arange(0, BLOCK_PAGE)
             valid = index < PAGE_SIZE
             begin = (row * num_slots + slot) * PAGE_BYTES
             key = load_keys(
-                elements_ptr, meta_ptr, codes_ptr, begin, index, channel, valid,
-                HEAD_DIM, KEY_BITS, KEY_PLANE, ELEMENT_BYTES,
+                elements_ptr, meta_ptr, codes_ptr, begin, index, channel,
+                HEAD_DIM, KEY_BITS, KEY_PLANE, ELEMENT_BYTES, PAGE_SIZE,
             )  # fmt: skip
             value = load_values(
-                elements_ptr, meta_ptr, codes_ptr, begin + KEY_BYTES, index, value_channel, valid,
+                elements_ptr, meta_ptr, codes_ptr, begin + KEY_BYTES, first, value_channel,
                 in_value, VALUE_DIM, VALUE_BITS, VALUE_PLANE, ELEMENT_BYTES,
-                PAGE_SIZE, NUM_SCALES, BLOCK_SCALES, BLOCK_SIZE,
+                PAGE_SIZE, NUM_SCALES, BLOCK_PAGE, BLOCK_SCALES, BLOCK_SIZE,
             )  # fmt: skip
             peak, mass, total = _fold_tile(
                 query, key, value, bias_ptrs, stride_bias_token, page * PAGE_SIZE + index, valid,
@@ -146,7 +159,7 @@ def partial_kernel(
     share = tl.maximum(tl.cdiv(share, BLOCK_WINDOW) * BLOCK_WINDOW, TOKENS_PER_SPLIT)
     start = (split - page_splits) * share
     stop = tl.where(split < page_splits, start, tl.minimum(start + share, count))
-    for begin in range(start, stop, BLOCK_WINDOW):
+    for begin in tl.range(start, stop, BLOCK_WINDOW, num_stages=WINDOW_AHEAD + 1):
         index = begin + tl.arange(0, BLOCK_WINDOW)
         valid = index < stop
         line = first % ring + index
@@ -314,7 +327,8 @@ def _sizes(layout: PageLayout, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_PAGE": min(most_tokens, max(16, triton.next_power_of_2(layout.page_size))),
         "BLOCK_WINDOW": most_tokens,
         "num_warps": 8 if is_wide or dtype == torch.float32 else 4,
-        "num_stages": 2 if is_wide else 4,
+        "PAGES_AHEAD": 1 if is_wide else PAGES_AHEAD,
+        "WINDOW_AHEAD": 1 if is_wide else WINDOW_AHEAD,
     }
 
 

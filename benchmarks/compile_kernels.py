@@ -51,7 +51,7 @@ MAX_SHARED_BYTES = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942"
 """What a block can have; what is compiled for sm_80 also runs on sm_86 and sm_89, the least."""
 
 MUST_NOT_SPILL = ("attention", "score")
-LEAST_BUFFERS = {"partial_kernel": (2, 3)}
+LEAST_BUFFERS = {"partial_kernel": (2, 3), "score_tokens_kernel": (2,)}
 """Of the loops of a kernel, last to first, whose loads must be under way before they are needed."""
 
 LINE = "{:<10} {:<24} {:<30} {:<7} {:>5} {:>9} {:>12} {:>6} {:>7}"

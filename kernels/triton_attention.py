@@ -22,6 +22,7 @@ from triton.language.target_info import is_hip
 from arkcache.errors import InputError
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels.torch_pages import meta_dtype
+from arkcache.kernels.triton_checked import Checked, signature
 from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to, tanh
 
 PAGE_SPLIT = 128
@@ -50,6 +51,8 @@ SIZES = [
     *("stride_bias_row", "stride_bias_head"),
 ]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
+
+_checked = Checked()
 
 
 @triton.jit
@@ -241,29 +244,17 @@ def paged_attention(
     for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype, a
     device or strides that the kernels do not read.
     """
-    rows, group, head_dim = query.shape
     if layout is None:
-        size = query.dtype.itemsize
-        layout = PageLayout(PageFormat(), 1, head_dim, window_value.shape[2], size)
-    _check("query", query, query.dtype, (rows, group, layout.head_dim), query, whole=False)
-    _check("slots", slots, torch.uint8, (rows, -1, layout.nbytes), query)
-    _check("chosen", chosen, torch.int32, (rows, -1), query)
-    _check("num_chosen", num_chosen, torch.int32, (rows,), query)
-    _check("page_of", page_of, torch.int32, (rows, -1), query)
-    ring = window_key.shape[1]
-    _check("window_key", window_key, query.dtype, (rows, ring, layout.head_dim), query)
-    _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
-    _check("lengths", lengths, torch.int32, (rows,), query)
-    _check("sealed", sealed, torch.int32, (rows,), query)
-    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
-    _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
-    if chosen is not None and (slots is None or num_chosen is None or page_of is None):
-        raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
-    if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:
-        raise InputError(
-            f"window of {ring} tokens, {query.dtype} with strides {query.stride()}: expected one "
-            f"token or more, elements of {layout.element_bytes} bytes and a last stride of 1"
-        )
+        layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
+    tensors = (
+        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
+        bias,
+    )  # fmt: skip
+    key = (signature(*tensors), layout)
+    if key not in _checked:
+        _check_all(*tensors, layout)
+        _checked.add(key)
+    (rows, group, _), ring = query.shape, window_key.shape[1]
     output = torch.empty((rows, group, layout.value_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
@@ -330,6 +321,48 @@ def _sizes(layout: PageLayout, dtype: torch.dtype) -> dict[str, int]:
         "PAGES_AHEAD": 1 if is_wide else PAGES_AHEAD,
         "WINDOW_AHEAD": 1 if is_wide else WINDOW_AHEAD,
     }
+
+
+@lru_cache
+def _window_layout(head_dim: int, value_dim: int, dtype: torch.dtype) -> PageLayout:
+    """Of pages that are never read: what is attended is the window alone."""
+    return PageLayout(PageFormat(), 1, head_dim, value_dim, dtype.itemsize)
+
+
+def _check_all(
+    query: Tensor,
+    slots: Tensor | None,
+    chosen: Tensor | None,
+    num_chosen: Tensor | None,
+    page_of: Tensor | None,
+    window_key: Tensor,
+    window_value: Tensor,
+    lengths: Tensor,
+    sealed: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    layout: PageLayout,
+) -> None:
+    """Raise `InputError` for what the kernels do not read."""
+    (rows, group, _), ring = query.shape, window_key.shape[1]
+    _check("query", query, query.dtype, (rows, group, layout.head_dim), query, whole=False)
+    _check("slots", slots, torch.uint8, (rows, -1, layout.nbytes), query)
+    _check("chosen", chosen, torch.int32, (rows, -1), query)
+    _check("num_chosen", num_chosen, torch.int32, (rows,), query)
+    _check("page_of", page_of, torch.int32, (rows, -1), query)
+    _check("window_key", window_key, query.dtype, (rows, ring, layout.head_dim), query)
+    _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
+    _check("lengths", lengths, torch.int32, (rows,), query)
+    _check("sealed", sealed, torch.int32, (rows,), query)
+    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
+    _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
+    if chosen is not None and (slots is None or num_chosen is None or page_of is None):
+        raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
+    if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:
+        raise InputError(
+            f"window of {ring} tokens, {query.dtype} with strides {query.stride()}: expected one "
+            f"token or more, elements of {layout.element_bytes} bytes and a last stride of 1"
+        )
 
 
 def _check(

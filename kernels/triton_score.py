@@ -1,8 +1,8 @@
 """Rates all pages of a row by their digests: one launch, split over pages so that few rows suffice.
 
-Every program rates `PAGES_PER_BLOCK` pages for all query heads of a KV head and leaves, beside the
-scores, the peak and the mass of its block: what a softmax over all pages needs of it. Which pages
-there are is read on the device, so that one grid serves a sequence that grows.
+Every program rates `PAGES_PER_BLOCK` pages at a time for all query heads of a KV head and leaves,
+beside the scores, the peak and the mass of each such block: what a softmax over all pages needs of
+it. Which pages there are is read on the device, so that one grid serves a sequence that grows.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ bench: $(VENV_BENCH)/.ready ## decode speed here, against the caches of transfor
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)
 
-kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills
+kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills, buffers
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
 
 gpu-check: ## on a machine with a GPU: correctness, then speed, with what python3 has (no set-up)

@@ -59,7 +59,7 @@ bench-prefill: $(VENV)/.ready ## seconds to read a prompt here, against a full c
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)
 
-kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills
+kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills, buffers
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
 
 gpu-check: ## on a machine with a GPU: what works and how fast, with what python3 has (no set-up)

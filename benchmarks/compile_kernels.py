@@ -7,9 +7,11 @@
 The launchers themselves are called, with tensors on the CPU whose contents nobody reads, while a
 driver pretends to be the target: so what is compiled is what is launched, with its warps and its
 constants. Registers and spills are those of `ptxas -v` on CUDA, of the assembler's metadata on AMD.
-Spills are bytes stored to and loaded from local memory on CUDA, spilled registers on AMD. Exits
-with 1 if anything fails to compile, needs more shared memory than a block can have, or if attention
-or score spills.
+Spills are bytes stored to and loaded from local memory on CUDA, spilled registers on AMD. Buffers
+are read from the compiler's IR for CUDA: of each innermost loop with a matrix product, how many
+iterations have what they load on its way at once (0: something is loaded when it is needed). Exits
+with 1 if anything fails to compile, needs more shared memory than a block can have, if attention
+or score spills, or if attention does not fetch its pages ahead.
 """
 
 from __future__ import annotations
@@ -49,8 +51,14 @@ MAX_SHARED_BYTES = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942"
 """What a block can have; what is compiled for sm_80 also runs on sm_86 and sm_89, the least."""
 
 MUST_NOT_SPILL = ("attention", "score")
-LINE = "{:<10} {:<24} {:<30} {:<7} {:>5} {:>9} {:>12} {:>6}"
-HEADER = ("family", "kernel", "variant", "target", "warps", "registers", "shared bytes", "spills")
+LEAST_BUFFERS = {"partial_kernel": (2, 3), "score_tokens_kernel": (2,)}
+"""Of the loops of a kernel, last to first, whose loads must be under way before they are needed."""
+
+LINE = "{:<10} {:<24} {:<30} {:<7} {:>5} {:>9} {:>12} {:>6} {:>7}"
+HEADER = (
+    *("family", "kernel", "variant", "target", "warps", "registers", "shared bytes"),
+    *("spills", "buffers"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Figures:
     registers: int
     shared_bytes: int
     spills: int
+    buffers: str
+    """Of each loop, as in "3 2"; empty where there is none, and on AMD."""
 
 
 class _TargetDriver(DriverBase):
@@ -124,11 +134,12 @@ def compile_variant(variant: Variant, target: str) -> list[Figures]:
         # Not all that Triton raises survives the way to another process.
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
     measure = of_ptxas if TARGETS[target].backend == "cuda" else of_assembly
-    where = (variant.name, target)
-    return [
-        Figures(variant.family, kernel.name, *where, kernel.metadata.num_warps, *measure(kernel))
-        for kernel in {kernel.hash: kernel for kernel in compiled}.values()
-    ]
+    found = []
+    for kernel in {kernel.hash: kernel for kernel in compiled}.values():
+        loops = loop_buffers(kernel.asm["ttgir"]) if measure is of_ptxas else []
+        where = (variant.family, kernel.name, variant.name, target, kernel.metadata.num_warps)
+        found.append(Figures(*where, *measure(kernel), " ".join(map(str, loops))))
+    return found
 
 
 def of_ptxas(kernel: Any) -> tuple[int, int, int]:
@@ -148,6 +159,40 @@ def of_ptxas(kernel: Any) -> tuple[int, int, int]:
     registers = max(map(int, re.findall(r"Used (\d+) registers", log)))
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
     return registers, kernel.metadata.shared, spills
+
+
+def loop_buffers(ttgir: str) -> list[int]:
+    """How many iterations' loads are under way, of each innermost loop with a matrix product.
+
+    The least number of buffers that the compiler made for anything that the loop loads; 0 where a
+    load is used in the iteration that issues it.
+    """
+    allocated = re.findall(r"(%\w+) = ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x", ttgir)
+    counts = []
+    for body in _innermost_loops(ttgir.splitlines()):
+        text = "\n".join(body)
+        if not re.search(r"= \S*(tt\.dot|warp_group_dot|tc_gen5_mma)\b", text):
+            continue
+        used = [int(count) for name, count in allocated if re.search(rf"{name}\b", text)]
+        # A load through registers hands its result to a later iteration.
+        now = "\n".join(line for line in body if not line.lstrip().startswith("scf.yield"))
+        loads = re.findall(r"(%\w+) = tt\.load\b", now)
+        late = any(len(re.findall(rf"{name}\b", now)) > 1 for name in loads)
+        counts.append(0 if late else min(used, default=0))
+    return counts
+
+
+def _innermost_loops(lines: list[str]) -> Iterator[list[str]]:
+    """The bodies of the loops of a module, as MLIR indents them."""
+    for start, line in enumerate(lines):
+        if " scf.for " not in line:
+            continue
+        indent = len(line) - len(line.lstrip())
+        closing = " " * indent + "}"
+        stop = next(i for i in range(start, len(lines)) if lines[i].startswith(closing))
+        body = lines[start + 1 : stop]
+        if not any(" scf.for " in inner for inner in body):
+            yield body
 
 
 def of_assembly(kernel: Any) -> tuple[int, int, int]:
@@ -180,12 +225,17 @@ def compile_all(wanted: list[tuple[Variant, str]]) -> tuple[list[Figures], list[
 
 
 def unfit(found: list[Figures]) -> list[str]:
-    """A line for every kernel that spills and must not, or that would not start."""
+    """A line for every kernel that spills or loads late and must not, or that would not start."""
     lines = []
     for each in found:
         name = f"{each.kernel} ({each.family} {each.variant}) on {each.target}"
         if each.spills and each.family in MUST_NOT_SPILL:
             lines.append(f"{name} spills: {each.spills}")
+        least = LEAST_BUFFERS.get(each.kernel, ())
+        counts = [*map(int, each.buffers.split())][::-1]
+        if any(count < want for count, want in zip(counts, least, strict=False)):
+            wanted = " ".join(map(str, least[::-1]))
+            lines.append(f"{name} has {each.buffers} buffers in its loops, of {wanted} or more")
         most = MAX_SHARED_BYTES[each.target]
         if each.shared_bytes > most:
             lines.append(f"{name} needs {each.shared_bytes} bytes of shared memory, of {most}")

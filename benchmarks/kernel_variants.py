@@ -154,8 +154,10 @@ def _score(shape: _Shape, index: str, masked: bool = False) -> None:
         triton_score.score_volumes(query, digests, sealed, kind=index, **how)
 
 
-def _select(shape: _Shape, reduction: str, speculative: bool = False) -> None:
-    pages = CAPACITY - NUM_SINKS
+def _select(
+    shape: _Shape, reduction: str, capacity: int = CAPACITY, speculative: bool = False
+) -> None:
+    pages = capacity - NUM_SINKS
     blocks = torch.zeros(ROWS, shape.group, -(-pages // triton_score.PAGES_PER_BLOCK))
     limits = _int32(ROWS)
     triton_select.select(
@@ -221,7 +223,11 @@ def variants() -> Iterator[Variant]:
         yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
     for reduction in ("softmax-mean", "raw-mean"):
         yield Variant("select", reduction, partial(_select, plain, reduction))
-    yield Variant("select", "speculative", partial(_select, plain, "softmax-mean", True))
+    guess = partial(_select, plain, "softmax-mean", speculative=True)
+    yield Variant("select", "speculative", guess)
+    for capacity in (128, 4096, 16384):
+        many = partial(_select, plain, "softmax-mean", capacity)
+        yield Variant("select", f"{capacity} pages", many)
     for shape in (plain, *quantised):
         for index in ("cuboid-mean", "tokens"):
             yield Variant("seal", f"{index} {shape}", partial(_seal, shape, index))

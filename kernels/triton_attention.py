@@ -17,10 +17,12 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import is_hip
 
 from arkcache.errors import InputError
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels.torch_pages import meta_dtype
+from arkcache.kernels.triton_checked import Checked, signature
 from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to, tanh
 
 PAGE_SPLIT = 128
@@ -38,11 +40,19 @@ BLOCK_HEADS = 16
 BLOCK_BYTES = 8192
 """Most bytes of keys, or of values, that a program holds at a time."""
 
+PAGES_AHEAD = 3
+"""Blocks of pages that are on their way while one is attended."""
+
+WINDOW_AHEAD = 2
+"""Blocks of the window likewise; it is short."""
+
 SIZES = [
     *("group", "num_slots", "num_sinks", "most", "num_places", "ring", "page_splits"),
     *("stride_bias_row", "stride_bias_head"),
 ]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
+
+_checked = Checked()
 
 
 @triton.jit
@@ -82,6 +92,7 @@ def partial_kernel(
     PAGES_PER_SPLIT: tl.constexpr, TOKENS_PER_SPLIT: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_SCALES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAGE: tl.constexpr, BLOCK_WINDOW: tl.constexpr,
+    PAGES_AHEAD: tl.constexpr, WINDOW_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Program (row, split, block of heads) attends a run of pages, or of the window's tokens."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -113,8 +124,12 @@ def partial_kernel(
         share = tl.maximum(PAGES_PER_SPLIT, tl.cdiv(num_pages, page_splits))
         start = split * share
         stop = tl.where(split < page_splits, tl.minimum(start + share, num_pages), start)
+        # Where pages are found through a list the compiler shares the stages out: to read the list,
+        # to read the pages.
+        LISTED: tl.constexpr = chosen_ptr is not None and not is_hip()
+        STAGES: tl.constexpr = (PAGES_AHEAD + 1) * (2 if LISTED else 1)
         TILES: tl.constexpr = (PAGE_SIZE + BLOCK_PAGE - 1) // BLOCK_PAGE
-        for tile in range(start * TILES, stop * TILES):
+        for tile in tl.range(start * TILES, stop * TILES, num_stages=STAGES):
             slot = tile // TILES
             page = slot
             if chosen_ptr is not None:
@@ -123,17 +138,18 @@ def partial_kernel(
                 held = tl.load(page_of_ptr + row * num_places + place, at >= 0, other=0)
                 page = tl.where(at >= 0, held, slot)
                 slot = tl.where(at >= 0, num_sinks + place, slot)
-            index = tile % TILES * BLOCK_PAGE + tl.arange(0, BLOCK_PAGE)
+            first = tile % TILES * BLOCK_PAGE
+            index = first + tl.arange(0, BLOCK_PAGE)
             valid = index < PAGE_SIZE
             begin = (row * num_slots + slot) * PAGE_BYTES
             key = load_keys(
-                elements_ptr, meta_ptr, codes_ptr, begin, index, channel, valid,
-                HEAD_DIM, KEY_BITS, KEY_PLANE, ELEMENT_BYTES,
+                elements_ptr, meta_ptr, codes_ptr, begin, index, channel,
+                HEAD_DIM, KEY_BITS, KEY_PLANE, ELEMENT_BYTES, PAGE_SIZE,
             )  # fmt: skip
             value = load_values(
-                elements_ptr, meta_ptr, codes_ptr, begin + KEY_BYTES, index, value_channel, valid,
+                elements_ptr, meta_ptr, codes_ptr, begin + KEY_BYTES, first, value_channel,
                 in_value, VALUE_DIM, VALUE_BITS, VALUE_PLANE, ELEMENT_BYTES,
-                PAGE_SIZE, NUM_SCALES, BLOCK_SCALES, BLOCK_SIZE,
+                PAGE_SIZE, NUM_SCALES, BLOCK_PAGE, BLOCK_SCALES, BLOCK_SIZE,
             )  # fmt: skip
             peak, mass, total = _fold_tile(
                 query, key, value, bias_ptrs, stride_bias_token, page * PAGE_SIZE + index, valid,
@@ -146,7 +162,7 @@ def partial_kernel(
     share = tl.maximum(tl.cdiv(share, BLOCK_WINDOW) * BLOCK_WINDOW, TOKENS_PER_SPLIT)
     start = (split - page_splits) * share
     stop = tl.where(split < page_splits, start, tl.minimum(start + share, count))
-    for begin in range(start, stop, BLOCK_WINDOW):
+    for begin in tl.range(start, stop, BLOCK_WINDOW, num_stages=WINDOW_AHEAD + 1):
         index = begin + tl.arange(0, BLOCK_WINDOW)
         valid = index < stop
         line = first % ring + index
@@ -228,29 +244,17 @@ def paged_attention(
     for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype, a
     device or strides that the kernels do not read.
     """
-    rows, group, head_dim = query.shape
     if layout is None:
-        size = query.dtype.itemsize
-        layout = PageLayout(PageFormat(), 1, head_dim, window_value.shape[2], size)
-    _check("query", query, query.dtype, (rows, group, layout.head_dim), query, whole=False)
-    _check("slots", slots, torch.uint8, (rows, -1, layout.nbytes), query)
-    _check("chosen", chosen, torch.int32, (rows, -1), query)
-    _check("num_chosen", num_chosen, torch.int32, (rows,), query)
-    _check("page_of", page_of, torch.int32, (rows, -1), query)
-    ring = window_key.shape[1]
-    _check("window_key", window_key, query.dtype, (rows, ring, layout.head_dim), query)
-    _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
-    _check("lengths", lengths, torch.int32, (rows,), query)
-    _check("sealed", sealed, torch.int32, (rows,), query)
-    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
-    _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
-    if chosen is not None and (slots is None or num_chosen is None or page_of is None):
-        raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
-    if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:
-        raise InputError(
-            f"window of {ring} tokens, {query.dtype} with strides {query.stride()}: expected one "
-            f"token or more, elements of {layout.element_bytes} bytes and a last stride of 1"
-        )
+        layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
+    tensors = (
+        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
+        bias,
+    )  # fmt: skip
+    key = (signature(*tensors), layout)
+    if key not in _checked:
+        _check_all(*tensors, layout)
+        _checked.add(key)
+    (rows, group, _), ring = query.shape, window_key.shape[1]
     output = torch.empty((rows, group, layout.value_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
@@ -314,8 +318,51 @@ def _sizes(layout: PageLayout, dtype: torch.dtype) -> dict[str, int]:
         "BLOCK_PAGE": min(most_tokens, max(16, triton.next_power_of_2(layout.page_size))),
         "BLOCK_WINDOW": most_tokens,
         "num_warps": 8 if is_wide or dtype == torch.float32 else 4,
-        "num_stages": 2 if is_wide else 4,
+        "PAGES_AHEAD": 1 if is_wide else PAGES_AHEAD,
+        "WINDOW_AHEAD": 1 if is_wide else WINDOW_AHEAD,
     }
+
+
+@lru_cache
+def _window_layout(head_dim: int, value_dim: int, dtype: torch.dtype) -> PageLayout:
+    """Of pages that are never read: what is attended is the window alone."""
+    return PageLayout(PageFormat(), 1, head_dim, value_dim, dtype.itemsize)
+
+
+def _check_all(
+    query: Tensor,
+    slots: Tensor | None,
+    chosen: Tensor | None,
+    num_chosen: Tensor | None,
+    page_of: Tensor | None,
+    window_key: Tensor,
+    window_value: Tensor,
+    lengths: Tensor,
+    sealed: Tensor,
+    sinks: Tensor | None,
+    bias: Tensor | None,
+    layout: PageLayout,
+) -> None:
+    """Raise `InputError` for what the kernels do not read."""
+    (rows, group, _), ring = query.shape, window_key.shape[1]
+    _check("query", query, query.dtype, (rows, group, layout.head_dim), query, whole=False)
+    _check("slots", slots, torch.uint8, (rows, -1, layout.nbytes), query)
+    _check("chosen", chosen, torch.int32, (rows, -1), query)
+    _check("num_chosen", num_chosen, torch.int32, (rows,), query)
+    _check("page_of", page_of, torch.int32, (rows, -1), query)
+    _check("window_key", window_key, query.dtype, (rows, ring, layout.head_dim), query)
+    _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
+    _check("lengths", lengths, torch.int32, (rows,), query)
+    _check("sealed", sealed, torch.int32, (rows,), query)
+    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
+    _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
+    if chosen is not None and (slots is None or num_chosen is None or page_of is None):
+        raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
+    if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:
+        raise InputError(
+            f"window of {ring} tokens, {query.dtype} with strides {query.stride()}: expected one "
+            f"token or more, elements of {layout.element_bytes} bytes and a last stride of 1"
+        )
 
 
 def _check(

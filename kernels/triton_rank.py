@@ -1,7 +1,8 @@
 """Ratings as integers of the same order, and the largest k of any number of them.
 
 Device functions of `kernels/triton_select.py`: what a program does with the pages of its row, in
-chunks. Keys lie in scratch memory in between.
+chunks. Keys stay in registers where one chunk holds them all (`WHOLE`), and lie in scratch memory
+where it does not.
 """
 
 # mypy: disable-error-code="untyped-decorator"
@@ -11,21 +12,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-BLOCKS: tl.constexpr = tl.constexpr(128)  # whose peaks and masses are read together
-
-# Keys of pages lie strictly between the two, and so do those of residents that may give way.
+# Keys of pages lie strictly between the two, and so do those of residents that may give way. The
+# lowest is the key of what cannot be chosen, the highest that of an empty place.
 LOWEST_KEY: tl.constexpr = tl.constexpr(-(2**31))
 HIGHEST_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
-def _sum_of_masses(
+def sum_of_masses(
     peak_ptr: tl.tensor,
     mass_ptr: tl.tensor,
     row: tl.tensor,
     num_blocks: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
+    BLOCKS: tl.constexpr,  # read together
 ) -> tuple[tl.tensor, tl.tensor]:
     """Peak and mass [HEADS] over all pages, from those of the blocks."""
     head = tl.arange(0, HEADS)
@@ -50,80 +51,117 @@ def _sum_of_masses(
 
 
 @triton.jit
-def write_keys(
-    keys_ptr: tl.tensor,
+def rate(
     score_ptr: tl.tensor,
-    peak_ptr: tl.tensor,
-    mass_ptr: tl.tensor,
-    row: tl.tensor,
+    peak: tl.tensor,
+    mass: tl.tensor,
+    page: tl.tensor,
     selectable: tl.tensor,
     num_pages: tl.tensor,
-    num_blocks: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     SHARES: tl.constexpr,
     HIDDEN: tl.constexpr,
-    PAGES: tl.constexpr,
-) -> None:
-    """Rate pages, as integers of the same order; hidden pages get the lowest."""
-    if SHARES:
-        peak, mass = _sum_of_masses(peak_ptr, mass_ptr, row, num_blocks, GROUP, HEADS)
-    head = tl.arange(0, HEADS)
-    start = tl.full([], 0, tl.int32)
-    while start < selectable:
-        page = start + tl.arange(0, PAGES)
-        entry = (row * GROUP + head)[:, None] * num_pages + page[None, :]
-        mask = (head < GROUP)[:, None] & (page < selectable)[None, :]
-        score = tl.load(score_ptr + entry, mask=mask, other=0.0)
-        hidden = tl.min(score, axis=0) == HIDDEN
-        seen = mask & (hidden == 0)[None, :]
+) -> tl.tensor:
+    """Ratings of pages as integers of the same order; hidden ones get the lowest but one.
+
+    One query head at a time, so that many pages fit in registers, the scores of the next one on
+    their way meanwhile.
+    """
+    exists = page < selectable
+    heads = tl.arange(0, HEADS)
+    rating = tl.zeros(page.shape, tl.float32)
+    hidden = page < 0
+    score = tl.load(score_ptr + page, mask=exists, other=HIDDEN)
+    for head in range(GROUP):
+        score_ptr += num_pages
+        ahead = tl.load(score_ptr + page, mask=exists & (head + 1 < GROUP), other=HIDDEN)
+        hidden = hidden | (score == HIDDEN)
         if SHARES:
-            score = tl.where(seen, score, -float("inf"))
-            score = tl.exp(score - peak[:, None]) / mass[:, None]
+            own = heads == head
+            share = tl.exp(score - tl.sum(tl.where(own, peak, 0.0)))
+            rating += share * (1.0 / tl.sum(tl.where(own, mass, 0.0)))
         else:
-            score = tl.where(seen, score, 0.0)
-        rating = tl.sum(score, axis=0)
-        rating = tl.where(rating == 0.0, 0.0, rating)  # -0.0 is no less
-        bits = rating.to(tl.int32, bitcast=True)
-        key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-        key = tl.where(hidden, LOWEST_KEY + 1, tl.minimum(key, HIGHEST_KEY - 1))
-        tl.store(keys_ptr + page, key, mask=page < selectable)
-        start += PAGES
+            rating += tl.where(hidden, 0.0, score)
+        score = ahead
+    rating = tl.where(rating == 0.0, 0.0, rating)  # -0.0 is no less
+    bits = rating.to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    key = tl.where(hidden, LOWEST_KEY + 1, tl.minimum(key, HIGHEST_KEY - 1))
+    return tl.where(exists, key, LOWEST_KEY)
+
+
+@triton.jit
+def keys_at(
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    start: tl.tensor,
+    num_keys: tl.tensor,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """The chunk of keys from `start` on: `keys`, or from memory where these are not all."""
+    if WHOLE:
+        return keys
+    entry = start + tl.arange(0, CHUNK)
+    return tl.load(keys_ptr + entry, mask=entry < num_keys, other=LOWEST_KEY)
 
 
 @triton.jit
 def kth_largest(
-    keys_ptr: tl.tensor, count: tl.tensor, k: tl.tensor, CHUNK: tl.constexpr
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    num_keys: tl.tensor,
+    num_eligible: tl.tensor,
+    k: tl.tensor,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
-    """The k-th largest of `count` keys, and how many of its equals are among the first k.
+    """A key that exactly k others reach, or the k-th largest key and the last entry to take of it.
 
-    Bit by bit: the largest number that at least k keys reach. For k = 0 no key reaches it.
+    Whatever is above the key belongs to the k largest, and what equals it up to that entry. Of the
+    keys `num_eligible` are above `LOWEST_KEY`; where all of them or none are wanted nothing is
+    searched. Otherwise the range between the lowest and the highest is halved until k keys reach
+    its middle: 10 times as a rule, 32 times at most.
     """
-    kth = tl.full([], LOWEST_KEY, tl.int32)
+    low = tl.full([], LOWEST_KEY + 1, tl.int32)
+    high = tl.full([], HIGHEST_KEY, tl.int32)
+    if (k > 0) & (k < num_eligible):
+        low = tl.full([], HIGHEST_KEY, tl.int32)
+        high = tl.full([], LOWEST_KEY, tl.int32)
+        for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+            key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+            low = tl.minimum(low, tl.min(tl.where(key == LOWEST_KEY, HIGHEST_KEY, key)))
+            high = tl.maximum(high, tl.max(key))
+    reached = num_eligible
     above = tl.full([], 0, tl.int32)
-    for bit in range(32):
-        step = tl.full([], 1, tl.int32) << (31 - tl.maximum(bit, 1))
-        candidate = tl.where(bit == 0, 0, kth + step)
+    while (k > 0) & (reached != k) & (low < high):
+        half = (high.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> 1
+        middle = high - half.to(tl.int32, bitcast=True)
         reached = tl.full([], 0, tl.int32)
-        start = tl.full([], 0, tl.int32)
-        while start < count:
-            entry = start + tl.arange(0, CHUNK)
-            key = tl.load(keys_ptr + entry, mask=entry < count, other=LOWEST_KEY)
-            reached += tl.sum((key >= candidate).to(tl.int32))
-            start += CHUNK
+        for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+            key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+            reached += tl.sum((key >= middle).to(tl.int32))
+        low = tl.where(reached >= k, middle, low)
+        high = tl.where(reached >= k, high, middle - 1)
         above = tl.where(reached >= k, above, reached)
-        kth = tl.where(reached >= k, candidate, kth)
-    return kth, k - above
+    last = tl.where(k > 0, HIGHEST_KEY, -1)
+    if (k > 0) & (reached != k):
+        last = tl.full([], -1, tl.int32)
+        ties = tl.full([], 0, tl.int32)
+        for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+            key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+            tied = (key == low).to(tl.int32)
+            taken = (tied != 0) & (ties + tl.cumsum(tied, 0) <= k - above)
+            last = tl.maximum(last, tl.max(tl.where(taken, start + tl.arange(0, CHUNK), -1)))
+            ties += tl.sum(tied)
+    return tl.where(k > 0, low, HIGHEST_KEY), last
 
 
 @triton.jit
-def is_top(
-    key: tl.tensor, kth: tl.tensor, num_ties: tl.tensor, ties_before: tl.tensor
-) -> tuple[tl.tensor, tl.tensor]:
-    """Which of a chunk of keys are among the first k, and the ties up to the chunk's end."""
-    tied = (key == kth).to(tl.int32)
-    top = (key > kth) | ((key == kth) & (ties_before + tl.cumsum(tied, 0) <= num_ties))
-    return top, ties_before + tl.sum(tied)
+def is_top(key: tl.tensor, entry: tl.tensor, kth: tl.tensor, last: tl.tensor) -> tl.tensor:
+    """Whether keys are among the k largest, as `kth_largest` says it."""
+    return (key > kth) | ((key == kth) & (entry <= last))
 
 
 @triton.jit

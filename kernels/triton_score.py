@@ -1,8 +1,8 @@
 """Rates all pages of a row by their digests: one launch, split over pages so that few rows suffice.
 
-Every program rates `PAGES_PER_BLOCK` pages for all query heads of a KV head and leaves, beside the
-scores, the peak and the mass of its block: what a softmax over all pages needs of it. Which pages
-there are is read on the device, so that one grid serves a sequence that grows.
+Every program rates `PAGES_PER_BLOCK` pages at a time for all query heads of a KV head and leaves,
+beside the scores, the peak and the mass of each such block: what a softmax over all pages needs of
+it. Which pages there are is read on the device, so that one grid serves a sequence that grows.
 """
 
 from __future__ import annotations
@@ -19,8 +19,21 @@ from arkcache.kernels.triton_score_tokens import score_tokens_kernel
 from arkcache.kernels.triton_score_volumes import score_volumes_kernel
 
 PAGES_PER_BLOCK = 32
-"""Pages that a program rates: 16 KiB of a cuboid's digests at head_dim 128; 4096 pages of 8 KV
-heads are 1024 programs, which a large GPU holds at once."""
+"""Pages that a program rates at a time: 16 KiB of a cuboid's digests at head_dim 128."""
+
+FEWEST_PROGRAMS = 256
+"""With fewer programs than that a large GPU's processors, some 130, would not have two each: only
+beyond does a program rate several blocks, the next ones on their way meanwhile. 4096 pages of 8 KV
+heads are 256 programs of four blocks."""
+
+MOST_STEPS = 8
+"""Most blocks of a program."""
+
+AHEAD_BYTES = 32768
+"""Most bytes of digests that are on their way to a program, of two blocks or more."""
+
+BLOCKS_AHEAD, COLUMNS_AHEAD = 2, 2
+"""How many times what a program rates at once is on its way, of volumes and of the token index."""
 
 MANY_PROGRAMS = 512
 """With so many programs or more, one warp each unpacks codes with the fewest instructions; with
@@ -84,7 +97,10 @@ def score_volumes(
     scores = _empty(query, digests, num_sinks)
     if not scores.peak.numel():
         return scores
-    score_volumes_kernel[(rows, scores.peak.shape[-1])](
+    blocks = scores.peak.shape[-1]
+    block_bytes = features * digests.element_size() * PAGES_PER_BLOCK
+    num_steps = max(1, min(MOST_STEPS, rows * blocks // FEWEST_PROGRAMS))
+    score_volumes_kernel[(rows, triton.cdiv(blocks, num_steps))](
         query,
         digests,
         sealed,
@@ -93,6 +109,8 @@ def score_volumes(
         *query.stride()[:2],
         *digests.stride()[:2],
         scores.score.shape[-1],
+        blocks,
+        num_steps,
         num_sinks,
         scale,
         HEAD_DIM=head_dim,
@@ -103,6 +121,7 @@ def score_volumes(
         PAGES=PAGES_PER_BLOCK,
         HEADS=max(16, triton.next_power_of_2(group)),
         CHANNELS=max(16, min(128, triton.next_power_of_2(head_dim))),
+        BLOCKS_AHEAD=max(1, min(BLOCKS_AHEAD, AHEAD_BYTES // block_bytes)),
         num_warps=4,
     )
     return scores
@@ -180,7 +199,7 @@ def score_tokens(
         TOKENS=tokens,
         CHANNELS=channels,
         num_warps=1 if alone else 4,
-        num_stages=3 if alone else 2,
+        COLUMNS_AHEAD=COLUMNS_AHEAD,
     )
     return scores
 

@@ -75,6 +75,7 @@ def score_tokens_kernel(
     COLUMNS: tl.constexpr,  # pages rated at a time
     TOKENS: tl.constexpr,  # of each page at a time
     CHANNELS: tl.constexpr,  # of each plane at a time
+    COLUMNS_AHEAD: tl.constexpr,  # times as many pages whose codes are on their way
 ) -> None:
     """Scores of one block of pages.
 
@@ -103,7 +104,7 @@ def score_tokens_kernel(
             head_ptr, inverse, byte, head, HEAD_DIM, GROUP, BITS
         )
 
-    for step in range(0, PAGES, COLUMNS):
+    for step in tl.range(0, PAGES, COLUMNS, num_stages=COLUMNS_AHEAD + 1):
         start_page = first + step
         page = start_page + column
         exists = (column < COLUMNS) & (page < selectable)
@@ -183,6 +184,8 @@ def score_tokens_kernel(
         pages,
         sealed,
         num_pages,
+        tl.program_id(1),
+        tl.num_programs(1),
         GROUP,
         BLOCK_HEADS,
         MASKED,

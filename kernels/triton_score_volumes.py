@@ -45,6 +45,8 @@ def finish_block(
     page: tl.tensor,
     exists: tl.tensor,
     num_pages: tl.tensor,
+    block: tl.tensor,
+    num_blocks: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     MASKED: tl.constexpr,
@@ -62,7 +64,7 @@ def finish_block(
     peak = tl.max(score, axis=1)
     base = tl.where(peak == -float("inf"), 0.0, peak)
     mass = tl.sum(tl.exp(score - base[:, None]), axis=1)
-    entry = (row * GROUP + head) * tl.num_programs(1) + tl.program_id(1)
+    entry = (row * GROUP + head) * num_blocks + block
     tl.store(peak_ptr + entry, peak, mask=head < GROUP)
     tl.store(mass_ptr + entry, mass, mask=head < GROUP)
 
@@ -83,7 +85,22 @@ def finish_empty_block(
     tl.store(mass_ptr + entry, mass, mask=head < GROUP)
 
 
-@triton.jit(do_not_specialize=["num_pages"])  # it grows: no value is worth compiling anew for
+@triton.jit
+def _load_query(
+    query_ptr: tl.tensor,
+    start: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+) -> tl.tensor:
+    """Channels [HEADS, CHANNELS] of a row's queries, from those at [HEADS, 1] pointers."""
+    channel = start + tl.arange(0, CHANNELS)
+    mask = (tl.arange(0, HEADS) < GROUP)[:, None] & (channel < HEAD_DIM)[None, :]
+    return tl.load(query_ptr + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_pages", "num_blocks", "num_steps"])  # they grow
 def score_volumes_kernel(
     query_ptr: tl.tensor,
     digests_ptr: tl.tensor,
@@ -97,6 +114,8 @@ def score_volumes_kernel(
     digests_stride_row: tl.tensor,
     digests_stride_page: tl.tensor,
     num_pages: tl.tensor,
+    num_blocks: tl.tensor,
+    num_steps: tl.tensor,
     num_sinks: tl.tensor,
     scale: tl.tensor,
     HEAD_DIM: tl.constexpr,
@@ -107,49 +126,56 @@ def score_volumes_kernel(
     PAGES: tl.constexpr,
     HEADS: tl.constexpr,  # GROUP padded
     CHANNELS: tl.constexpr,
+    BLOCKS_AHEAD: tl.constexpr,
 ) -> None:
-    """Scores [HEADS, PAGES] of one block of pages; CHANNELS of the digests are read at a time."""
+    """Scores [HEADS, PAGES] of `num_steps` blocks; CHANNELS of the digests are read at a time.
+
+    Blocks without a page are passed over as if they were, so that what is read can be on its way
+    while the blocks before it are rated.
+    """
     row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * num_steps
     selectable = tl.load(sealed_ptr + row) - num_sinks
-    if tl.program_id(1) * PAGES >= selectable:
-        finish_empty_block(peak_ptr, mass_ptr, row, GROUP, HEADS)
-        return
     head = tl.arange(0, HEADS)
-    page = tl.program_id(1) * PAGES + tl.arange(0, PAGES)
-    exists = page < selectable
     query_ptr += row * query_stride_row + head[:, None] * query_stride_head
     digests_ptr += row * digests_stride_row
-    digests_ptr += (num_sinks + page).to(tl.int64)[None, :] * digests_stride_page
-    score = tl.zeros([HEADS, PAGES], tl.float32)
-    square = tl.zeros([HEADS], tl.float32)
-    for start in tl.static_range(0, HEAD_DIM, CHANNELS):
-        channel = start + tl.arange(0, CHANNELS)
-        inside = channel < HEAD_DIM
-        mask = (head < GROUP)[:, None] & inside[None, :]
-        query = tl.load(query_ptr + channel[None, :], mask=mask, other=0.0)
-        mask = inside[:, None] & exists[None, :]
-        center = tl.load(digests_ptr + channel[:, None], mask=mask, other=0.0)
-        score = dot(query, center, score)
-        if SHAPE == "cuboid":
-            radius = tl.load(digests_ptr + HEAD_DIM + channel[:, None], mask=mask, other=0.0)
-            score = dot(_magnitude(query), radius, score)
+    query = _load_query(query_ptr, 0, HEAD_DIM, GROUP, HEADS, CHANNELS)
+    last = tl.minimum(first + num_steps, num_blocks)
+    for block in tl.range(first, last, num_stages=BLOCKS_AHEAD + 1):
+        page = block * PAGES + tl.arange(0, PAGES)
+        exists = page < selectable
+        page_ptr = digests_ptr + (num_sinks + page).to(tl.int64)[None, :] * digests_stride_page
+        score = tl.zeros([HEADS, PAGES], tl.float32)
+        square = tl.zeros([HEADS], tl.float32)
+        for start in tl.static_range(0, HEAD_DIM, CHANNELS):
+            if CHANNELS < HEAD_DIM:  # else it stays in registers
+                query = _load_query(query_ptr, start, HEAD_DIM, GROUP, HEADS, CHANNELS)
+            channel = start + tl.arange(0, CHANNELS)
+            mask = (channel < HEAD_DIM)[:, None] & exists[None, :]
+            center = tl.load(page_ptr + channel[:, None], mask=mask, other=0.0)
+            score = dot(query, center, score)
+            if SHAPE == "cuboid":
+                radius = tl.load(page_ptr + HEAD_DIM + channel[:, None], mask=mask, other=0.0)
+                score = dot(_magnitude(query), radius, score)
+            if SHAPE == "sphere":
+                square += tl.sum(widen(query) * widen(query), axis=1)
         if SHAPE == "sphere":
-            square += tl.sum(widen(query) * widen(query), axis=1)
-    if SHAPE == "sphere":
-        radius = tl.load(digests_ptr + HEAD_DIM, mask=exists[None, :], other=0.0)
-        score += tl.sqrt(square)[:, None] * widen(radius)
-    finish_block(
-        score_ptr,
-        peak_ptr,
-        mass_ptr,
-        hidden_ptr,
-        score * scale,
-        row,
-        page,
-        exists,
-        num_pages,
-        GROUP,
-        HEADS,
-        MASKED,
-        HIDDEN,
-    )
+            radius = tl.load(page_ptr + HEAD_DIM, mask=exists[None, :], other=0.0)
+            score += tl.sqrt(square)[:, None] * widen(radius)
+        finish_block(
+            score_ptr,
+            peak_ptr,
+            mass_ptr,
+            hidden_ptr,
+            score * scale,
+            row,
+            page,
+            exists,
+            num_pages,
+            block,
+            num_blocks,
+            GROUP,
+            HEADS,
+            MASKED,
+            HIDDEN,
+        )

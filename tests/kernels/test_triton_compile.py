@@ -58,6 +58,9 @@ def test_copies_and_attention_compile_without_a_gpu(tmp_path: Path) -> None:
     kernels = {figures["kernel"] for figures in found}
     assert {"gather_kernel", "scatter_kernel", "gather_lines_kernel"} < kernels
     assert all(figures["spills"] == 0 for figures in found)
+    # Pages through a list, of packed formats too, and the window are fetched ahead.
+    (attention,) = (figures for figures in found if figures["kernel"] == "partial_kernel")
+    assert attention["buffers"] == "3 2"
     assert all(0 < figures["registers"] < 256 for figures in found)
 
 
@@ -93,8 +96,18 @@ def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from compile_kernels import Figures, unfit
 
     def figures(family: str, spills: int = 0, shared_bytes: int = 65536) -> Figures:
-        return Figures(family, f"{family}_kernel", "K4V2", "gfx942", 4, 255, shared_bytes, spills)
+        kernel = f"{family}_kernel"
+        return Figures(family, kernel, "K4V2", "gfx942", 4, 255, shared_bytes, spills, "0 1")
 
+    def attention(buffers: str) -> Figures:
+        return Figures("attention", "partial_kernel", "K4V2", "sm_90", 4, 96, 54272, 0, buffers)
+
+    assert unfit([attention("3 2"), attention("2"), attention("4 3"), attention("")]) == []
+    assert unfit([attention("0 3"), attention("3 1"), attention("1")]) == [
+        "partial_kernel (attention K4V2) on sm_90 has 0 3 buffers in its loops, of 3 2 or more",
+        "partial_kernel (attention K4V2) on sm_90 has 3 1 buffers in its loops, of 3 2 or more",
+        "partial_kernel (attention K4V2) on sm_90 has 1 buffers in its loops, of 3 2 or more",
+    ]
     assert unfit([figures("attention"), figures("copy", 8), figures("seal", 8)]) == []
     assert unfit([figures("attention", 8), figures("score", 4), figures("score")]) == [
         "attention_kernel (attention K4V2) on gfx942 spills: 8",

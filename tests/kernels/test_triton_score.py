@@ -1,5 +1,6 @@
 """Rating pages on the device against the reference, and against plain torch in the same dtype."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -165,6 +166,22 @@ def test_shapes_of_tokens(
     key = keys(2, 7, page_size, head_dim).to(dtype)
     query = torch.randn(2, group, head_dim).to(dtype)
     check_tokens(query, tokens(key, bits), ints(7, 4), page_size, bits, num_sinks=0)
+
+
+@pytest.mark.parametrize("pages", [1, 64, 140])
+def test_several_blocks_per_program(pages: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program has less of them, and rows end inside a program and before it."""
+    key, query = keys(3, pages, 8, 32), torch.randn(3, 4, 32)
+    digests, sealed = volumes(key, "cuboid-mean"), ints(pages, pages // 3, 1)
+    score = partial(triton_score.score_volumes, num_sinks=1, kind="cuboid-mean", scale=1.0)
+    inputs = [tensor.to(device) for tensor in (query, digests, sealed)]
+    one = score(*inputs)
+    monkeypatch.setattr(triton_score, "FEWEST_PROGRAMS", 1)
+    monkeypatch.setattr(triton_score, "MOST_STEPS", 3)
+    check_volumes(query, digests, sealed, "cuboid-mean")
+    more = score(*inputs)
+    assert torch.equal(one.peak, more.peak)
+    assert torch.equal(one.mass, more.mass)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

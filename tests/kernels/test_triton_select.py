@@ -237,7 +237,7 @@ def check_sequence(data: st.DataObject) -> None:
     books = empty_books(rows, max(1, int(selected.max()) * factor))
     sealed = [draw(st.integers(0, capacity + num_sinks)) for _ in range(rows)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_select, "CHUNK", draw(st.sampled_from([128, 4096])))
+        patch.setattr(triton_select, "CHUNK_WARPS", {draw(st.sampled_from([32, 128, 1024])): 4})
         for _ in range(draw(st.integers(1, 6))):
             score, reduction = draw(score_tensors(rows, group, capacity))
             scores = make_scores(score, [count - num_sinks for count in sealed])

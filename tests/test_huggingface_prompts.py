@@ -5,19 +5,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from arkcache import ArkCache
 from tests.marks import needs_interpreter
+from tests.test_huggingface import SMALL, make_model, prompt
 
 CHUNK = 16
-SMALL: dict[str, Any] = {
-    "page_size": 4,
-    "num_sink_tokens": 4,
-    "num_recent_tokens": 8,
-    "num_dense_layers": 0,
-    "budget_tokens": 24,
-}
+SPARSE: dict[str, Any] = SMALL | {"budget_tokens": 24}
 ENGINES = [
     {},
     pytest.param({"backend": "triton", "stream_block_tokens": 16}, marks=needs_interpreter),
@@ -26,24 +21,7 @@ ENGINES = [
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.3,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def prompt(tokens: int, batch: int = 1) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(1, 128, (batch, tokens), generator=generator)
+    return make_model(num_hidden_layers=2)
 
 
 @torch.no_grad()
@@ -70,7 +48,7 @@ def attended(cache: ArkCache) -> float:
 @pytest.mark.parametrize("remainder", range(1, CHUNK + 1))
 def test_chunks_read_by_hand(model: LlamaForCausalLM, remainder: int) -> None:
     ids = prompt(4 * CHUNK + remainder)
-    cache = ArkCache(model, **SMALL)
+    cache = ArkCache(model, **SPARSE)
     logits = read(model, cache, ids.split(CHUNK, dim=1))
     torch.testing.assert_close(logits, full_logits(model, ids), rtol=1e-4, atol=1e-4)
     assert attended(cache) == 1
@@ -82,7 +60,7 @@ def test_chunks_read_by_generate(
     model: LlamaForCausalLM, remainder: int, engine: dict[str, Any]
 ) -> None:
     ids = prompt(4 * CHUNK + remainder)
-    cache = ArkCache(model, **SMALL | engine)
+    cache = ArkCache(model, **SPARSE | engine)
     result = model.generate(
         ids,
         past_key_values=cache,
@@ -99,7 +77,7 @@ def test_a_batch_padded_on_the_left(model: LlamaForCausalLM) -> None:
     ids = prompt(4 * CHUNK + 1, batch=2)
     mask = torch.ones_like(ids)
     mask[0, :21] = 0
-    cache = ArkCache(model, **SMALL)
+    cache = ArkCache(model, **SPARSE)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         for start in range(0, ids.shape[1], CHUNK):
@@ -118,16 +96,16 @@ def test_a_prompt_read_token_by_token(model: LlamaForCausalLM) -> None:
     ids = prompt(70)
     tokens = ids.split(1, dim=1)
     expected = full_logits(model, ids)
-    cache = ArkCache(model, **SMALL)
+    cache = ArkCache(model, **SPARSE)
     with cache.exact():
         logits = read(model, cache, tokens)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
-    sparse = read(model, ArkCache(model, **SMALL), tokens)
+    sparse = read(model, ArkCache(model, **SPARSE), tokens)
     assert (sparse - expected).abs().max() > 0.01  # nobody said that it was a prompt
 
 
 def test_only_the_first_token_after_a_prompt_is_exact(model: LlamaForCausalLM) -> None:
-    cache, ids = ArkCache(model, **SMALL), prompt(70)
+    cache, ids = ArkCache(model, **SPARSE), prompt(70)
     read(model, cache, [ids])
     shares = []
     for _ in range(3):
@@ -139,7 +117,7 @@ def test_only_the_first_token_after_a_prompt_is_exact(model: LlamaForCausalLM) -
 
 @pytest.mark.parametrize("end", ["said", "cropped", "reset"])
 def test_a_prompt_ends(model: LlamaForCausalLM, end: str) -> None:
-    cache, ids = ArkCache(model, **SMALL), prompt(70)
+    cache, ids = ArkCache(model, **SPARSE), prompt(70)
     read(model, cache, [ids])
     assert cache.next_is_exact
     if end == "said":
@@ -155,7 +133,7 @@ def test_a_prompt_ends(model: LlamaForCausalLM, end: str) -> None:
 
 
 def test_steps_after_exact_ones_are_sparse_again(model: LlamaForCausalLM) -> None:
-    cache, ids = ArkCache(model, **SMALL), prompt(70)
+    cache, ids = ArkCache(model, **SPARSE), prompt(70)
     with cache.exact():
         read(model, cache, ids.split(1, dim=1))
         assert attended(cache) == 1
@@ -168,7 +146,7 @@ def test_steps_after_exact_ones_are_sparse_again(model: LlamaForCausalLM) -> Non
 def test_a_turn_of_chunks(model: LlamaForCausalLM) -> None:
     """Generate, then a next turn whose remainder is one token."""
     ids = prompt(60)
-    cache = ArkCache(model, **SMALL | {"budget_tokens": 4096})
+    cache = ArkCache(model, **SPARSE | {"budget_tokens": 4096})
     held = model.generate(ids, past_key_values=cache, max_new_tokens=9, do_sample=False)
     turn = torch.cat((held, prompt(CHUNK + 1)), dim=1)
     unread = turn[:, cache.get_seq_length() :]

@@ -181,7 +181,7 @@ def plan(
     rng = random.Random(seed)
     hidden = facts.draw_facts(num_facts, rng)
     depths = sorted(facts.spread_depths(num_facts, rng))
-    start = encode(tokenizer, voice.opening) or _special_opening(tokenizer)
+    start = encode(tokenizer, voice.opening) or special_opening(tokenizer)
     room = context_tokens - len(start)
     left = room - len(encode(tokenizer, "\n".join(map(voice.fact, hidden))))
     ids: list[int] = []
@@ -218,7 +218,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text by itself, such as a begin-of-sequence token."""
     bare, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)

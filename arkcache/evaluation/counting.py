@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
+from functools import partial
 
 from arkcache.evaluation import haystack
 from arkcache.evaluation.passage import Passage, Question, Room
@@ -12,12 +13,16 @@ from arkcache.evaluation.passage import Passage, Question, Room
 
 @dataclass(frozen=True)
 class CommonWords:
-    """A numbered list in which ten words come 30 times and all others 3 times (RULER's CWE)."""
+    """A numbered list in which ten words come more often than all others (RULER's CWE).
+
+    Attributes:
+        counts: how often the common and the other words come, the first that fits: RULER's 30 and
+            3, and for short texts a third of that.
+    """
 
     name: str = "common_words"
     num_common: int = 10
-    common_count: int = 30
-    other_count: int = 3
+    counts: tuple[tuple[int, int], ...] = ((30, 3), (10, 1))
     most_questions: int = 1
 
     def draw(self, room: Room, num_questions: int, rng: random.Random) -> Passage:
@@ -25,10 +30,10 @@ class CommonWords:
         seed = rng.getrandbits(64)
         common = haystack.words(self.num_common, random.Random(seed))
 
-        def make(num_others: int) -> str:
+        def make(num_others: int, counts: tuple[int, int]) -> str:
             draw = random.Random(seed)
             others = haystack.words(self.num_common + num_others, draw)[self.num_common :]
-            listed = common * self.common_count + others * self.other_count
+            listed = common * counts[0] + others * counts[1]
             draw.shuffle(listed)
             return (
                 "Below is a numbered list of words. In these words, some appear more often than "
@@ -36,13 +41,15 @@ class CommonWords:
                 + " ".join(f"{number}. {word}" for number, word in enumerate(listed, start=1))
             )
 
+        fitting = (one for one in self.counts[:-1] if room.fits(make(self.num_common, one)))
+        listing = partial(make, counts=next(fitting, self.counts[-1]))
         question = Question(
             f"\nQuestion: What are the {self.num_common} most common words in the above list?",
             f"The top {self.num_common} words that appear most often in the list are:",
             tuple(common),
             spare_tokens=4 * self.num_common,
         )
-        return Passage(make(room.most(make)), (question,))
+        return Passage(listing(room.most(listing)), (question,))
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _MODULES = ("argparse", "decimal", "email/message", "ipaddress", "tarfile", "typing")
+_TEXT_SUFFIXES = ("", ".txt", ".md", ".rst")
 _CHARS_PER_TOKEN = 16
 """No more go into a token but in runs of spaces."""
 
@@ -75,9 +76,9 @@ def _licences() -> list[str]:
     for package in sorted(packages, key=lambda one: str(one.metadata["Name"]).lower()):
         for file in sorted(package.files or (), key=str):
             path = Path(str(package.locate_file(file)))
-            if "LICEN" in file.name.upper() and path.suffix in ("", ".txt", ".md", ".rst"):
-                if path.is_file():
-                    found[path.read_text(encoding="utf-8", errors="replace")] = None
+            is_text = file.name.upper().startswith("LICEN") and path.suffix in _TEXT_SUFFIXES
+            if is_text and path.is_file():
+                found[path.read_text(encoding="utf-8", errors="replace")] = None
     return list(found)
 
 

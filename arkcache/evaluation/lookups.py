@@ -73,12 +73,13 @@ class KeyValue:
             )
             return f"{opening}\n\n{json.dumps(pairs(count), indent=0)}\n"
 
-        held = pairs(room.most(make, least=num_questions))
-        spread = [list(held)[i * len(held) // num_questions] for i in range(num_questions)]
+        held = pairs(room.most(make, least=1))
+        count = min(num_questions, len(held))
+        spread = [list(held)[i * len(held) // count] for i in range(count)]
         questions = [
             Question(
                 f'\nKey: "{key}"\nThe value associated with the specified key is:',
-                f'The value associated with the specified key "{key}" is',
+                "The value associated with the specified key is",
                 (held[key],),
             )
             for key in spread

@@ -115,7 +115,10 @@ class Method:
 
 
 def parse_method(spec: str) -> Method:
-    """A method from its spec. Raises `InputError` for an unknown one, `ConfigError` for settings."""
+    """A method from its spec.
+
+    Raises `InputError` for an unknown one, `ConfigError` for impossible settings.
+    """
     kind, _, rest = spec.partition(":")
     kinds = ("full", *PAGED, *EVICTING)
     if kind not in kinds:

@@ -24,7 +24,7 @@ class Facts:
         sentences = list(map(facts.render_fact, hidden))
         text = haystack.longest(haystack.prose_with(sentences, rng), room, "")
         questions = [
-            Question("\n" + facts.render_question(fact.name), "", (fact.value,), spare_tokens=1)
+            Question("\n" + facts.render_question(fact.name), "", (fact.value,), spare_tokens=12)
             for fact in hidden
         ]
         return Passage(text, shuffled(questions, rng))

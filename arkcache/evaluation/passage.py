@@ -66,22 +66,26 @@ class Room:
     count: Callable[[str], int]
     num_tokens: int
 
+    def fits(self, text: str) -> bool:
+        """Whether a text is short enough."""
+        return self.count(text) <= self.num_tokens
+
     def most(self, make: Callable[[int], str], least: int = 0) -> int:
         """The largest number of units with which `make(units)` still fits.
 
         Longer texts must have more units. Raises `InputError` where `least` units do not fit.
         """
-        if self.count(make(least)) > self.num_tokens:
+        if not self.fits(make(least)):
             raise InputError(
                 f"a passage of {self.num_tokens} tokens is too short: expected at least "
                 f"{self.count(make(least))} for what is hidden in it"
             )
         fits, fails = least, max(1, 2 * least)
-        while fails < _MOST_UNITS and self.count(make(fails)) <= self.num_tokens:
+        while fails < _MOST_UNITS and self.fits(make(fails)):
             fits, fails = fails, 2 * fails
         while fails - fits > 1:
             middle = (fits + fails) // 2
-            if self.count(make(middle)) <= self.num_tokens:
+            if self.fits(make(middle)):
                 fits = middle
             else:
                 fails = middle

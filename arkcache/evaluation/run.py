@@ -157,7 +157,7 @@ class Bench:
                     if cache is not None:
                         self._ask(case, number, cache, passage)
                 yield
-            left, number = left - count, number + 1
+            left, number = left - len(passage.questions), number + 1
 
     def _ask(self, case: Case, number: int, cache: DynamicCache, passage: Passage) -> None:
         """Ask all questions about a passage, each of the passage alone."""

@@ -46,12 +46,13 @@ def render(result: Result) -> RenderableType:
 
 
 _TASK_LEGEND = (
-    "Right: questions answered in full, in a greedy answer. Retention: the mean score as a share of "
-    "the full cache's, with a paired bootstrap interval of 95 %. By length, the worst task first."
+    "Right: questions answered in full, in a greedy answer. Retention: the mean score as a share "
+    "of the full cache's, with a paired bootstrap interval of 95 %. By length, worst task first."
 )
 _LANGUAGE_LEGEND = (
     "KL: of the next token to the full cache, nats. NLL: how much less likely what really follows "
-    "became. Both with a bootstrap interval of 95 %. Top 1: the most likely token is the full cache's."
+    "became. Both with a bootstrap interval of 95 %. Top 1: the most likely token is the full "
+    "cache's."
 )
 
 
@@ -123,7 +124,7 @@ def _language_table(rows: list[LanguageRow]) -> Table:
 def _table(*names: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
     for name in names:
-        table.add_column(f"\n{name}", overflow="fold")
+        table.add_column(f"\n{name}", overflow="fold", no_wrap=name != "method")
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import string
 from dataclasses import dataclass
+from itertools import pairwise
 
 from arkcache.evaluation import haystack
 from arkcache.evaluation.needles import shuffled
@@ -49,7 +50,8 @@ class VariableTracking:
 
     def _question(self, chain: list[str], value: str) -> Question:
         return Question(
-            f"\nQuestion: Find all variables that are assigned the value {value} in the text above.",
+            f"\nQuestion: Find all variables that are assigned the value {value} in the text "
+            "above.",
             "According to the chain(s) of variable assignment in the text above, "
             f"{len(chain)} variables are assigned the value {value}, they are:",
             tuple(chain),
@@ -59,7 +61,7 @@ class VariableTracking:
 
 def _assignments(chain: list[str], value: str) -> list[str]:
     first = f"VAR {chain[0]} = {value}"
-    rest = [f"VAR {new} = VAR {old}" for old, new in zip(chain, chain[1:], strict=False)]
+    rest = [f"VAR {new} = VAR {old}" for old, new in pairwise(chain)]
     return [first, *rest]
 
 

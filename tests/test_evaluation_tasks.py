@@ -81,7 +81,7 @@ def test_a_seed_decides_everything(name: str, speaker: Speaker) -> None:
 
 @pytest.mark.parametrize("name", TASKS)
 def test_too_little_room_is_said(name: str) -> None:
-    with pytest.raises(InputError, match="a passage of 10 tokens is too short: expected at least"):
+    with pytest.raises(InputError, match=r"a passage of \d+ tokens is too short: expected at"):
         draw(name, Room(len, 10))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 from arkcache.demo import facts
 from arkcache.demo.conversation import load_text
@@ -30,11 +31,12 @@ def prose(rng: random.Random) -> str:
 def prose_with(sentences: Sequence[str], rng: random.Random) -> Make:
     """Prose of so many characters with sentences at evenly spread depths."""
     text = prose(rng)
+    hidden = [facts.Fact(sentence, "") for sentence in sentences]
     depths = sorted(facts.spread_depths(len(sentences), rng))
 
     def make(num_chars: int) -> str:
         repeated = text * (1 + num_chars // len(text))
-        return facts.hide_in_text(repeated[:num_chars], list(sentences), depths, str)
+        return facts.hide_in_text(repeated[:num_chars], hidden, depths, attrgetter("name"))
 
     return make
 

@@ -93,15 +93,17 @@ class Room:
 
 
 class Task(Protocol):
-    """A generator of passages.
+    """A generator of passages."""
 
-    Attributes:
-        name: in options, tables and JSON.
-        most_questions: of one passage; one where a passage answers a single question.
-    """
+    @property
+    def name(self) -> str:
+        """In options, tables and JSON."""
+        ...
 
-    name: str
-    most_questions: int
+    @property
+    def most_questions(self) -> int:
+        """Of one passage; one where a passage answers a single question."""
+        ...
 
     def draw(self, room: Room, num_questions: int, rng: random.Random) -> Passage:
         """A passage of nearly `room.num_tokens` tokens with at most so many questions.

@@ -151,7 +151,7 @@ class Bench:
             count = min(left, task.most_questions)
             lots = self._lots(task.name, length, number)
             passage = task.draw(self._speaker.room(length), count, lots)
-            reading = self._read(self._speaker.read(passage), f"{task.name} {length}")
+            reading = self.read(self._speaker.read(passage), f"{task.name} {length}")
             for method, case, budget in self._cases(task.name, length):
                 with self._opened(method, case, budget, reading) as cache:
                     if cache is not None:
@@ -165,7 +165,8 @@ class Bench:
         decoder.feed(self._speaker.said(passage))
         decoder.seconds.clear()
         mark = Bookmark(cache)
-        asked, attended = [], []
+        asked: list[Asked] = []
+        attended: list[float] = []
         for question in passage.questions:
             self._tell(case, len(asked), len(passage.questions))
             ids, most = self._speaker.ask(question), self._speaker.longest_answer(question)
@@ -184,7 +185,7 @@ class Bench:
         for number in range(settings.num_passages):
             lots = self._lots(LANGUAGE, length, number)
             passage = language.draw(self._tokenizer, number, length, settings.num_steps, lots)
-            reading = self._read(passage.context, f"{LANGUAGE} {length}")
+            reading = self.read(passage.context, f"{LANGUAGE} {length}")
             expected: Tensor | None = None
             for done, (method, case, budget) in enumerate(cases := self._cases(LANGUAGE, length)):
                 self._tell(case, done, len(cases))
@@ -239,7 +240,7 @@ class Bench:
                     self._result.skipped.append(note)
             yield cache
 
-    def _read(self, ids: list[int], stage: str) -> Reading:
+    def read(self, ids: list[int], stage: str) -> Reading:
         """Read a text once, in chunks, with full attention.
 
         Where a method has to know what the last queries attend, they are a chunk of their own.

@@ -283,6 +283,7 @@ def evaluate(
     text, token by token. Ctrl-C shows what was measured so far.
     """
     with _told_in_a_line("eval"):
+        from arkcache.evaluation.figures import to_dict
         from arkcache.evaluation.records import Result
         from arkcache.evaluation.run import Settings, run
         from arkcache.evaluation.table import render
@@ -290,7 +291,7 @@ def evaluate(
 
         def keep(result: Result) -> None:
             if out is not None:
-                _replace(out, json.dumps(result.to_dict(), indent=1, default=str))
+                _replace(out, result.to_dict())
 
         settings = Settings(
             tasks=task_names(tasks),
@@ -306,8 +307,9 @@ def evaluate(
             dtype=dtype,
         )
         result = _with_progress(lambda progress: run(settings, progress, keep))
-        keep(result)
-        _print(result.to_dict(), lambda: render(result), as_json=False)
+        if out is not None:
+            _replace(out, {"figures": to_dict(result)} | result.to_dict())
+        _print({}, lambda: render(result), as_json=False)
         if not result.finished:
             raise typer.Exit(_INTERRUPTED)
 
@@ -324,11 +326,11 @@ def _lengths(given: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole, so that an interrupt leaves the one before it."""
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    """Write a file of JSON whole, so that an interrupt leaves the one before it."""
     draft = path.with_name(path.name + ".part")
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
         draft.replace(path)
     except OSError as error:
         raise arkcache.InputError(f"cannot write {path}: {error.strerror or error}") from None

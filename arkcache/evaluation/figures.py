@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -105,6 +106,18 @@ def language_rows(result: Result) -> list[LanguageRow]:
     cases = _by_case(result.predicted)
     rows = [_language_row(result, case, predicted) for case, predicted in cases.items()]
     return sorted(rows, key=lambda row: row.case.length)
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+    """The rows of both tables as plain values, for JSON; a figure that there is none of is None."""
+    rows = {"tasks": task_rows(result), "language": language_rows(result)}
+    return {name: [_plain(asdict(row)) for row in found] for name, found in rows.items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def bootstrap(figure: Callable[[Floats], Floats], outcomes: Floats) -> Interval:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -20,9 +21,9 @@ from arkcache.evaluation.figures import (
     language_rows,
     task_rows,
 )
-from arkcache.evaluation.records import Case, Result
+from arkcache.evaluation.records import Result
 
-_SPENT = ("tokens\nattended", "device\nMiB", "host\nMiB", "ms per\ntoken")
+_SPENT = ("tokens\nattended", "device\nMiB", "ms per\ntoken")
 
 
 def render(result: Result) -> RenderableType:
@@ -36,9 +37,9 @@ def render(result: Result) -> RenderableType:
     parts: list[RenderableType] = [Padding(Text(heading), (1, 1, 0, 1))]
     tasks, language = task_rows(result), language_rows(result)
     if tasks:
-        parts += [_task_table(tasks), Padding(Text(_TASK_LEGEND), (0, 1, 1, 1))]
+        parts += [*_task_tables(tasks), Padding(Text(_TASK_LEGEND), (0, 1, 1, 1))]
     if language:
-        parts += [_language_table(language), Padding(Text(_LANGUAGE_LEGEND), (0, 1, 1, 1))]
+        parts += [*_language_tables(language), Padding(Text(_LANGUAGE_LEGEND), (0, 1, 1, 1))]
     notes = list(remarks(result, tasks))
     if notes:
         parts.append(Padding(Text("\n".join(notes)), (0, 1, 1, 1)))
@@ -51,8 +52,8 @@ _TASK_LEGEND = (
 )
 _LANGUAGE_LEGEND = (
     "KL: of the next token to the full cache, nats. NLL: how much less likely what really follows "
-    "became. Both with a bootstrap interval of 95 %. Top 1: the most likely token is the full "
-    "cache's."
+    "became; after ± half of the bootstrap's interval of 95 %. Top 1: how often the most likely "
+    "token is the full cache's."
 )
 
 
@@ -84,71 +85,63 @@ def _reasons(result: Result) -> dict[str, list[str]]:
     return found
 
 
-def _task_table(rows: list[TaskRow]) -> Table:
-    table = _table("length", "task", "method", "budget")
-    for column in ("right", "of the\nfull cache's", "asked", "retention", *_SPENT):
-        table.add_column(column, justify="right", no_wrap=True)
-    before: Case | None = None
-    for row in rows:
-        table.add_row(
-            *_named(row.case, before, "" if row.claimed else " (dropped)"),
-            str(row.num_right),
-            str(row.num_full_right),
-            str(row.num_asked),
-            _interval(row.retention, "{:.0%}"),
-            *_spent(row.spent),
-            style="" if row.claimed else "dim",
+def _task_tables(rows: list[TaskRow]) -> Iterator[RenderableType]:
+    """A table for each task and length, which its title names with what the full cache can do."""
+    for (length, task), group in groupby(rows, lambda row: (row.case.length, row.case.task)):
+        own = list(group)
+        dropped = "" if own[0].claimed else " (dropped)"
+        title = (
+            f"{task}, {length:,} tokens{dropped}: the full cache answers "
+            f"{own[0].num_full_right} of {own[0].num_asked}, a score of {own[0].full_accuracy:.0%}"
         )
-        before = row.case
+        table = _table("right", "retention", *_SPENT)
+        for row in own:
+            right, kept = str(row.num_right), _between(row.retention)
+            table.add_row(row.case.method, row.case.budget, right, kept, *_spent(row.spent))
+        yield Padding(Text(title, style="bold" if own[0].claimed else "dim"), (1, 1, 0, 1))
+        yield table
+
+
+def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
+    """A table for each length."""
+    for length, group in groupby(rows, lambda row: row.case.length):
+        own = list(group)
+        title = f"language, {length:,} tokens, {own[0].num_tokens} tokens predicted after them"
+        table = _table("KL", "NLL", "top 1", *_SPENT[::2])  # bytes are the tasks' as well
+        for row in own:
+            table.add_row(
+                row.case.method,
+                row.case.budget,
+                _give_or_take(row.kl, ".4f"),
+                _give_or_take(row.nll_difference, "+.4f"),
+                f"{row.agreement:.1%}",
+                *_spent(row.spent)[::2],
+            )
+        yield Padding(Text(title, style="bold"), (1, 1, 0, 1))
+        yield table
+
+
+def _table(*figures: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
+    table.add_column("\nmethod", overflow="fold", min_width=18)
+    for column in ("budget", *figures):
+        table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     return table
 
 
-def _language_table(rows: list[LanguageRow]) -> Table:
-    table = _table("length", "text", "method", "budget")
-    for column in ("steps", "KL", "NLL\ndifference", "top 1", *_SPENT):
-        table.add_column(column, justify="right", no_wrap=True)
-    before: Case | None = None
-    for row in rows:
-        table.add_row(
-            *_named(row.case, before, ""),
-            str(row.num_tokens),
-            _interval(row.kl, "{:.4f}"),
-            _interval(row.nll_difference, "{:+.4f}"),
-            f"{row.agreement:.1%}",
-            *_spent(row.spent),
-        )
-        before = row.case
-    return table
-
-
-def _table(*names: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
-    for name in names:
-        table.add_column(f"\n{name}", overflow="fold", no_wrap=name != "method")
-    return table
-
-
-def _named(case: Case, before: Case | None, remark: str) -> tuple[str, str, str, str]:
-    """Length and task where they change, then method and budget."""
-    alike = before is not None and (before.length, before.task) == (case.length, case.task)
-    length, task = ("", "") if alike else (f"{case.length:,}", case.task + remark)
-    return length, task, case.method, case.budget
-
-
-def _interval(interval: Interval, form: str) -> str:
+def _between(interval: Interval) -> str:
     if math.isnan(interval.value):
         return "-"
-    value, low, high = (
-        form.format(number) for number in (interval.value, interval.low, interval.high)
-    )
-    return f"{value} [{low}, {high}]"
+    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
 
 
-def _spent(spent: Spent) -> tuple[str, str, str, str]:
-    mib = 1 << 20
+def _give_or_take(interval: Interval, form: str) -> str:
+    return f"{interval.value:{form}} ±{(interval.high - interval.low) / 2:.4f}"
+
+
+def _spent(spent: Spent) -> tuple[str, str, str]:
     return (
         f"{spent.attended_tokens:,.0f}",
-        f"{spent.device_bytes / mib:,.1f}",
-        f"{spent.host_bytes / mib:,.1f}" if spent.host_bytes else "-",
+        f"{spent.device_bytes / 2**20:,.1f}",
         f"{spent.ms_per_token:.1f}",
     )

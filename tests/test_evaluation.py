@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from arkcache import CacheConfig, KVCacheManager
 from arkcache.demo import run as demo
 from arkcache.demo.baselines import FullLayer, attention_received, held
 from arkcache.demo.models import load_model
@@ -27,6 +28,7 @@ from arkcache.evaluation.run import Settings
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
 from arkcache.huggingface import ArkCache
+from arkcache.kernels.torch_tokens import TokenIndex
 
 METHODS = ("ark:num_dense_layers=0,index=tokens", "oracle:num_dense_layers=0", "random", "sinks")
 SMALL = Settings(
@@ -273,6 +275,32 @@ def test_what_the_last_queries_attend_is_observed(model: PreTrainedModel, readin
         torch.testing.assert_close(
             per_head, torch.full_like(per_head, group * WINDOW_TOKENS), rtol=1e-3, atol=0
         )
+
+
+@torch.inference_mode()
+def test_another_index_is_as_if_it_had_been_there(model: PreTrainedModel, reading: Reading) -> None:
+    outputs: list[torch.Tensor] = []
+    head_dim = model.config.head_dim
+    for spec in ("tokens", "cuboid-mean", "cuboid-mean"):
+        method = parse_method(f"ark:index={spec},page_size=16,num_dense_layers=0")
+        with method.cache(model, reading, 256, seed=0) as cache:
+            assert isinstance(cache, ArkCache)
+            if len(outputs) == 2:
+                (manager,) = cache.managers
+                manager.rate_with(lambda: TokenIndex(16, head_dim, 2, packed=False))
+            outputs.append(Decoder(model, cache).feed(list(range(40))))
+            cache.check_integrity()
+    assert torch.equal(outputs[2], outputs[0])
+    assert not torch.equal(outputs[2], outputs[1])
+
+
+def test_another_index_is_not_for_the_kernels() -> None:
+    config = CacheConfig(backend="triton", budget_tokens=256)
+    manager = KVCacheManager(1, 1, 16, config, device="cpu", dtype=torch.float32)
+    with pytest.raises(InputError, match='expected backend="torch"'):
+        manager.rate_with(lambda: OracleIndex(32))
+    assert parse_method("oracle").config(256).backend == "torch"
+    assert parse_method("ark").config(256).backend == "auto"
 
 
 def test_the_oracle_rates_by_true_mass() -> None:

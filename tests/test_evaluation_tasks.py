@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 
@@ -125,6 +126,27 @@ def test_needles_are_all_over_the_text(speaker: Speaker) -> None:
         ]
         assert min(depths) < 0.25
         assert max(depths) > 0.75
+
+
+def test_a_chat_template_is_put_around(speaker: Speaker) -> None:
+    tokenizer = copy.deepcopy(speaker.tokenizer)
+    tokenizer.chat_template = (
+        "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    chat = speaker_of(tokenizer)
+    passage = Passage("Read this.", (Question(" What?", "It is", ("x",)),), "Done.", " Do.")
+    parts = [chat.read(passage), chat.ask(passage.questions[0]), chat.said(passage)]
+    assert [str(tokenizer.decode(part)) for part in parts] == [
+        "<user>Read this.",
+        " What?</s><assistant>It is",
+        " Do.</s><assistant>Done.</s><user>",
+    ]
+
+
+def test_without_a_template_lines_are_plain(speaker: Speaker) -> None:
+    asked = [speaker.ask(Question("\nWhat?", prefix, ("x",))) for prefix in ("It is", "")]
+    assert [str(speaker.tokenizer.decode(ids)) for ids in asked] == ["\nWhat? It is", "\nWhat?"]
 
 
 def test_a_score_is_the_share_that_was_found() -> None:

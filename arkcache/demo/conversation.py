@@ -90,6 +90,25 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
             answer_tokens=12,
             stops_at_value=True,
         )
+    opening, between, closing = template_parts(tokenizer)
+    return Voice(
+        fact=_secret,
+        question=lambda name: f"{_ask(name)} Answer with the number only.",
+        is_right=_contains,
+        opening=opening,
+        closing=closing,
+        between=between,
+        answer_tokens=24,
+        stops_at_value=False,
+    )
+
+
+def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a chat template puts before the user's first words, between an answer and the user's
+    next words, and between those and their answer.
+
+    Raises `InputError` for a template that drops parts of a conversation.
+    """
     turns = [
         {"role": "user", "content": _TEXT},
         {"role": "assistant", "content": _ANSWER},
@@ -106,16 +125,7 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
     between, found, closing = rest.partition(_QUESTION)
     if not found:
         raise InputError("the tokenizer's chat template drops parts of a conversation")
-    return Voice(
-        fact=_secret,
-        question=lambda name: f"{_ask(name)} Answer with the number only.",
-        is_right=_contains,
-        opening=opening,
-        closing=closing,
-        between=between,
-        answer_tokens=24,
-        stops_at_value=False,
-    )
+    return opening, between, closing
 
 
 def _secret(fact: Fact) -> str:

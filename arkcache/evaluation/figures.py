@@ -110,8 +110,10 @@ def language_rows(result: Result) -> list[LanguageRow]:
 
 def to_dict(result: Result) -> dict[str, Any]:
     """The rows of both tables as plain values, for JSON; a figure that there is none of is None."""
-    rows = {"tasks": task_rows(result), "language": language_rows(result)}
-    return {name: [_plain(asdict(row)) for row in found] for name, found in rows.items()}
+    return {
+        "tasks": [_plain(asdict(row)) for row in task_rows(result)],
+        "language": [_plain(asdict(row)) for row in language_rows(result)],
+    }
 
 
 def _plain(value: Any) -> Any:

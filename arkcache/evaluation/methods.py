@@ -79,7 +79,10 @@ class Method:
 
     def config(self, budget: int | None) -> CacheConfig:
         """The settings of a paged method. Raises `ConfigError` where they are impossible."""
-        return CacheConfig(**({"budget_tokens": budget} | self.settings))
+        settings: dict[str, Any] = {"budget_tokens": budget}
+        if self.kind != "ark":  # the kernels rate pages by indexes of their own
+            settings["backend"] = "torch"
+        return CacheConfig(**(settings | self.settings))
 
     @contextmanager
     def cache(

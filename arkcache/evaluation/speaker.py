@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arkcache.demo.conversation import encode, special_opening
-from arkcache.errors import InputError
+from arkcache.demo.conversation import encode, special_opening, template_parts
 from arkcache.evaluation.passage import Passage, Question, Room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TEXT, _ANSWER, _AGAIN = "<<text>>", "<<answer>>", "<<again>>"
 
 
 @dataclass(frozen=True)
@@ -68,24 +65,5 @@ def speaker_of(tokenizer: PreTrainedTokenizerBase) -> Speaker:
     """
     if not tokenizer.chat_template:
         return Speaker(tokenizer, "", "", "\n")
-    turns = [
-        {"role": "user", "content": _TEXT},
-        {"role": "assistant", "content": _ANSWER},
-        {"role": "user", "content": _AGAIN},
-    ]
-    # Templates that know of thinking leave it out; the others ignore the argument.
-    rendered = str(
-        tokenizer.apply_chat_template(
-            turns[:1], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    )
-    opening, _, closing = rendered.partition(_TEXT)
-    whole = str(
-        tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    )
-    between, found, _ = whole.partition(_ANSWER)[2].partition(_AGAIN)
-    if not found:
-        raise InputError("the tokenizer's chat template drops parts of a conversation")
+    opening, between, closing = template_parts(tokenizer)
     return Speaker(tokenizer, opening, closing, between)

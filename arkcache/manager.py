@@ -46,6 +46,7 @@ from arkcache.validate import (
 )
 
 if TYPE_CHECKING:
+    from arkcache.index import PageIndex
     from arkcache.layers import Layer
 
 
@@ -428,6 +429,19 @@ class KVCacheManager:
                 state.keep_sequences(order, tier)
         self._device_tier, self._most_selected = tier, most
         self._log.keep_sequences(order)
+
+    @torch.no_grad()
+    def rate_with(self, make: Callable[[], PageIndex]) -> None:
+        """Have the layers that select pages rate them by other indexes, to compare with.
+
+        make: an index, for one layer; what it digests on a layer that is filled it digests anew.
+        Raises `InputError` on the Triton backend, which rates by kernels of its own.
+        """
+        if self.planner.backend == "triton":
+            raise InputError('another page index: expected backend="torch"')
+        for state in self._layers:
+            if isinstance(state, PagedLayer):
+                state.rate_with(make())
 
     def check_batch(self, batch: int) -> None:
         """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.importance import Importance
-from arkcache.index import make_index
+from arkcache.index import PageIndex, make_index
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages import Ids, Residency
@@ -126,6 +126,17 @@ class PagedLayer(TieredLayer):
             shape[0], shape[dim] = self.geometry.batch, 64
             self._digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
         self._digests.write(rows, first, digest)
+
+    def rate_with(self, index: PageIndex) -> None:
+        """Rate pages by another index from now on; what is sealed is digested anew."""
+        self._index, self._digests = index, None
+        for sequence, count in enumerate(self.sealed.tolist()):
+            if count:
+                shape = (count, self.config.page_size)
+                pages = (
+                    plane[None].unflatten(2, shape) for plane in self._read(sequence, 0, count)
+                )
+                self._digest(slice(sequence, sequence + 1), 0, *pages)
 
     def demote(self) -> None:
         """Keep pages that were attended little in the coarse format, on the device as well.

@@ -18,6 +18,7 @@ from arkcache import CacheConfig, cli
 from arkcache.demo import run as demo
 from arkcache.demo import sweep
 from arkcache.demo.models import SHIPPED
+from arkcache.evaluation import run as evaluation
 from arkcache.formats import PRESETS
 from arkcache.memory import CacheShape, plan_memory
 from tests.test_demo import METHODS
@@ -57,9 +58,13 @@ def test_help_names_the_options() -> None:
         text = runner.invoke(cli.app, [command, "--help"]).stdout
         for option in (*shared, *options):
             assert option in text
+    assert "eval" in commands
+    text = runner.invoke(cli.app, ["eval", "--help"]).stdout
+    for option in ("--tasks", "--lengths", "--budgets", "--methods", "--questions", "--seed"):
+        assert option in text
 
 
-@pytest.mark.parametrize("command", ["demo", "describe", "sweep"])
+@pytest.mark.parametrize("command", ["demo", "describe", "sweep", "eval"])
 def test_help_loads_no_model_library(command: str) -> None:
     code = (
         f"import sys; sys.argv = ['arkcache', {command!r}, '--help']\n"
@@ -275,6 +280,61 @@ def test_an_interrupted_sweep_exits_with_130(monkeypatch: pytest.MonkeyPatch) ->
     done = runner.invoke(cli.app, ["sweep"])
     assert done.exit_code == 130
     assert "arkcache sweep: interrupted" in done.stderr
+
+
+# -- eval -----------------------------------------------------------------------------------------
+
+ASKED = ["--tasks", "facts,language", "--lengths", "384", "--budgets", "1/2", "--questions", "2"]
+ASKED += ["--passages", "1", "--steps", "2", "--methods", "sinks;ark:num_recent_tokens=64"]
+
+
+def test_eval_prints_tables_and_keeps_all(tmp_path: Path) -> None:
+    out = tmp_path / "measured.json"
+    done = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    for part in ("facts", "language", "sinks", "retention", "KL"):
+        assert part in done.stdout
+    assert "facts 384: sinks at 1/2" in done.stderr
+    kept = json.loads(out.read_text())
+    assert kept["finished"]
+    assert len(kept["asked"]) == 6
+    assert [row["case"]["method"] for row in kept["figures"]["language"]] == [
+        "full",
+        "sinks",
+        "ark:num_recent_tokens=64",
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_an_interrupted_eval_shows_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluation.language, "draw", interrupt)
+    out = tmp_path / "measured.json"
+    done = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out)])
+    assert done.exit_code == 130
+    assert "Interrupted: this is what was measured until then." in done.stdout
+    kept = json.loads(out.read_text())
+    assert (kept["finished"], len(kept["asked"]), kept["predicted"]) == (False, 6, [])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tasks", "poetry"], "task 'poetry': expected one of magic"),
+        (["--lengths", "long"], "lengths 'long': expected tokens, as in 3072,7168"),
+        (["--budgets", "0"], "budget '0': expected tokens"),
+        (["--methods", "ark:page_size=0"], "page_size=0: expected an integer of at least 1"),
+        (["--json", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
+    ],
+)
+def test_eval_tells_mistakes_in_a_line(arguments: list[str], message: str) -> None:
+    done = runner.invoke(cli.app, ["eval", *ASKED, *arguments])
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert message in done.stderr
 
 
 @pytest.mark.parametrize("missing", ["typer", "transformers"])

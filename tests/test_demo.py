@@ -117,7 +117,7 @@ def test_questions_take_the_decode_path(
         lambda module, args, kwargs: note(module, args, kwargs) if args else None, with_kwargs=True
     )
     monkeypatch.setattr(demo, "load_model", lambda *_: (model, tokenizer))
-    monkeypatch.setattr(demo, "_CHUNK_TOKENS", 300)
+    monkeypatch.setattr(demo, "CHUNK_TOKENS", 300)
     result = demo.run(demo.Settings(context_tokens=700, num_facts=2, budget_tokens=256))
     handle.remove()
     chunks = lengths[:3]

@@ -62,6 +62,7 @@ MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
 MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "index", "manager", "packed"}
 MAY_IMPORT["memory"] |= {"pages", "planning"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
+MAY_IMPORT["evaluation"] = {*MAY_IMPORT, "evaluation"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
@@ -73,9 +74,9 @@ IMPORTED_BY = {
     "safetensors": EVERYWHERE - {"pages", "policy"},
     "triton": {"kernels"},
     "cupy": {"tiering"},
-    "transformers": {"huggingface", "demo", "cli"},
+    "transformers": {"huggingface", "demo", "evaluation", "cli"},
     "psutil": {"cli", "demo"},
-    "rich": {"cli", "demo"},
+    "rich": {"cli", "demo", "evaluation"},
     "typer": {"cli"},
 }
 # Heavy or optional: these parts import it inside functions, so that they start without it.

@@ -90,6 +90,25 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
             answer_tokens=12,
             stops_at_value=True,
         )
+    opening, between, closing = template_parts(tokenizer)
+    return Voice(
+        fact=_secret,
+        question=lambda name: f"{_ask(name)} Answer with the number only.",
+        is_right=_contains,
+        opening=opening,
+        closing=closing,
+        between=between,
+        answer_tokens=24,
+        stops_at_value=False,
+    )
+
+
+def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
+    """What a chat template puts before the user's first words, between an answer and the user's
+    next words, and between those and their answer.
+
+    Raises `InputError` for a template that drops parts of a conversation.
+    """
     turns = [
         {"role": "user", "content": _TEXT},
         {"role": "assistant", "content": _ANSWER},
@@ -106,16 +125,7 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
     between, found, closing = rest.partition(_QUESTION)
     if not found:
         raise InputError("the tokenizer's chat template drops parts of a conversation")
-    return Voice(
-        fact=_secret,
-        question=lambda name: f"{_ask(name)} Answer with the number only.",
-        is_right=_contains,
-        opening=opening,
-        closing=closing,
-        between=between,
-        answer_tokens=24,
-        stops_at_value=False,
-    )
+    return opening, between, closing
 
 
 def _secret(fact: Fact) -> str:
@@ -181,7 +191,7 @@ def plan(
     rng = random.Random(seed)
     hidden = facts.draw_facts(num_facts, rng)
     depths = sorted(facts.spread_depths(num_facts, rng))
-    start = encode(tokenizer, voice.opening) or _special_opening(tokenizer)
+    start = encode(tokenizer, voice.opening) or special_opening(tokenizer)
     room = context_tokens - len(start)
     left = room - len(encode(tokenizer, "\n".join(map(voice.fact, hidden))))
     ids: list[int] = []
@@ -218,7 +228,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text by itself, such as a begin-of-sequence token."""
     bare, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)

@@ -34,7 +34,8 @@ from arkcache.demo.models import load_model, pick_device
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache
 
-_CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024
+"""Of a text that is read."""
 
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many steps of it are done, and of how many."""
@@ -204,10 +205,10 @@ def threads(count: int) -> Iterator[None]:
 def read(model: PreTrainedModel, ids: list[int], progress: Progress) -> DynamicCache:
     """Read a text once, in chunks, with full attention."""
     cache = reading_cache(model)
-    chunks = torch.tensor([ids], device=model.device).split(_CHUNK_TOKENS, dim=1)
+    chunks = torch.tensor([ids], device=model.device).split(CHUNK_TOKENS, dim=1)
     with observing(model):
         for number, chunk in enumerate(chunks):
-            progress("Reading", number * _CHUNK_TOKENS, len(ids))
+            progress("Reading", number * CHUNK_TOKENS, len(ids))
             model(chunk, past_key_values=cache, logits_to_keep=1)
     return cache
 

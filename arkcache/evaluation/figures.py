@@ -1,0 +1,198 @@
+"""Figures from what was measured: retention and divergence with intervals, the worst task first.
+
+An interval is a paired bootstrap (Efron and Tibshirani 1993, chapter 13): questions, or predicted
+tokens, are drawn anew with replacement, the full cache's outcome of each along with the method's,
+and the middle 95 % of the figure over all draws is given. Seeded, so that it is always the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from arkcache.evaluation.records import Asked, Case, Cost, Predicted, Result
+
+CLAIMED_FROM = 0.95
+"""A task that full attention answers worse than this says little about a cache."""
+
+FULL = "full"
+_NUM_DRAWS = 2000
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure, and what 95 % of the bootstrap's draws lie in; NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a case took: means over its passages, bytes the largest."""
+
+    attended_tokens: float
+    device_bytes: int
+    host_bytes: int
+    ms_per_token: float
+
+
+@dataclass(frozen=True)
+class TaskRow:
+    """A task with one method.
+
+    Attributes:
+        num_right: questions answered in full.
+        accuracy: the mean score; a question may be answered in part.
+        retention: accuracy as a share of the full cache's.
+        claimed: whether the full cache answers the task well enough to say something.
+    """
+
+    case: Case
+    num_right: int
+    num_full_right: int
+    num_asked: int
+    accuracy: float
+    full_accuracy: float
+    retention: Interval
+    claimed: bool
+    spent: Spent
+
+
+@dataclass(frozen=True)
+class LanguageRow:
+    """Real texts with one method.
+
+    Attributes:
+        kl: to the full cache, nats for each token, the mean.
+        nll_difference: how much less likely (in nats) what really follows became.
+        agreement: how often the most likely token is the full cache's.
+    """
+
+    case: Case
+    num_tokens: int
+    kl: Interval
+    nll_difference: Interval
+    agreement: float
+    spent: Spent
+
+
+def task_rows(result: Result) -> list[TaskRow]:
+    """One row for each case that was asked, by length, the worst task first."""
+    rows = [_task_row(result, case, asked) for case, asked in _by_case(result.asked).items()]
+    worst: dict[tuple[int, str], float] = {}
+    for row in rows:
+        key = (row.case.length, row.case.task)
+        value = row.retention.value
+        worst[key] = min(worst.get(key, math.inf), math.inf if math.isnan(value) else value)
+
+    def order(row: TaskRow) -> tuple[int, bool, float, str]:
+        key = (row.case.length, row.case.task)
+        return row.case.length, not row.claimed, worst[key], row.case.task
+
+    return sorted(rows, key=order)
+
+
+def language_rows(result: Result) -> list[LanguageRow]:
+    """One row for each case that predicted, by length."""
+    cases = _by_case(result.predicted)
+    rows = [_language_row(result, case, predicted) for case, predicted in cases.items()]
+    return sorted(rows, key=lambda row: row.case.length)
+
+
+def to_dict(result: Result) -> dict[str, Any]:
+    """The rows of both tables as plain values, for JSON; a figure that there is none of is None."""
+    return {
+        "tasks": [_plain(asdict(row)) for row in task_rows(result)],
+        "language": [_plain(asdict(row)) for row in language_rows(result)],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _plain(entry) for name, entry in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def bootstrap(figure: Callable[[Floats], Floats], outcomes: Floats) -> Interval:
+    """A figure of outcomes [items, ...] with its interval.
+
+    figure: of draws [draws, items, ...], one number for each.
+    """
+    draws = np.random.default_rng(0).integers(0, len(outcomes), (_NUM_DRAWS, len(outcomes)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        value = float(figure(outcomes[None])[0])
+        drawn = figure(outcomes[draws])
+    drawn = drawn[np.isfinite(drawn)]
+    if not math.isfinite(value) or not len(drawn):
+        return Interval(math.nan, math.nan, math.nan)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return Interval(value, float(low), float(high))
+
+
+def _by_case(records: list[Asked] | list[Predicted]) -> dict[Case, list]:  # type: ignore[type-arg]
+    found: dict[Case, list] = {}  # type: ignore[type-arg]
+    for record in records:
+        found.setdefault(record.case, []).append(record)
+    return found
+
+
+def _task_row(result: Result, case: Case, asked: list[Asked]) -> TaskRow:
+    known = {
+        (other.passage, other.question): other.score
+        for other in result.asked
+        if other.case == _full(case)
+    }
+    full = np.array([known[one.passage, one.question] for one in asked])
+    own = np.array([one.score for one in asked])
+    retention = bootstrap(
+        lambda drawn: drawn[..., 0].mean(axis=1) / drawn[..., 1].mean(axis=1),
+        np.stack((own, full), axis=1),
+    )
+    return TaskRow(
+        case,
+        int((own == 1).sum()),
+        int((full == 1).sum()),
+        len(asked),
+        float(own.mean()),
+        float(full.mean()),
+        retention,
+        bool(full.mean() >= CLAIMED_FROM),
+        _spent(result.costs, case),
+    )
+
+
+def _language_row(result: Result, case: Case, predicted: list[Predicted]) -> LanguageRow:
+    known = {other.passage: other.nll for other in result.predicted if other.case == _full(case)}
+    more = [np.array(one.nll) - np.array(known[one.passage]) for one in predicted]
+    kl = np.concatenate([one.kl for one in predicted])
+    return LanguageRow(
+        case,
+        len(kl),
+        bootstrap(lambda drawn: drawn.mean(axis=1), kl),
+        bootstrap(lambda drawn: drawn.mean(axis=1), np.concatenate(more)),
+        float(np.concatenate([one.same for one in predicted]).mean()),
+        _spent(result.costs, case),
+    )
+
+
+def _full(case: Case) -> Case:
+    return Case(case.task, case.length, FULL, "-")
+
+
+def _spent(costs: list[Cost], case: Case) -> Spent:
+    own = [cost for cost in costs if cost.case == case]
+    return Spent(
+        float(np.mean([cost.attended_tokens for cost in own])),
+        max(cost.device_bytes for cost in own),
+        max(cost.host_bytes for cost in own),
+        float(np.mean([cost.ms_per_token for cost in own])),
+    )

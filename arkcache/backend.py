@@ -73,6 +73,8 @@ def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> s
         return "latents are expanded by the model's own code"
     if config.coarse_format is not None:
         return "pages of two formats move in the host tier"
+    if config.estimates:
+        return "estimate_pages asks for pseudo tokens, which the kernels do not attend"
     if config.packed_slots is False and not config.format.is_raw:
         return "packed_slots=False asks for unpacked pages on the device"
     return None

@@ -76,13 +76,17 @@ class CacheConfig:
             do; on a CPU they are unpacked once, when they are recalled, which is faster.
         backend: what a decode step runs on, one of `BACKENDS`. "auto": Triton kernels on a GPU
             where they can serve these settings, plain torch otherwise. "triton" on a CPU needs
-            TRITON_INTERPRET=1, for tests.
+            TRITON_INTERPRET=1, for tests, and refuses settings that the kernels do not serve.
         speculative_recall: on the Triton backend, recall the pages that are rated next into spare
             places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
         group_reduction: one of `GROUP_REDUCTIONS`.
+        estimate_pages: how many of the pages that a step does not attend it estimates, the best
+            by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
+            logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
+            keys and values in the model's dtype. Plain torch only, see `backend`.
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
@@ -118,6 +122,7 @@ class CacheConfig:
     index: str = "cuboid-mean"
     index_bits: int = 2
     group_reduction: str = "softmax-mean"
+    estimate_pages: int | None = 0
     device_bytes: int | None = None
     host_bytes: int | None = None
     stream_block_tokens: int | None = None
@@ -216,6 +221,11 @@ class CacheConfig:
         return -(-self.num_sink_tokens // self.page_size)
 
     @property
+    def estimates(self) -> bool:
+        """Whether pages that a step does not attend are estimated."""
+        return self.estimate_pages != 0
+
+    @property
     def window_tokens(self) -> int:
         """Capacity of the recent window: it seals a page when it holds this many tokens."""
         return self.num_recent_tokens + self.page_size
@@ -271,12 +281,14 @@ class CacheConfig:
             "stream_block_tokens": self.page_size if isinstance(self.page_size, int) else 1,
             "group_size": 1,
             "demote_after": 0,
+            "estimate_pages": 0,
             "device_bytes": 1,
             "host_bytes": 1,
         }
+        optional = ("device_bytes", "host_bytes", "stream_block_tokens", "estimate_pages")
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if name in ("device_bytes", "host_bytes", "stream_block_tokens") and value is None:
+            if name in optional and value is None:
                 continue
             if not _is_int(value) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")

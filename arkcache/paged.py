@@ -20,11 +20,12 @@ from arkcache.pages import Ids, Residency
 from arkcache.policy import aggregate, ranked_pages, top_pages
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_parts, attend_view, page_mass
+from arkcache.summaries import PageSummaries, PseudoTokens
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
-from arkcache.views import Held, hidden_pages, view_mask, view_tokens
+from arkcache.views import Held, hidden_pages, pages_left_out, view_mask, view_tokens
 from arkcache.windows import ShiftedWindow
 
 RELOAD_SHARE = 0.6
@@ -67,6 +68,7 @@ class PagedLayer(TieredLayer):
         index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
         self._index = make_index(config, index_dim, geometry.device)
         self._digests: GrowingTensor | None = None
+        self._summaries = PageSummaries(config, geometry) if config.estimates else None
 
     @property
     def window(self) -> ShiftedWindow:
@@ -95,6 +97,8 @@ class PagedLayer(TieredLayer):
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
         self._digest(rows, first, key, value)
+        if self._summaries is not None:
+            self._summaries.write(rows, first, key, value)
         packed = self._packer.pack(key, value)
         self._store.append(rows, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
@@ -158,28 +162,33 @@ class PagedLayer(TieredLayer):
             return self._attend_alike(step)
         selectable = np.maximum(self.sealed - self.config.num_sink_pages, 0)
         most = int(selectable.max())
-        chosen = None
+        chosen, rating = None, None
         if most > self._least_selected:
-            chosen = self._select(step, selectable, most)
+            chosen, rating = self._select(step, selectable, most)
         else:
             self._complete_residents(selectable)
-        return self._attend(step, chosen)
+        return self._attend(step, chosen, rating)
 
     def _attend_alike(self, step: Step) -> Tensor:
         """`attend_one` where all rows have as much to select from and to attend: the usual case."""
         sealed, length = int(self.sealed[0]), int(self.lengths.of[0])
         sinks, page_size = self.config.num_sink_pages, self.config.page_size
         selectable, num_selected = sealed - sinks, self._num_places
-        if selectable > num_selected > 0:
+        rating, summaries = None, self._summaries
+        if selectable > num_selected and (num_selected > 0 or summaries is not None):
             rating = self._rate(step, selectable)
+        if rating is not None and num_selected > 0:
             self._recall(top_pages(rating, num_selected), None, None)
         elif 0 < selectable <= num_selected:
             self._complete_residents(np.full(self.geometry.batch, selectable))
         num_pages = min(sealed, sinks + num_selected)
         recent = length - sealed * page_size
         self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
-        held = self._residency.page_of >= 0 if self._importance is not None else None
-        return self._attend_places(step, num_pages, recent, None, held)
+        if self._importance is None and summaries is None:
+            return self._attend_places(step, num_pages, recent, None, None)
+        held = self._residency.page_of >= 0
+        estimated = self._estimate(step, held, rating)
+        return self._attend_places(step, num_pages, recent, None, held, estimated)
 
     def _complete_residents(self, selectable: Ids) -> None:
         """Have all selectable pages resident: there are places for all of them."""
@@ -213,13 +222,14 @@ class PagedLayer(TieredLayer):
         rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
         return rating.masked_fill(outside, float("-inf"))
 
-    def _select(self, step: Step, selectable: Ids, most: int) -> Held | None:
-        """Make the best pages resident; returns which places hold them where places are spare."""
+    def _select(self, step: Step, selectable: Ids, most: int) -> tuple[Held | None, Tensor]:
+        """Make the best pages resident; returns which places hold them, where places are spare,
+        and all ratings."""
         rating = self._rate(step, most)
         count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
         selected = ranked_pages(rating, int(count.max()))
         self._recall(selected, count, rating if self._spare else None)
-        return self._chosen_places(selected, count) if self._spare else None
+        return self._chosen_places(selected, count) if self._spare else None, rating
 
     def _recall(self, selected: Ids, count: Ids | None, rating: Tensor | None) -> None:
         """Bring what is selected and not resident into the working set.
@@ -278,7 +288,16 @@ class PagedLayer(TieredLayer):
         chosen: Held = wanted[np.arange(len(wanted))[:, None], self._residency.page_of]
         return chosen
 
-    def _attend(self, step: Step, chosen: Held | None) -> Tensor:
+    def _estimate(self, step: Step, held: Held, rating: Tensor | None) -> PseudoTokens | None:
+        """What stands for the pages that no place of `held` holds; None where nothing does."""
+        if self._summaries is None:
+            return None
+        sinks = self.config.num_sink_pages
+        selectable = np.repeat(self.sealed - sinks, self.geometry.num_kv_heads)
+        left_out = pages_left_out(self._residency.page_of, held, selectable, sinks)
+        return self._summaries.estimate(step, left_out, rating)
+
+    def _attend(self, step: Step, chosen: Held | None, rating: Tensor | None) -> Tensor:
         config = self.config
         sinks = np.minimum(self.sealed, config.num_sink_pages)
         recent = self.lengths.of - self.sealed * config.page_size
@@ -300,18 +319,33 @@ class PagedLayer(TieredLayer):
             )
             bias = step.bias(tokens)[:, :, :, 0]
             mask = bias if mask is None else mask + bias
-        output = self._attend_places(step, num_pages, int(recent.max()), mask, held)
+        estimated = self._estimate(step, held, rating)
+        output = self._attend_places(step, num_pages, int(recent.max()), mask, held, estimated)
         return self.lengths.clear_empty(output)
 
     def _attend_places(
-        self, step: Step, num_pages: int, recent: int, mask: Tensor | None, held: Held | None
+        self,
+        step: Step,
+        num_pages: int,
+        recent: int,
+        mask: Tensor | None,
+        held: Held | None,
+        estimated: PseudoTokens | None = None,
     ) -> Tensor:
-        """Attend the first places and the window; held [rows, places]: selected pages."""
+        """Attend the first places and the window, and what stands for pages that are left out.
+
+        held [rows, places]: which places hold selected pages.
+        """
         working_set = self.working_set
         if isinstance(working_set, PackedWorkingSet):
             parts = working_set.parts(num_pages, recent)
+            if estimated is not None:
+                num_tokens = num_pages * self.config.page_size + recent
+                parts, mask = estimated.after_parts(parts, mask, num_tokens)
             return attend_parts(step, parts, self.geometry.num_kv_heads, mask)
         key, value = working_set.view(num_pages, recent)
+        if estimated is not None:
+            key, value, mask = estimated.after(key, value, mask)
         if self._importance is not None and num_pages > self.config.num_sink_pages:
             assert held is not None
             page_size = self.config.page_size
@@ -364,6 +398,8 @@ class PagedLayer(TieredLayer):
         on_device = torch.from_numpy(index).to(device_tier.geometry.device)
         if self._digests is not None:
             self._digests.keep_sequences(on_device)
+        if self._summaries is not None:
+            self._summaries.keep_sequences(on_device, device_tier.geometry)
         if self._importance is not None:
             self._importance.keep_rows(rows)
         before = self.working_set
@@ -422,6 +458,7 @@ class PagedLayer(TieredLayer):
     def stats(self) -> CacheStats:
         """Counters and sizes; the device tier and the host tier are counted by the manager."""
         digest_bytes = 0 if self._digests is None else self._digests.nbytes
+        digest_bytes += 0 if self._summaries is None else self._summaries.nbytes
         return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(
             digest_bytes=digest_bytes
         )

@@ -30,7 +30,8 @@ class CacheStats:
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
         host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
-        digest_bytes: the page index, on the device, growing with the context.
+        digest_bytes: the page index, on the device, growing with the context; with
+            `estimate_pages`, the pages' means as well.
     """
 
     attended_tokens: int = 0

@@ -24,6 +24,7 @@ BAD = [
     ("value_bits", [0, 1, 3, 16.0, True, None]),
     ("index_bits", [0, 1, 3, 16, 2.0, True, None]),
     ("index", ["", "cuboid", "CUBOID-MEAN", None, 3, ["tokens"]]),
+    ("estimate_pages", [-1, 1.0, True, "all"]),
     ("group_reduction", ["mean", None, 0]),
     ("budget_tokens", [0, -1, 2048.0, True, "all", (), ("a",), (((2048,),),), {2048}]),
 ]

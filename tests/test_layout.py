@@ -40,6 +40,7 @@ MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
 MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate", "importance"}
 MAY_IMPORT["windows"] = set()
 MAY_IMPORT["views"] = {"config", "pages", "step", "tiering"}
+MAY_IMPORT["summaries"] = {"config", "pages", "step", "tiering", "views"}
 MAY_IMPORT["store"] = {"kernels", "pages", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}
 MAY_IMPORT["sealing"] = {"config", "errors", "pages", "step", "tiering", "windows"}

@@ -52,7 +52,8 @@ def test_a_step_attends_sinks_window_and_the_best_pages(index: str, columns: int
     oracle.append(0, key, key)
     for head in range(2):
         tokens = set(seen[0, head].nonzero()[:, 0].tolist())
-        assert tokens in map(set, oracle._token_choices(0, 0, head, query[0, head] * 8**-0.5))
+        choices = oracle.choices(0, 0, head, query[0, head] * 8**-0.5)
+        assert tokens in [set(choice.tokens) for choice in choices]
         assert len(tokens) == round(manager.stats().attended_tokens)
         assert len(tokens) <= 32
         assert {*range(min(4, columns)), *range(max(0, columns - 4), columns)} <= tokens

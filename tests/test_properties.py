@@ -75,6 +75,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         index=index,
         index_bits=draw(st.sampled_from([2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
+        estimate_pages=0 if backend == "triton" else draw(st.sampled_from([0, 0, None, 1, 3])),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
         backend=backend,
         **page_format,

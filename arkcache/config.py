@@ -21,6 +21,9 @@ INDEXES = (
 )
 """Page indexes by name: ArkVale's bounding volumes (section 5.2) and the low-bit token index."""
 
+MASS_INDEXES = ("tokens",)
+"""Those of `INDEXES` that rate the attention mass of a page; the others bound a logit of it."""
+
 GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
 """How the query heads of one KV head agree on pages; "raw-mean" is ArkVale's released code."""
 
@@ -87,6 +90,15 @@ class CacheConfig:
             by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
             logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
             keys and values in the model's dtype. Plain torch only, see `backend`.
+        target_missed_mass: the share of its attention that a step may miss, between 0 and 1
+            (Twilight's 1 - p). Each KV head then attends the fewest pages without which the index
+            misses no more, the mean over its query heads, and at most those of its budget; pages
+            are ordered by their share of attention, whatever `group_reduction` says. It needs an
+            index that rates mass, one of `MASS_INDEXES`. None: what the budget holds. Plain torch
+            only, see `backend`; what was missed is in `CacheStats.missed_by_layer`.
+        audit_every: in one step of so many, one layer (they take turns) reads all its keys, to
+            count what its attention really missed beside what the index made of it
+            (`CacheStats.missed_by_layer`). None is never. Plain torch only, see `backend`.
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
@@ -123,6 +135,8 @@ class CacheConfig:
     index_bits: int = 2
     group_reduction: str = "softmax-mean"
     estimate_pages: int | None = 0
+    target_missed_mass: float | None = None
+    audit_every: int | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     stream_block_tokens: int | None = None
@@ -140,6 +154,7 @@ class CacheConfig:
         self._check_integers()
         self._check_choices()
         self._check_formats()
+        self._check_target()
         if self.budget_tokens == "auto" and self.device_bytes is None:
             object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
         if self.budget_tokens is None and self.device_bytes is not None:
@@ -282,10 +297,12 @@ class CacheConfig:
             "group_size": 1,
             "demote_after": 0,
             "estimate_pages": 0,
+            "audit_every": 1,
             "device_bytes": 1,
             "host_bytes": 1,
         }
-        optional = ("device_bytes", "host_bytes", "stream_block_tokens", "estimate_pages")
+        sizes = ("device_bytes", "host_bytes", "stream_block_tokens")
+        optional = (*sizes, "estimate_pages", "audit_every")
         for name, minimum in minima.items():
             value = getattr(self, name)
             if name in optional and value is None:
@@ -337,6 +354,26 @@ class CacheConfig:
         if self.packed_slots:
             raise ConfigError(
                 "packed_slots=True beside two formats: slots are of one size; leave it at None"
+            )
+
+    def _check_target(self) -> None:
+        target = self.target_missed_mass
+        if target is None:
+            return
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+            raise ConfigError(
+                f"target_missed_mass={target!r}: expected a number between 0 and 1, both excluded, "
+                "or None"
+            )
+        if self.index not in MASS_INDEXES:
+            raise ConfigError(
+                f"target_missed_mass={target!r} beside index={self.index!r}, which bounds logits: "
+                f"expected an index that rates mass, one of {', '.join(map(repr, MASS_INDEXES))}"
+            )
+        if self.budget_tokens is None:
+            raise ConfigError(
+                f"target_missed_mass={target!r} beside budget_tokens=None: unlimited misses "
+                "nothing; give a budget, which is the most that a step may attend"
             )
 
     def _check_budget(self, budget: Any) -> None:

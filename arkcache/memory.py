@@ -64,7 +64,8 @@ class MemoryPlan:
         page_bytes: a page of one KV head, in the first format.
         code_bytes, meta_bytes, padding_bytes: its elements, scales and zeros, and padding.
         bits_per_element: of the page, everything included.
-        attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense.
+        attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense;
+            with `target_missed_mass`, the most.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
         host_bytes: the host tier.
         coarse_host_bytes: the host tier with every page demoted to the second format, a bound:

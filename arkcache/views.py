@@ -94,6 +94,23 @@ def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
     return mean
 
 
+def token_bias(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | None:
+    """The user's mask over the tokens of the first `most` selectable pages, for every row.
+
+    Returns [rows, group or 1, most, page_size]; None for none.
+    """
+    if step.bias is None:
+        return None
+    sinks, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
+    heads = geometry.num_kv_heads
+    if bias.shape[1] > heads:  # expanded latents share their pages
+        bias = bias.reshape(geometry.batch, heads, -1, len(tokens))
+    own: Tensor = bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (most, page_size))
+    return own
+
+
 def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sinks: int) -> Held:
     """Which selectable pages exist and are not attended [rows, most pages selectable].
 

@@ -260,9 +260,13 @@ class Oracle:
             for head in range(self.num_kv_heads):
                 own = slice(head * group, (head + 1) * group)
                 hidden = self._hidden_pages(layer, sequence, own, how.get("mask"))
-                choices = self.choices(
-                    layer, sequence, head, rating_query[sequence, own, 0], hidden
-                )
+                rated, row = rating_query[sequence, own, 0], (layer, sequence, head)
+                dense = self.config.budget_of(layer, head) is None
+                if self.config.target_missed_mass is None or dense:
+                    choices = self.choices(*row, rated, hidden)
+                else:
+                    shares = self.shares(states, row, rated, query[sequence, own, 0], how)
+                    choices = self._covering_choices(row, shares)
                 attended += len(choices[0].tokens) / self.num_kv_heads
                 if len(choices) > MAX_CHOICES:
                     choices = []
@@ -329,9 +333,8 @@ class Oracle:
         everything = [Choice(list(range(length)), [])]
         if self.config.budget_of(layer, head) is None:
             return everything
-        page_size, sealed = self.config.page_size, self.sealed(layer, sequence)
-        first = min(sealed, math.ceil(self.config.num_sink_tokens / page_size))
-        fixed = [*range(first * page_size), *range(sealed * page_size, length)]
+        sealed = self.sealed(layer, sequence)
+        first = min(sealed, math.ceil(self.config.num_sink_tokens / self.config.page_size))
         wanted = self.num_selected(layer, head)
         if sealed - first <= wanted:
             return everything
@@ -345,12 +348,71 @@ class Oracle:
                 ([visible[page] for page in pages], [visible[page] for page in others])
                 for pages, others in self._page_choices(rating, wanted, noise)
             )
+        return self._as_tokens((layer, sequence), options)
+
+    def _covering_choices(self, row: tuple[int, int, int], shares: Tensor) -> list[Choice]:
+        """`choices` where a row takes the fewest pages that miss no more than the target."""
+        target, most = self.config.target_missed_mass, len(shares)
+        assert target is not None
+        ordered = shares.double().sort(descending=True).values
+        missed = torch.cat((ordered, torch.zeros(1))).flip(0).cumsum(0).flip(0)
+        noise = 1e-4 * target + 1e-6
+        least, enough = (int((missed > target + by).sum()) for by in (noise, -noise))
+        cap = min(most, self.num_selected(row[0], row[2]))
+        counts = range(min(least, cap), min(enough, cap) + 1)
+        options = (self._page_choices(shares, count, 1e-30) for count in counts)
+        return self._as_tokens(row[:2], itertools.chain.from_iterable(options))
+
+    def _as_tokens(
+        self, row: tuple[int, int], options: Iterator[tuple[list[int], list[int]]]
+    ) -> list[Choice]:
+        """Selectable pages that a row may attend and estimate, as tokens and pages."""
+        page_size, sealed = self.config.page_size, self.sealed(*row)
+        first = min(sealed, math.ceil(self.config.num_sink_tokens / page_size))
+        fixed = [*range(first * page_size), *range(sealed * page_size, len(self.columns(*row)))]
         choices = []
         for pages, others in itertools.islice(options, MAX_CHOICES + 1):
             starts = [(first + page) * page_size for page in pages]
             tokens = fixed + [s + i for s in starts for i in range(page_size)]
             choices.append(Choice(tokens, [first + page for page in others]))
         return choices
+
+    def shares(
+        self,
+        states: tuple[Tensor, Tensor],
+        row: tuple[int, int, int],
+        rated: Tensor,
+        query: Tensor,
+        how: dict[str, Any],
+    ) -> Tensor:
+        """Which share of a row's attention each selectable page holds, by the token index [pages].
+
+        states: keys and values of all columns; rated, query [group, dim]: what pages are rated by,
+        scaled, and what attends.
+        """
+        layer, sequence, head = row
+        page_size, group = self.config.page_size, query.shape[0]
+        columns, end = self.columns(layer, sequence), self.sealed(layer, sequence) * page_size
+        start = min(end, math.ceil(self.config.num_sink_tokens / page_size) * page_size)
+        stored = self.stored[layer][sequence, head, columns[start:end]]
+        pages = self._as_made(*stored.split(self._dims, dim=-1)).float()
+        pages = pages.unflatten(0, ((end - start) // page_size, page_size))
+        codes, scale, zero = stored_codes(pages, self.config.index_bits)
+        key, value = (plane[sequence, head, columns][None, None] for plane in states)
+        if how.get("expand") is not None:
+            key, value = how["expand"](key, value)
+        logits = query.float() @ key[0, 0].T * (how.get("scale") or query.shape[1] ** -0.5)
+        logits[:, start:end] = rated @ (codes * scale + zero).flatten(0, 1).T
+        if how.get("softcap") is not None:
+            logits = how["softcap"] * torch.tanh(logits / how["softcap"])
+        own = slice(head * group, (head + 1) * group)
+        if how.get("mask") is not None:
+            bias = _as_additive(how["mask"]).expand(self.batch, -1, -1, -1)[sequence, :, 0]
+            logits = logits + (bias[own] if bias.shape[0] > 1 else bias)[:, columns]
+        if how.get("sinks") is not None:
+            logits = torch.cat((logits, how["sinks"][own].float()[:, None]), dim=1)
+        share = logits.softmax(dim=1)[:, start:end].nan_to_num()
+        return share.unflatten(1, ((end - start) // page_size, page_size)).sum(dim=2).mean(dim=0)
 
     def _page_choices(
         self, rating: Tensor, wanted: int, noise: float

@@ -5,6 +5,7 @@ import math
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from arkcache import CacheConfig, ConfigError, KVCacheManager
 from arkcache.backend import choose_backend
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
 from arkcache.kernels import reference
-from tests.oracle import Oracle
-from tests.twins import Twins, small_config
+from arkcache.pages import Ids
+from arkcache.step import Step
+from arkcache.views import page_bias
+from tests.twins import Twins, attend_latents, small_config
 
 FORMATS: dict[str, dict[str, Any]] = {
     "raw": {},
@@ -177,24 +180,23 @@ def test_masks_softcap_and_sinks(name: str, estimate_pages: int | None) -> None:
             twins.attend(mask=given)
 
 
+def test_a_page_that_is_hidden_in_part_is_not_estimated() -> None:
+    """By -inf, or as some models do by the most negative number; other masks add their mean."""
+    mask = torch.tensor([1.0, 2, 3, 6] * 3)
+    mask[5], mask[10] = torch.finfo(mask.dtype).min, -math.inf
+
+    def bias(tokens: Ids) -> Tensor:
+        return mask[torch.from_numpy(tokens)][:, :, None, None]
+
+    query = torch.zeros(1, 1, 1, 8)
+    step = Step(query, 1.0, query, bias=bias)
+    mean = page_bias(step, small_config(), np.arange(3).reshape(1, 1, 3))
+    assert mean.flatten().tolist() == [3.0, -math.inf, -math.inf]
+
+
 def test_latents_are_expanded() -> None:
     """Mean latents expand to what the mean of expanded latents is."""
-    into_key, into_value = torch.randn(9, 8), torch.randn(9, 5)
-    config = small_config(estimate_pages=None)
-    manager = KVCacheManager(1, 1, 6, config, value_dim=3, latent=True)
-    oracle = Oracle(1, 1, config, latent=True)
-
-    def expand(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        latent = torch.cat((key, value), dim=-1)
-        return latent @ into_key, latent @ into_value
-
-    key, value = torch.randn(2, 1, 100, 6), torch.randn(2, 1, 100, 3)
-    manager.append(0, key, value)
-    oracle.append(0, key, value)
-    for _ in range(3):
-        query = torch.randn(2, 1, 1, 8)
-        how = {"expand": expand, "index_query": query @ into_key.T, "scale": 0.3}
-        oracle.attend_one(0, query, **how).check(manager.attend(0, query, **how))
+    attend_latents(small_config(estimate_pages=None))
 
 
 def test_crop_and_seal_again() -> None:

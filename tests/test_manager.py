@@ -357,7 +357,7 @@ def test_it_does_not_matter_how_tokens_arrived(index: str, mask: Tensor | None) 
 def digests(manager: KVCacheManager) -> list[Tensor]:
     """The digests of every sequence's sealed pages."""
     layer = cast("Any", manager._layers[0])
-    entries = layer._digests
+    entries = layer._ratings.digests
     return [
         entries.data[sequence].narrow(entries.dim - 1, 0, int(sealed))
         for sequence, sealed in enumerate(layer.sealed)
@@ -612,7 +612,7 @@ def test_digest_bytes_are_those_of_the_tensors(index: str) -> None:
     """At most a third of them is room to grow."""
     twins = Twins(small_config(index=index))
     twins.append(2000)
-    entries = cast("Any", twins.manager._layers[0])._digests
+    entries = cast("Any", twins.manager._layers[0])._ratings.digests
     assert twins.manager.stats().digest_bytes == entries.data.untyped_storage().nbytes()
     assert 499 <= entries.data.shape[entries.dim] <= 1.5 * 499
 

@@ -21,6 +21,9 @@ INDEXES = (
 )
 """Page indexes by name: ArkVale's bounding volumes (section 5.2) and the low-bit token index."""
 
+MASS_INDEXES = ("tokens",)
+"""Those of `INDEXES` that rate the attention mass of a page; the others bound a logit of it."""
+
 GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
 """How the query heads of one KV head agree on pages; "raw-mean" is ArkVale's released code."""
 
@@ -76,13 +79,26 @@ class CacheConfig:
             do; on a CPU they are unpacked once, when they are recalled, which is faster.
         backend: what a decode step runs on, one of `BACKENDS`. "auto": Triton kernels on a GPU
             where they can serve these settings, plain torch otherwise. "triton" on a CPU needs
-            TRITON_INTERPRET=1, for tests.
+            TRITON_INTERPRET=1, for tests, and refuses settings that the kernels do not serve.
         speculative_recall: on the Triton backend, recall the pages that are rated next into spare
             places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
             add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
         group_reduction: one of `GROUP_REDUCTIONS`.
+        estimate_pages: how many of the pages that a step does not attend it estimates, the best
+            by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
+            logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
+            keys and values in the model's dtype. Plain torch only, see `backend`.
+        target_missed_mass: the share of its attention that a step may miss, between 0 and 1
+            (Twilight's 1 - p). Each KV head then attends the fewest pages without which the index
+            misses no more, the mean over its query heads, and at most those of its budget; pages
+            are ordered by their share of attention, whatever `group_reduction` says. It needs an
+            index that rates mass, one of `MASS_INDEXES`. None: what the budget holds. Plain torch
+            only, see `backend`; what was missed is in `CacheStats.missed_by_layer`.
+        audit_every: in one step of so many, one layer (they take turns) reads all its keys, to
+            count what its attention really missed beside what the index made of it
+            (`CacheStats.missed_by_layer`). None is never. Plain torch only, see `backend`.
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
@@ -118,6 +134,9 @@ class CacheConfig:
     index: str = "cuboid-mean"
     index_bits: int = 2
     group_reduction: str = "softmax-mean"
+    estimate_pages: int | None = 0
+    target_missed_mass: float | None = None
+    audit_every: int | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     stream_block_tokens: int | None = None
@@ -135,6 +154,7 @@ class CacheConfig:
         self._check_integers()
         self._check_choices()
         self._check_formats()
+        self._check_target()
         if self.budget_tokens == "auto" and self.device_bytes is None:
             object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
         if self.budget_tokens is None and self.device_bytes is not None:
@@ -216,6 +236,11 @@ class CacheConfig:
         return -(-self.num_sink_tokens // self.page_size)
 
     @property
+    def estimates(self) -> bool:
+        """Whether pages that a step does not attend are estimated."""
+        return self.estimate_pages != 0
+
+    @property
     def window_tokens(self) -> int:
         """Capacity of the recent window: it seals a page when it holds this many tokens."""
         return self.num_recent_tokens + self.page_size
@@ -271,12 +296,16 @@ class CacheConfig:
             "stream_block_tokens": self.page_size if isinstance(self.page_size, int) else 1,
             "group_size": 1,
             "demote_after": 0,
+            "estimate_pages": 0,
+            "audit_every": 1,
             "device_bytes": 1,
             "host_bytes": 1,
         }
+        sizes = ("device_bytes", "host_bytes", "stream_block_tokens")
+        optional = (*sizes, "estimate_pages", "audit_every")
         for name, minimum in minima.items():
             value = getattr(self, name)
-            if name in ("device_bytes", "host_bytes", "stream_block_tokens") and value is None:
+            if name in optional and value is None:
                 continue
             if not _is_int(value) or value < minimum:
                 raise ConfigError(f"{name}={value!r}: expected an integer of at least {minimum}")
@@ -325,6 +354,26 @@ class CacheConfig:
         if self.packed_slots:
             raise ConfigError(
                 "packed_slots=True beside two formats: slots are of one size; leave it at None"
+            )
+
+    def _check_target(self) -> None:
+        target = self.target_missed_mass
+        if target is None:
+            return
+        if isinstance(target, bool) or not isinstance(target, int | float) or not 0 < target < 1:
+            raise ConfigError(
+                f"target_missed_mass={target!r}: expected a number between 0 and 1, both excluded, "
+                "or None"
+            )
+        if self.index not in MASS_INDEXES:
+            raise ConfigError(
+                f"target_missed_mass={target!r} beside index={self.index!r}, which bounds logits: "
+                f"expected an index that rates mass, one of {', '.join(map(repr, MASS_INDEXES))}"
+            )
+        if self.budget_tokens is None:
+            raise ConfigError(
+                f"target_missed_mass={target!r} beside budget_tokens=None: unlimited misses "
+                "nothing; give a budget, which is the most that a step may attend"
             )
 
     def _check_budget(self, budget: Any) -> None:

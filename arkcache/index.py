@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -13,9 +13,14 @@ from arkcache.kernels.torch_tokens import TokenIndex
 
 
 class PageIndex(Protocol):
-    """What decides which pages matter. `page_dim` is the dimension of a digest that is the page."""
+    """What decides which pages matter.
+
+    `page_dim` is the dimension of a digest that is the page. `rates` says what a score is: "mass",
+    the log of a page's softmax mass, or "bound", what a logit of the page may be.
+    """
 
     page_dim: int
+    rates: str
 
     def digest(self, key: Tensor) -> Tensor:
         """Digest pages of keys [batch, kv_heads, pages, page_size, dim]."""
@@ -24,6 +29,23 @@ class PageIndex(Protocol):
     def score(self, query: Tensor, digests: Tensor) -> Tensor:
         """Rate pages for a scaled query [rows, group, dim]: [rows, group, pages]."""
         ...
+
+
+class MassIndex(PageIndex, Protocol):
+    """An index that rates mass."""
+
+    def log_mass(
+        self, query: Tensor, digests: Tensor, softcap: float | None, bias: Tensor | None
+    ) -> Tensor:
+        """`score` of logits that went through a softcap and had an additive mask [rows, group or
+        1, pages, page_size] added."""
+        ...
+
+
+def mass_index(index: PageIndex) -> MassIndex:
+    """An index of which it is known that it rates mass."""
+    assert index.rates == "mass"
+    return cast(MassIndex, index)
 
 
 def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> PageIndex:

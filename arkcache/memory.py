@@ -64,7 +64,8 @@ class MemoryPlan:
         page_bytes: a page of one KV head, in the first format.
         code_bytes, meta_bytes, padding_bytes: its elements, scales and zeros, and padding.
         bits_per_element: of the page, everything included.
-        attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense.
+        attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense;
+            with `target_missed_mass`, the most.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
         host_bytes: the host tier.
         coarse_host_bytes: the host tier with every page demoted to the second format, a bound:
@@ -74,7 +75,8 @@ class MemoryPlan:
         spare_bytes: what such spare slots may take beside it at most, whatever the GPU; they never
             take more than 1/16 of its free memory. 0 where the pool factor is given or 1.
         dense_bytes: layers that attend everything, on the device, growing.
-        digest_bytes: the page index, on the device, growing.
+        digest_bytes: the page index, on the device, growing; with `estimate_pages`, the pages'
+            means as well.
         full_bytes: a full cache of the model's dtype, nothing paged.
     """
 
@@ -223,10 +225,12 @@ def _dense_bytes(config: CacheConfig, shape: CacheShape, length: int, sealed: in
 
 
 def _digest_bytes(config: CacheConfig, shape: CacheShape, device: str) -> int:
-    """Bytes of the digest of one page of one KV head."""
+    """Bytes of the digest of one page of one KV head, and of its means where it is estimated."""
     index = make_index(config, shape.head_dim, _PLANNED_ON[device])
     size = (1, 1, 1, config.page_size, shape.head_dim)
-    return index.digest(torch.empty(size, dtype=shape.dtype, device="meta")).nbytes
+    means = (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
+    digest = index.digest(torch.empty(size, dtype=shape.dtype, device="meta")).nbytes
+    return digest + (means if config.estimates else 0)
 
 
 def _attended(config: CacheConfig, selected: list[int], length: int, sealed: int) -> float:

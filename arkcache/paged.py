@@ -6,6 +6,8 @@ those that are missing into the places of those nobody wants, attend.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -13,18 +15,19 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.importance import Importance
-from arkcache.index import PageIndex, make_index
-from arkcache.kernels.torch_hadamard import rotate
+from arkcache.index import PageIndex
 from arkcache.kernels.torch_pages import PagePacker
+from arkcache.missed import MissedLog, log_mass, true_missed_mass
 from arkcache.pages import Ids, Residency
-from arkcache.policy import aggregate, ranked_pages, top_pages
+from arkcache.policy import fewest_pages, ranked_pages, top_pages
+from arkcache.rating import PageRatings
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_parts, attend_view, page_mass
+from arkcache.summaries import PageSummaries, PseudoTokens
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
-from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.host import HostTier
-from arkcache.views import Held, hidden_pages, view_mask, view_tokens
+from arkcache.views import Held, pages_left_out, view_mask, view_tokens
 from arkcache.windows import ShiftedWindow
 
 RELOAD_SHARE = 0.6
@@ -56,17 +59,21 @@ class PagedLayer(TieredLayer):
         latent: bool = False,
     ) -> None:
         super().__init__(config, device_tier, number, host, packers)
-        self.latent, geometry = latent, device_tier.geometry
+        geometry = device_tier.geometry
         self._importance = Importance(geometry.num_rows) if len(packers) > 1 else None
+        self._missed: MissedLog | None = None
+        if config.target_missed_mass is not None or config.audit_every is not None:
+            num_layers = len(device_tier.working_sets)
+            self._missed = MissedLog(geometry.num_kv_heads, config.audit_every, number, num_layers)
+        self._is_audit = False
         self._may_demote = False
         self._allot(num_selected)
         self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
         self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
         self._residency = Residency(geometry.num_rows, self._num_places)
         self._complete = True  # every selectable page is resident, as far as places go
-        index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
-        self._index = make_index(config, index_dim, geometry.device)
-        self._digests: GrowingTensor | None = None
+        self._ratings = PageRatings(config, geometry, latent)
+        self._summaries = PageSummaries(config, geometry) if config.estimates else None
 
     @property
     def window(self) -> ShiftedWindow:
@@ -81,8 +88,10 @@ class PagedLayer(TieredLayer):
         self._may_hold = np.minimum(
             np.ceil(self._num_selected * self.device_tier.plan.pool_factor), self._num_places
         ).astype(np.int64)
-        self._spare = self._num_places > int(num_selected.max())
-        self._plain = self._least_selected == self._num_places
+        varies = self.config.target_missed_mass is not None
+        # What a selection of varying size leaves in its places may be wanted by the next one.
+        self._spare = varies or self._num_places > int(num_selected.max())
+        self._plain = self._least_selected == self._num_places and not varies
 
     # -- append and seal ------------------------------------------------------------------------
 
@@ -94,7 +103,9 @@ class PagedLayer(TieredLayer):
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
-        self._digest(rows, first, key, value)
+        self._ratings.write(rows, first, key, value)
+        if self._summaries is not None:
+            self._summaries.write(rows, first, key, value)
         packed = self._packer.pack(key, value)
         self._store.append(rows, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
@@ -113,30 +124,16 @@ class PagedLayer(TieredLayer):
         for page in range(max(first, sinks), first + room):
             self._residency.place(cache_rows, page - sinks, page, self._may_hold)
 
-    def _digest(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        # Boxes fit keys better as the model made them: a rotation evens out their channels.
-        key = rotate(key) if self.config.rotates_keys else key
-        if self.latent:
-            value = rotate(value) if self.config.rotates_values else value
-            key = torch.cat((key, value), dim=-1)
-        digest = self._index.digest(key)
-        dim = self._index.page_dim
-        if self._digests is None:
-            shape = list(digest.shape)
-            shape[0], shape[dim] = self.geometry.batch, 64
-            self._digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
-        self._digests.write(rows, first, digest)
-
     def rate_with(self, index: PageIndex) -> None:
         """Rate pages by another index from now on; what is sealed is digested anew."""
-        self._index, self._digests = index, None
+        self._ratings.use(index)
         for sequence, count in enumerate(self.sealed.tolist()):
             if count:
                 shape = (count, self.config.page_size)
                 pages = (
                     plane[None].unflatten(2, shape) for plane in self._read(sequence, 0, count)
                 )
-                self._digest(slice(sequence, sequence + 1), 0, *pages)
+                self._ratings.write(slice(sequence, sequence + 1), 0, *pages)
 
     def demote(self) -> None:
         """Keep pages that were attended little in the coarse format, on the device as well.
@@ -165,32 +162,43 @@ class PagedLayer(TieredLayer):
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over the sinks, the selected pages and the recent window."""
+        if self._missed is not None:
+            self._is_audit = self._missed.begin_step()
         if self._plain and self.lengths.uniform and step.bias is None:
             return self._attend_alike(step)
         selectable = np.maximum(self.sealed - self.config.num_sink_pages, 0)
         most = int(selectable.max())
-        chosen = None
-        if most > self._least_selected:
-            chosen = self._select(step, selectable, most)
+        chosen, rating = None, None
+        least = self._least_selected if self.config.target_missed_mass is None else 0
+        if most > least:
+            chosen, rating = self._select(step, selectable, most)
         else:
             self._complete_residents(selectable)
-        return self._attend(step, chosen)
+            if self._missed is not None and self.config.target_missed_mass is not None:
+                rows = self.geometry.num_rows
+                self._missed.note(np.zeros(rows), np.zeros(rows, dtype=np.bool_))
+        return self._attend(step, chosen, rating)
 
     def _attend_alike(self, step: Step) -> Tensor:
         """`attend_one` where all rows have as much to select from and to attend: the usual case."""
         sealed, length = int(self.sealed[0]), int(self.lengths.of[0])
         sinks, page_size = self.config.num_sink_pages, self.config.page_size
         selectable, num_selected = sealed - sinks, self._num_places
-        if selectable > num_selected > 0:
+        rating, summaries = None, self._summaries
+        if selectable > num_selected and (num_selected > 0 or summaries is not None):
             rating = self._rate(step, selectable)
+        if rating is not None and num_selected > 0:
             self._recall(top_pages(rating, num_selected), None, None)
         elif 0 < selectable <= num_selected:
             self._complete_residents(np.full(self.geometry.batch, selectable))
+        held, estimated = None, None
+        if self._importance is not None or summaries is not None or self._is_audit:
+            held = self._residency.page_of >= 0
+            estimated = self._leave_out(step, held, rating)
         num_pages = min(sealed, sinks + num_selected)
         recent = length - sealed * page_size
         self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
-        held = self._residency.page_of >= 0 if self._importance is not None else None
-        return self._attend_places(step, num_pages, recent, None, held)
+        return self._attend_places(step, num_pages, recent, None, held, estimated)
 
     def _complete_residents(self, selectable: Ids) -> None:
         """Have all selectable pages resident: there are places for all of them."""
@@ -204,33 +212,46 @@ class PagedLayer(TieredLayer):
 
     def _rate(self, step: Step, most: int) -> Tensor:
         """Rate the first `most` selectable pages of every row [rows, pages]."""
-        assert self._digests is not None
-        digests = self._digests.first(self.config.num_sink_pages + most)
-        digests = digests.narrow(self._digests.dim, self.config.num_sink_pages, most)
-        _, heads, _, dim = step.index_query.shape
-        group = heads // self.geometry.num_kv_heads
-        query = step.index_query.reshape(self.geometry.num_rows, group, dim)
-        score = self._index.score(query * step.scale, digests.flatten(0, 1))
-        if self.lengths.uniform and step.bias is None:
-            return aggregate(score, self.config.group_reduction)
-        sealed = np.repeat(self.sealed, self.geometry.num_kv_heads)[:, None]
-        outside = torch.from_numpy(np.arange(most) >= sealed - self.config.num_sink_pages)
-        outside = outside.to(score.device)
-        hidden = hidden_pages(step, self.config, self.geometry, most) | outside
-        score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
-        rating = aggregate(score, self.config.group_reduction)
-        # Again, because a share of a page that exists may underflow to 0 too; pages that do not
-        # exist come after those that the user's mask hides.
-        rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
-        return rating.masked_fill(outside, float("-inf"))
+        return self._ratings.rate(step, self.sealed, most, uniform=self.lengths.uniform)
 
-    def _select(self, step: Step, selectable: Ids, most: int) -> Held | None:
-        """Make the best pages resident; returns which places hold them where places are spare."""
-        rating = self._rate(step, most)
+    def _shares(self, step: Step, most: int) -> Tensor:
+        """Estimate which share of attention each selectable page holds [rows, pages]."""
+        sinks, recent = self._fixed()
+        num_pages, uniform = int(sinks.max()), self.lengths.uniform
+        held = self._residency.page_of >= 0
+        mask = self._view_mask(step, held, num_pages, alike=uniform)
+        mass = log_mass(step, self._parts(num_pages, int(recent.max())), mask)
+        fixed = mass.reshape(self.geometry.num_rows, -1)
+        return self._ratings.shares(step, self.sealed, most, fixed, uniform=uniform)
+
+    def _fixed(self) -> tuple[Ids, Ids]:
+        """Sink pages and window tokens of each sequence."""
+        sinks = np.minimum(self.sealed, self.config.num_sink_pages)
+        return sinks, self.lengths.of - self.sealed * self.config.page_size
+
+    def _parts(self, num_pages: int, recent: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first places and the window, unpacked: in one part, or some pages at a time."""
+        working_set = self.working_set
+        if isinstance(working_set, PackedWorkingSet):
+            return working_set.parts(num_pages, recent)
+        return iter([working_set.view(num_pages, recent)])
+
+    def _select(self, step: Step, selectable: Ids, most: int) -> tuple[Held | None, Tensor]:
+        """Make the best pages resident; returns which places hold them, where places are spare,
+        and all ratings."""
         count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
-        selected = ranked_pages(rating, int(count.max()))
+        target = self.config.target_missed_mass
+        if target is None:
+            rating = self._rate(step, most)
+            selected = ranked_pages(rating, int(count.max()))
+        else:
+            rating = self._shares(step, most)
+            cover = fewest_pages(rating, target, count)
+            selected, count = cover.pages, cover.num_taken
+            assert self._missed is not None
+            self._missed.note(cover.missed, cover.is_capped)
         self._recall(selected, count, rating if self._spare else None)
-        return self._chosen_places(selected, count) if self._spare else None
+        return self._chosen_places(selected, count) if self._spare else None, rating
 
     def _recall(self, selected: Ids, count: Ids | None, rating: Tensor | None) -> None:
         """Bring what is selected and not resident into the working set.
@@ -289,11 +310,51 @@ class PagedLayer(TieredLayer):
         chosen: Held = wanted[np.arange(len(wanted))[:, None], self._residency.page_of]
         return chosen
 
-    def _attend(self, step: Step, chosen: Held | None) -> Tensor:
-        config = self.config
-        sinks = np.minimum(self.sealed, config.num_sink_pages)
-        recent = self.lengths.of - self.sealed * config.page_size
+    def _leave_out(self, step: Step, held: Held, rating: Tensor | None) -> PseudoTokens | None:
+        """Audit a step that attends the places of `held`, if it is one to be audited.
+
+        Returns what stands for the pages that no such place holds; None where nothing does.
+        """
+        if self._summaries is None and not self._is_audit:
+            return None
+        sinks = self.config.num_sink_pages
+        selectable = np.repeat(self.sealed - sinks, self.geometry.num_kv_heads)
+        left_out = pages_left_out(self._residency.page_of, held, selectable, sinks)
+        if self._is_audit:
+            self._audit(step, left_out)
+        return None if self._summaries is None else self._summaries.estimate(step, left_out, rating)
+
+    def _audit(self, step: Step, left_out: Held) -> None:
+        """Note what a step really misses, and what the index makes of it."""
+        assert self._missed is not None
+        nothing = np.zeros(self.geometry.num_rows)
+        if not left_out.any():
+            self._missed.audit(nothing, nothing if self._ratings.are_mass else None)
+            return
+        estimate = None
+        if self._ratings.are_mass:
+            share = self._shares(step, left_out.shape[1]).double().cpu().numpy()
+            estimate = np.where(left_out, share, 0).sum(axis=1)
+        truth = true_missed_mass(step, self.blocks(), left_out, self.config, self.geometry)
+        self._missed.audit(truth, estimate)
+
+    def _view_mask(self, step: Step, held: Held, num_pages: int, *, alike: bool) -> Tensor | None:
+        """The mask of the first places and the window; alike: all rows attend all of them."""
+        sinks, recent = self._fixed()
+        mask = None
+        if not alike:
+            mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
+        if step.bias is None:
+            return mask
+        page_of = self._residency.page_of
+        tokens = view_tokens(self.config, self.geometry, page_of, self.sealed, recent, num_pages)
+        bias = step.bias(tokens)[:, :, :, 0]
+        return bias if mask is None else mask + bias
+
+    def _attend(self, step: Step, chosen: Held | None, rating: Tensor | None) -> Tensor:
+        sinks, recent = self._fixed()
         held = self._residency.page_of >= 0 if chosen is None else chosen
+        estimated = self._leave_out(step, held, rating)
         per_row = held.sum(axis=1)
         self._count_attended(per_row, sinks, recent)
         # Places fill from the first on, so the last held one bounds the view.
@@ -301,28 +362,33 @@ class PagedLayer(TieredLayer):
         if chosen is not None:
             widest = int((held * np.arange(1, self._num_places + 1)).max(initial=0))
         num_pages = int(sinks.max()) + widest
-        mask = None
-        if not self.lengths.uniform or chosen is not None or int(per_row.min()) < widest:
-            mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
-        if step.bias is not None:
-            page_of = self._residency.page_of
-            tokens = view_tokens(
-                self.config, self.geometry, page_of, self.sealed, recent, num_pages
-            )
-            bias = step.bias(tokens)[:, :, :, 0]
-            mask = bias if mask is None else mask + bias
-        output = self._attend_places(step, num_pages, int(recent.max()), mask, held)
+        alike = self.lengths.uniform and chosen is None and int(per_row.min()) == widest
+        mask = self._view_mask(step, held, num_pages, alike=alike)
+        output = self._attend_places(step, num_pages, int(recent.max()), mask, held, estimated)
         return self.lengths.clear_empty(output)
 
     def _attend_places(
-        self, step: Step, num_pages: int, recent: int, mask: Tensor | None, held: Held | None
+        self,
+        step: Step,
+        num_pages: int,
+        recent: int,
+        mask: Tensor | None,
+        held: Held | None,
+        estimated: PseudoTokens | None = None,
     ) -> Tensor:
-        """Attend the first places and the window; held [rows, places]: selected pages."""
-        working_set = self.working_set
-        if isinstance(working_set, PackedWorkingSet):
-            parts = working_set.parts(num_pages, recent)
+        """Attend the first places and the window, and what stands for pages that are left out.
+
+        held [rows, places]: which places hold selected pages.
+        """
+        if isinstance(self.working_set, PackedWorkingSet):
+            parts = self._parts(num_pages, recent)
+            if estimated is not None:
+                num_tokens = num_pages * self.config.page_size + recent
+                parts, mask = estimated.after_parts(parts, mask, num_tokens)
             return attend_parts(step, parts, self.geometry.num_kv_heads, mask)
-        key, value = working_set.view(num_pages, recent)
+        key, value = self.working_set.view(num_pages, recent)
+        if estimated is not None:
+            key, value, mask = estimated.after(key, value, mask)
         if self._importance is not None and num_pages > self.config.num_sink_pages:
             assert held is not None
             page_size = self.config.page_size
@@ -373,8 +439,9 @@ class PagedLayer(TieredLayer):
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
         on_device = torch.from_numpy(index).to(device_tier.geometry.device)
-        if self._digests is not None:
-            self._digests.keep_sequences(on_device)
+        self._ratings.keep_sequences(on_device, device_tier.geometry)
+        if self._summaries is not None:
+            self._summaries.keep_sequences(on_device, device_tier.geometry)
         if self._importance is not None:
             self._importance.keep_rows(rows)
         before = self.working_set
@@ -432,7 +499,9 @@ class PagedLayer(TieredLayer):
 
     def stats(self) -> CacheStats:
         """Counters and sizes; the device tier and the host tier are counted by the manager."""
-        digest_bytes = 0 if self._digests is None else self._digests.nbytes
+        digest_bytes = self._ratings.nbytes
+        digest_bytes += 0 if self._summaries is None else self._summaries.nbytes
+        missed = () if self._missed is None else (tuple(self._missed.heads),)
         return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(
-            digest_bytes=digest_bytes
+            digest_bytes=digest_bytes, missed_by_layer=missed
         )

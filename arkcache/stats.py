@@ -1,8 +1,78 @@
-"""What a cache did and what it holds, as plain integers."""
+"""What a cache did and what it holds, as plain numbers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+
+AUDIT_MARGIN = 0.01
+"""An estimate of missed mass is low where the truth exceeds it by more than this."""
+
+
+@dataclass(frozen=True)
+class MissedMass:
+    """How much of their attention decode steps left out, as shares from 0 to 1.
+
+    One entry is one step of one sequence and KV head, the mean over its query heads. Those of
+    several heads or layers add up by `+`. Estimated pseudo tokens (`estimate_pages`) do not count
+    as attended.
+
+    Attributes:
+        num_estimates: entries that the index rated; of every step with `target_missed_mass`.
+        estimated_sum, estimated_worst: what they missed by the index.
+        num_capped: those of them that missed more than the target when all places were taken.
+        num_audits: entries for which all keys were read (`audit_every`).
+        true_sum, true_worst: what these really missed.
+        num_compared: audits of an index that rates mass, compared with its estimates.
+        compared_sum: what these missed by the index.
+        num_low: those whose estimate is below the truth by more than `AUDIT_MARGIN`.
+    """
+
+    num_estimates: int = 0
+    estimated_sum: float = 0.0
+    estimated_worst: float = 0.0
+    num_capped: int = 0
+    num_audits: int = 0
+    true_sum: float = 0.0
+    true_worst: float = 0.0
+    num_compared: int = 0
+    compared_sum: float = 0.0
+    num_low: int = 0
+
+    @property
+    def estimated(self) -> float | None:
+        """Mean estimate over all entries; None without any."""
+        return _ratio(self.estimated_sum, self.num_estimates)
+
+    @property
+    def capped_share(self) -> float | None:
+        """Share of entries that missed the target for want of places; None without any."""
+        return _ratio(self.num_capped, self.num_estimates)
+
+    @property
+    def true(self) -> float | None:
+        """Mean truth over the audits; None without any."""
+        return _ratio(self.true_sum, self.num_audits)
+
+    @property
+    def compared(self) -> float | None:
+        """Mean estimate over the audits, to be held against `true`; None without any."""
+        return _ratio(self.compared_sum, self.num_compared)
+
+    @property
+    def low_share(self) -> float | None:
+        """Share of the audits whose estimate is low; None without any."""
+        return _ratio(self.num_low, self.num_compared)
+
+    def __add__(self, other: MissedMass) -> MissedMass:
+        together = {}
+        for one in fields(MissedMass):
+            mine, its = getattr(self, one.name), getattr(other, one.name)
+            together[one.name] = max(mine, its) if one.name.endswith("_worst") else mine + its
+        return MissedMass(**together)
+
+
+def _ratio(total: float, count: int) -> float | None:
+    return total / count if count else None
 
 
 @dataclass(frozen=True)
@@ -26,11 +96,15 @@ class CacheStats:
         bytes_recalled: copied from the host tier to the device tier, packed as they are there,
             streamed blocks excluded. On a CPU a selection of 16-bit pages that is mostly missing is
             copied whole, hits included.
-        bytes_streamed: copied to the device tier for steps of several tokens, block by block.
+        bytes_streamed: copied to the device tier for steps of several tokens and for audits
+            (`audit_every`), block by block.
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
         host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
-        digest_bytes: the page index, on the device, growing with the context.
+        digest_bytes: the page index, on the device, growing with the context; with
+            `estimate_pages`, the pages' means as well.
+        missed_by_layer: with `target_missed_mass` or `audit_every`, for each layer that is not
+            dense and each of its KV heads what its steps missed; sums list all layers, in order.
     """
 
     attended_tokens: int = 0
@@ -47,6 +121,12 @@ class CacheStats:
     device_bytes: int = 0
     host_bytes: int = 0
     digest_bytes: int = 0
+    missed_by_layer: tuple[tuple[MissedMass, ...], ...] = ()
+
+    @property
+    def missed(self) -> MissedMass:
+        """What the steps of all layers and KV heads missed, together."""
+        return sum((head for layer in self.missed_by_layer for head in layer), MissedMass())
 
     @property
     def hit_rate(self) -> float:

@@ -122,22 +122,32 @@ def page_mass(
     head's query heads, in fp32.
     """
     batch, num_kv_heads = key.shape[:2]
-    if step.expand is not None:
-        key, value = step.expand(key, value)
-    query = step.query.float().unflatten(1, (key.shape[1], -1))[:, :, :, 0] * step.scale
-    logits = query @ key.float().transpose(-1, -2)
-    if step.softcap is not None:
-        logits = logits.div_(step.softcap).tanh_().mul_(step.softcap)
-    if mask is not None:
-        logits = logits + mask
-    mass = logits.logsumexp(dim=-1, keepdim=True)
-    if step.sinks is not None:
-        mass = torch.logaddexp(mass, step.sinks.float().view(1, *mass.shape[1:3], 1))
+    logits = view_logits(step, expanded(step, key, value)[0], mask)
+    mass = with_sinks(step, logits.logsumexp(dim=-1, keepdim=True))
     share = (logits[..., :num_tokens] - mass).exp_().nan_to_num_()
     share = share.unflatten(-1, (-1, page_size)).sum(dim=-1)
     # Expanded latents have a KV head for every query head, and share their pages.
     per_page: Tensor = share.reshape(batch, num_kv_heads, -1, share.shape[-1]).mean(dim=2)
     return per_page
+
+
+def view_logits(step: Step, key: Tensor, mask: Tensor | None) -> Tensor:
+    """The masked logits of a step's token over expanded keys [batch, kv_heads, tokens, dim].
+
+    mask as in `attend_view`. Returns [batch, kv_heads, group, tokens] in fp32.
+    """
+    query = step.query.float().unflatten(1, (key.shape[1], -1))[:, :, :, 0] * step.scale
+    logits: Tensor = query @ key.float().transpose(-1, -2)
+    if step.softcap is not None:
+        logits = logits.div_(step.softcap).tanh_().mul_(step.softcap)
+    return logits if mask is None else logits + mask
+
+
+def with_sinks(step: Step, mass: Tensor) -> Tensor:
+    """The log mass of tokens [batch, kv_heads, group, 1] with what the sink logits add to it."""
+    if step.sinks is None:
+        return mass
+    return torch.logaddexp(mass, step.sinks.float().view(1, *mass.shape[1:3], 1))
 
 
 def attend_parts(
@@ -150,7 +160,7 @@ def attend_parts(
         for key, value in parts:
             stop = start + key.shape[2]
             own = None if mask is None else mask[:, :, :, None, start:stop]
-            key, value = _expanded(step, key, value)
+            key, value = expanded(step, key, value)
             yield Block(key, value, mask=None if own is None else partial(_whole, own))
             start = stop
 
@@ -205,7 +215,7 @@ def causal_blocks(
     lines = [] if step.bias is not None else causal_lines(last_visible)
     visible = torch.from_numpy(last_visible).to(step.query.device)
     for key, value, numbers in blocks:
-        key, value = _expanded(step, key, value)
+        key, value = expanded(step, key, value)
         if numbers.shape[1] == 0 or not lines:
             yield _masked_block(step, key, value, numbers, last_visible, visible)
             continue
@@ -278,7 +288,7 @@ def _masked_block(
     return Block(key, value, seen_from, _causal_mask(step, numbers, visible))
 
 
-def _expanded(step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+def expanded(step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """A block's keys and values as they are attended."""
     if step.expand is None:
         return key, value

@@ -76,3 +76,49 @@ def hidden_pages(step: Step, config: CacheConfig, geometry: Geometry, most: int)
         seen = seen.any(dim=1, keepdim=True)
     hidden: Tensor = ~seen.expand(-1, geometry.num_kv_heads, -1).flatten(0, 1)
     return hidden
+
+
+def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
+    """The user's mask over pages: the mean over each page's tokens, -inf where it hides any.
+
+    pages: numbers [batch, kv_heads or 1, count]. Returns [batch, kv_heads or 1, group or 1, count].
+    """
+    assert step.bias is not None
+    page_size = config.page_size
+    tokens = pages[..., None] * page_size + np.arange(page_size)
+    bias = step.bias(tokens.reshape(*pages.shape[:2], -1))[:, :, :, 0]
+    bias = bias.unflatten(3, (-1, page_size))
+    # Some models hide with the most negative number rather than with -inf.
+    hidden = (bias <= torch.finfo(bias.dtype).min / 2).any(dim=4)
+    mean: Tensor = bias.mean(dim=4).masked_fill(hidden, float("-inf"))
+    return mean
+
+
+def token_bias(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | None:
+    """The user's mask over the tokens of the first `most` selectable pages, for every row.
+
+    Returns [rows, group or 1, most, page_size]; None for none.
+    """
+    if step.bias is None:
+        return None
+    sinks, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
+    heads = geometry.num_kv_heads
+    if bias.shape[1] > heads:  # expanded latents share their pages
+        bias = bias.reshape(geometry.batch, heads, -1, len(tokens))
+    own: Tensor = bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (most, page_size))
+    return own
+
+
+def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sinks: int) -> Held:
+    """Which selectable pages exist and are not attended [rows, most pages selectable].
+
+    page_of: the page in each place [rows, places]; held: which places are attended; selectable:
+    pages of each row that there are to select from.
+    """
+    most = int(selectable.max(initial=0))
+    attended = np.zeros((len(page_of), most + 1), dtype=np.bool_)
+    np.put_along_axis(attended, np.where(held, page_of - num_sinks, most), True, axis=1)
+    left_out: Held = ~attended[:, :most] & (np.arange(most) < selectable[:, None])
+    return left_out

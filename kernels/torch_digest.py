@@ -25,6 +25,7 @@ class BoundingVolumes:
     """
 
     page_dim = 3
+    rates = "bound"
 
     def __init__(self, kind: str) -> None:
         self.kind = kind

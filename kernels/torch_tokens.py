@@ -35,6 +35,8 @@ class TokenIndex:
         packed: keep the codes in bytes; False keeps the quantised keys in fp32.
     """
 
+    rates = "mass"
+
     def __init__(self, page_size: int, head_dim: int, bits: int, packed: bool = True) -> None:
         self.page_size, self.head_dim, self.bits = page_size, head_dim, bits
         self.packed, self.page_dim = packed, 2 if packed else 3
@@ -67,18 +69,30 @@ class TokenIndex:
 
         Returns [rows, group, pages] in fp32: the log of each page's softmax mass, unnormalised.
         """
+        return self.log_mass(query, digests)
+
+    def log_mass(
+        self,
+        query: Tensor,
+        digests: Tensor,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> Tensor:
+        """`score`, with logits that become softcap * tanh(logits / softcap) before `bias`, additive
+        [rows, group or 1, pages, page_size], is added to them."""
         rows, group, _ = query.shape
         num_pages = digests.shape[self.page_dim - 1]
         if not self.packed:
             logits = torch.bmm(query.float(), digests.flatten(2))
-            mass: Tensor = logits.unflatten(2, (num_pages, self.page_size)).logsumexp(dim=-1)
-            return mass
+            logits = logits.unflatten(2, (num_pages, self.page_size))
+            return _log_mass(logits, softcap, bias)
         score = query.new_empty((rows, group, num_pages), dtype=torch.float32)
         block_pages = PAGES_PER_BLOCK if digests.device.type == "cpu" else num_pages
         for start in range(0, num_pages, block_pages):
-            block = digests[:, start : start + block_pages]
-            logits = self._logits(query.float(), block)
-            score[:, :, start : start + block.shape[1]] = logits.logsumexp(dim=-1)
+            block = slice(start, start + block_pages)
+            logits = self._logits(query.float(), digests[:, block])
+            own = None if bias is None else bias[:, :, block]
+            score[:, :, block] = _log_mass(logits, softcap, own)
         return score
 
     def _pack(self, codes: Tensor) -> Tensor:
@@ -116,3 +130,12 @@ class TokenIndex:
         logits = logits.view(rows, pages, group, self.page_size)
         offset = torch.einsum("rgd,rpd->rpg", query, zero)
         return (logits + offset[..., None]).transpose(1, 2)
+
+
+def _log_mass(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
+    """Of pages whose logits are [rows, group, pages, page_size]."""
+    if softcap is not None:
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        logits = logits + bias
+    return logits.logsumexp(dim=-1)

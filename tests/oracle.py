@@ -4,6 +4,9 @@ It keeps every key and value of every column, padding included, and derives seal
 window and selection from lengths and from `kernels/reference.py` in fp32. Knows nothing of slots,
 tiers or residency, and imports nothing from the manager.
 
+With `estimate_pages`, pages that are not attended are one pseudo token each: the means of what was
+sealed, ln(page_size) added to its logit.
+
 Where pages are quantised, a token is from its sealing on what packing and unpacking its page gives,
 and pages are rated by the keys that were sealed. The kernels that rotate and pack are the library's
 own: their tests compare them with `kernels/reference.py`, and an element that two computations of
@@ -14,7 +17,7 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +59,13 @@ class Expected:
                 assert best <= tolerance * scale, f"{sequence=} {head=}: off by {errors}"
 
 
+class Choice(NamedTuple):
+    """Tokens that a row attends, and pages that it estimates."""
+
+    tokens: list[int]
+    estimated: list[int]
+
+
 @dataclass
 class Oracle:
     """The dense twin of a manager: call it alongside, compare what both say.
@@ -64,7 +74,8 @@ class Oracle:
         real: [batch, columns], which columns hold tokens.
         keys, values: per layer [batch, kv_heads, columns, dim], rotated where the settings say so,
             and quantised where they are sealed.
-        rated: per layer, what pages are rated by [batch, kv_heads, columns, dim]: what was sealed.
+        stored: per layer, key and value side by side as they were sealed, before quantising
+            [batch, kv_heads, columns, dim + dim]: what pages are rated and estimated by.
         quantised: per layer, pages of each sequence that went through `_seal`.
         coarse: per layer, the pages (sequence, KV head, number) that were demoted.
         latent: pages are rated by key and value side by side.
@@ -77,7 +88,7 @@ class Oracle:
     real: Tensor | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
-    rated: list[Tensor] = field(default_factory=list)
+    stored: list[Tensor] = field(default_factory=list)
     quantised: list[list[int]] = field(default_factory=list)
     coarse: list[set[tuple[int, int, int]]] = field(default_factory=list)
 
@@ -90,18 +101,18 @@ class Oracle:
             self.real = torch.ones(key.shape[0], 0, dtype=torch.bool)
             self.keys = [key[:, :, :0]] * self.num_layers
             self.values = [value[:, :, :0]] * self.num_layers
-            self.rated = [self._as_made(key, value)[:, :, :0]] * self.num_layers
+            self.stored = [torch.cat((key, value), dim=3)[:, :, :0]] * self.num_layers
             self.quantised = [[0] * key.shape[0] for _ in range(self.num_layers)]
             self.coarse = [set() for _ in range(self.num_layers)]
         self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
         self.values[layer] = torch.cat((self.values[layer], value), dim=2)
-        unrated = self._as_made(key, value).fill_(math.nan)  # until it is sealed
-        self.rated[layer] = torch.cat((self.rated[layer], unrated), dim=2)
-        unknown = self.keys[layer].shape[2] - self.real.shape[1]
-        if unknown > 0:
+        unknown = torch.full_like(torch.cat((key, value), dim=3), math.nan)  # until it is sealed
+        self.stored[layer] = torch.cat((self.stored[layer], unknown), dim=2)
+        new = self.keys[layer].shape[2] - self.real.shape[1]
+        if new > 0:
             if mask is None:
-                mask = torch.ones(key.shape[0], unknown, dtype=torch.bool)
-            self.real = torch.cat((self.real, mask[:, -unknown:]), dim=1)
+                mask = torch.ones(key.shape[0], new, dtype=torch.bool)
+            self.real = torch.cat((self.real, mask[:, -new:]), dim=1)
         for sequence in range(self.batch):
             self._seal(layer, sequence)
 
@@ -127,7 +138,7 @@ class Oracle:
         self.real = self.real[:, :num_columns]
         self.keys = [key[:, :, :num_columns] for key in self.keys]
         self.values = [value[:, :, :num_columns] for value in self.values]
-        self.rated = [rated[:, :, :num_columns] for rated in self.rated]
+        self.stored = [stored[:, :, :num_columns] for stored in self.stored]
         for layer, counts in enumerate(self.quantised):
             counts[:] = [min(n, self.sealed(layer, i)) for i, n in enumerate(counts)]
             self.coarse[layer] = {page for page in self.coarse[layer] if page[2] < counts[page[0]]}
@@ -138,7 +149,7 @@ class Oracle:
         self.real = self.real[index]
         self.keys = [key[index] for key in self.keys]
         self.values = [value[index] for value in self.values]
-        self.rated = [rated[index] for rated in self.rated]
+        self.stored = [stored[index] for stored in self.stored]
         order = index.tolist()
         self.quantised = [[counts[i] for i in order] for counts in self.quantised]
         self.coarse = [
@@ -147,20 +158,20 @@ class Oracle:
         ]
 
     def reset(self) -> None:
-        self.real, self.keys, self.values, self.rated = None, [], [], []
+        self.real, self.keys, self.values, self.stored = None, [], [], []
         self.quantised, self.coarse = [], []
 
     # -- what sealing does ----------------------------------------------------------------------
 
     def _seal(self, layer: int, sequence: int) -> None:
-        """Quantise the pages that have filled since, after noting what they are rated by."""
+        """Quantise the pages that have filled since, after noting what they were."""
         first, last = self.quantised[layer][sequence], self.sealed(layer, sequence)
         self.quantised[layer][sequence] = last
         page_size = self.config.page_size
         columns = self.columns(layer, sequence)[first * page_size : last * page_size]
         if len(columns):
-            states = (plane[layer][sequence, :, columns] for plane in (self.keys, self.values))
-            self.rated[layer][sequence, :, columns] = self._as_made(*states)
+            states = [plane[layer][sequence, :, columns] for plane in (self.keys, self.values)]
+            self.stored[layer][sequence, :, columns] = torch.cat(states, dim=-1)
             everyone = slice(0, self.num_kv_heads)
             self._quantise(layer, sequence, everyone, columns, self.config.format)
 
@@ -179,6 +190,11 @@ class Oracle:
         ]
         for plane, kept in zip(planes, packer.unpack(packer.pack(*pages)), strict=True):
             plane[sequence, heads, columns] = kept.flatten(1, 2)
+
+    @property
+    def _dims(self) -> list[int]:
+        """Of keys and of values."""
+        return [plane[0].shape[3] for plane in (self.keys, self.values)]
 
     def _as_made(self, key: Tensor, value: Tensor) -> Tensor:
         """What pages are rated by: the keys (and the values of latents) as the model made them."""
@@ -238,23 +254,25 @@ class Oracle:
         group = query.shape[1] // self.num_kv_heads
         rating_query = (query if index_query is None else index_query).float() * scale
         rows: list[list[list[Tensor]]] = []
-        states = self.attended(layer)
-        attended = 0.0
+        states, attended = self.attended(layer), 0.0
         for sequence in range(self.batch):
             rows.append([])
-            columns = self.columns(layer, sequence)
             for head in range(self.num_kv_heads):
                 own = slice(head * group, (head + 1) * group)
                 hidden = self._hidden_pages(layer, sequence, own, how.get("mask"))
-                choices = self._token_choices(
-                    layer, sequence, head, rating_query[sequence, own, 0], hidden
-                )
-                attended += len(choices[0]) / self.num_kv_heads
+                rated, row = rating_query[sequence, own, 0], (layer, sequence, head)
+                dense = self.config.budget_of(layer, head) is None
+                if self.config.target_missed_mass is None or dense:
+                    choices = self.choices(*row, rated, hidden)
+                else:
+                    shares = self.shares(states, row, rated, query[sequence, own, 0], how)
+                    choices = self._covering_choices(row, shares)
+                attended += len(choices[0].tokens) / self.num_kv_heads
                 if len(choices) > MAX_CHOICES:
                     choices = []
                 outputs = [
-                    self._attend_tokens(states, sequence, head, columns[tokens], query[:, own], how)
-                    for tokens in choices
+                    self._attend_choice(states, (layer, sequence, head), choice, query[:, own], how)
+                    for choice in choices
                 ]
                 rows[-1].append(outputs)
         return Expected(rows, attended)
@@ -303,35 +321,109 @@ class Oracle:
         columns = columns[sinks : self.sealed(layer, sequence) * page_size]
         own = _as_additive(mask).expand(self.batch, -1, -1, -1)[sequence, :, 0]
         own = own[heads] if own.shape[0] > 1 else own
-        seen = (own[:, columns] > -math.inf).any(dim=0).unflatten(0, (-1, page_size)).any(dim=1)
+        hides = torch.finfo(own.dtype).min / 2  # some models hide with the most negative number
+        seen = (own[:, columns] > hides).any(dim=0).unflatten(0, (-1, page_size)).any(dim=1)
         return torch.nonzero(~seen).flatten().tolist()
 
-    def _token_choices(
+    def choices(
         self, layer: int, sequence: int, head: int, query: Tensor, hidden: Sequence[int] = ()
-    ) -> list[list[int]]:
-        """The acceptable lists of tokens that a row attends; the first is the likeliest."""
+    ) -> list[Choice]:
+        """What a row may attend and estimate; the first is the likeliest."""
         length = len(self.columns(layer, sequence))
+        everything = [Choice(list(range(length)), [])]
         if self.config.budget_of(layer, head) is None:
-            return [list(range(length))]
-        page_size, sealed = self.config.page_size, self.sealed(layer, sequence)
-        first = min(sealed, math.ceil(self.config.num_sink_tokens / page_size))
-        fixed = [*range(first * page_size), *range(sealed * page_size, length)]
+            return everything
+        sealed = self.sealed(layer, sequence)
+        first = min(sealed, math.ceil(self.config.num_sink_tokens / self.config.page_size))
         wanted = self.num_selected(layer, head)
         if sealed - first <= wanted:
-            return [list(range(length))]
+            return everything
         visible = [page for page in range(sealed - first) if page not in hidden]
         if len(visible) <= wanted:  # what else is selected is masked and changes nothing
-            options = [list(range(len(visible)))]
-            visible += list(hidden)
-            options[0] += range(len(options[0]), wanted)
+            pages = visible + list(hidden)[: wanted - len(visible)]
+            options = iter([(pages, [])])
         else:
             rating, noise = self.rate(layer, sequence, head, query, visible)
-            options = list(itertools.islice(page_choices(rating, wanted, noise), MAX_CHOICES + 1))
+            options = (
+                ([visible[page] for page in pages], [visible[page] for page in others])
+                for pages, others in self._page_choices(rating, wanted, noise)
+            )
+        return self._as_tokens((layer, sequence), options)
+
+    def _covering_choices(self, row: tuple[int, int, int], shares: Tensor) -> list[Choice]:
+        """`choices` where a row takes the fewest pages that miss no more than the target."""
+        target, most = self.config.target_missed_mass, len(shares)
+        assert target is not None
+        ordered = shares.double().sort(descending=True).values
+        missed = torch.cat((ordered, torch.zeros(1))).flip(0).cumsum(0).flip(0)
+        noise = 1e-4 * target + 1e-6
+        least, enough = (int((missed > target + by).sum()) for by in (noise, -noise))
+        cap = min(most, self.num_selected(row[0], row[2]))
+        counts = range(min(least, cap), min(enough, cap) + 1)
+        options = (self._page_choices(shares, count, 1e-30) for count in counts)
+        return self._as_tokens(row[:2], itertools.chain.from_iterable(options))
+
+    def _as_tokens(
+        self, row: tuple[int, int], options: Iterator[tuple[list[int], list[int]]]
+    ) -> list[Choice]:
+        """Selectable pages that a row may attend and estimate, as tokens and pages."""
+        page_size, sealed = self.config.page_size, self.sealed(*row)
+        first = min(sealed, math.ceil(self.config.num_sink_tokens / page_size))
+        fixed = [*range(first * page_size), *range(sealed * page_size, len(self.columns(*row)))]
         choices = []
-        for pages in options:
-            starts = [(first + visible[page]) * page_size for page in pages]
-            choices.append(fixed + [s + i for s in starts for i in range(page_size)])
+        for pages, others in itertools.islice(options, MAX_CHOICES + 1):
+            starts = [(first + page) * page_size for page in pages]
+            tokens = fixed + [s + i for s in starts for i in range(page_size)]
+            choices.append(Choice(tokens, [first + page for page in others]))
         return choices
+
+    def shares(
+        self,
+        states: tuple[Tensor, Tensor],
+        row: tuple[int, int, int],
+        rated: Tensor,
+        query: Tensor,
+        how: dict[str, Any],
+    ) -> Tensor:
+        """Which share of a row's attention each selectable page holds, by the token index [pages].
+
+        states: keys and values of all columns; rated, query [group, dim]: what pages are rated by,
+        scaled, and what attends.
+        """
+        layer, sequence, head = row
+        page_size, group = self.config.page_size, query.shape[0]
+        columns, end = self.columns(layer, sequence), self.sealed(layer, sequence) * page_size
+        start = min(end, math.ceil(self.config.num_sink_tokens / page_size) * page_size)
+        stored = self.stored[layer][sequence, head, columns[start:end]]
+        pages = self._as_made(*stored.split(self._dims, dim=-1)).float()
+        pages = pages.unflatten(0, ((end - start) // page_size, page_size))
+        codes, scale, zero = stored_codes(pages, self.config.index_bits)
+        key, value = (plane[sequence, head, columns][None, None] for plane in states)
+        if how.get("expand") is not None:
+            key, value = how["expand"](key, value)
+        logits = query.float() @ key[0, 0].T * (how.get("scale") or query.shape[1] ** -0.5)
+        logits[:, start:end] = rated @ (codes * scale + zero).flatten(0, 1).T
+        if how.get("softcap") is not None:
+            logits = how["softcap"] * torch.tanh(logits / how["softcap"])
+        own = slice(head * group, (head + 1) * group)
+        if how.get("mask") is not None:
+            bias = _as_additive(how["mask"]).expand(self.batch, -1, -1, -1)[sequence, :, 0]
+            logits = logits + (bias[own] if bias.shape[0] > 1 else bias)[:, columns]
+        if how.get("sinks") is not None:
+            logits = torch.cat((logits, how["sinks"][own].float()[:, None]), dim=1)
+        share = logits.softmax(dim=1)[:, start:end].nan_to_num()
+        return share.unflatten(1, ((end - start) // page_size, page_size)).sum(dim=2).mean(dim=0)
+
+    def _page_choices(
+        self, rating: Tensor, wanted: int, noise: float
+    ) -> Iterator[tuple[list[int], list[int]]]:
+        """The pages that a row may attend, and those that it may estimate beside them."""
+        limit = self.config.estimate_pages
+        for pages in page_choices(rating, wanted, noise):
+            rest = [page for page in range(len(rating)) if page not in pages]
+            count = len(rest) if limit is None else min(limit, len(rest))
+            for others in page_choices(rating[rest], count, noise):
+                yield pages, [rest[page] for page in others]
 
     def rate(
         self,
@@ -349,7 +441,8 @@ class Oracle:
         page_size = self.config.page_size
         sinks = math.ceil(self.config.num_sink_tokens / page_size) * page_size
         columns = columns[sinks : self.sealed(layer, sequence) * page_size]
-        key = self.rated[layer][sequence, head, columns]
+        stored = self.stored[layer][sequence, head, columns]
+        key = self._as_made(*stored.split(self._dims, dim=-1))
         pages = key.float().unflatten(0, (-1, page_size))[None]
         if self.config.index == "tokens":
             score = reference.token_score(query[None], *stored_codes(pages, self.config.index_bits))
@@ -363,29 +456,52 @@ class Oracle:
         rating = reference.aggregate(score, self.config.group_reduction)[0]
         return rating, 1e-30 if self.config.group_reduction == "softmax-mean" else noise
 
-    def _attend_tokens(
+    def _summaries(
+        self, layer: int, sequence: int, head: int, pages: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Mean key and mean value [pages, dim] of sealed pages, as they are attended."""
+        page_size = self.config.page_size
+        columns = self.columns(layer, sequence)
+        tokens = torch.tensor(pages, dtype=torch.long)[:, None] * page_size
+        columns = columns[tokens + torch.arange(page_size)]
+        stored = self.stored[layer][sequence, head][columns]
+        means = stored.float().mean(dim=1).to(stored.dtype).float()
+        key, value = means.split(self._dims, dim=-1)
+        return self._unrotated(key, value)
+
+    def _attend_choice(
         self,
         states: tuple[Tensor, Tensor],
-        sequence: int,
-        head: int,
-        columns: Tensor,
+        row: tuple[int, int, int],
+        choice: Choice,
         query: Tensor,
         how: dict[str, Any],
     ) -> Tensor:
-        """Attend a row's columns densely: query [batch, group, 1, dim]; gives [group, value_dim].
+        """Attend what a row (layer, sequence, KV head) chose, densely: [group, value_dim].
 
-        states: keys and values of all columns.
+        states: keys and values of all columns; query [batch, group, 1, dim].
         """
-        key, value = (plane[sequence : sequence + 1, head : head + 1, columns] for plane in states)
+        layer, sequence, head = row
+        columns = self.columns(layer, sequence)
+        means = self._summaries(layer, sequence, head, choice.estimated)
+        key, value = (
+            torch.cat((plane[sequence, head, columns[choice.tokens]], mean))[None, None]
+            for plane, mean in zip(states, means, strict=True)
+        )
         group = query.shape[1]
         own = slice(head * group, (head + 1) * group)
         sinks, mask, expand = how.get("sinks"), how.get("mask"), how.get("expand")
         if expand is not None:
             key, value = expand(key, value)
+        bias = torch.zeros(1, len(columns))
         if mask is not None:
-            shape = (self.batch, -1, -1, -1)
-            mask = _as_additive(mask).expand(shape)[sequence : sequence + 1, ..., columns]
-            mask = mask[:, own] if mask.shape[1] > 1 else mask
+            bias = _as_additive(mask).expand(self.batch, -1, -1, -1)[sequence, :, 0][:, columns]
+            bias = bias[own] if bias.shape[0] > 1 else bias
+        page_size = self.config.page_size
+        whole = len(columns) // page_size
+        # A page that the mask hides in part has a mean of -inf.
+        weight = bias[:, : whole * page_size].unflatten(1, (whole, page_size)).mean(dim=2)
+        weight = weight[:, choice.estimated] + math.log(page_size)
         return reference.attention(
             query[sequence : sequence + 1],
             key,
@@ -393,7 +509,7 @@ class Oracle:
             scale=how.get("scale") or query.shape[3] ** -0.5,
             softcap=how.get("softcap"),
             sinks=None if sinks is None else sinks[own],
-            mask=mask,
+            mask=torch.cat((bias[:, choice.tokens], weight), dim=1)[None, :, None],
         )[0, :, 0]
 
 

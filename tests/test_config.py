@@ -6,11 +6,13 @@ from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from arkcache import ArkCacheError, CacheConfig, ConfigError
-from arkcache.config import GROUP_REDUCTIONS, INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES
+from arkcache.index import make_index
 
 BAD = [
     ("page_size", [0, -1, 2.0, "32", True, None]),
@@ -24,6 +26,9 @@ BAD = [
     ("value_bits", [0, 1, 3, 16.0, True, None]),
     ("index_bits", [0, 1, 3, 16, 2.0, True, None]),
     ("index", ["", "cuboid", "CUBOID-MEAN", None, 3, ["tokens"]]),
+    ("estimate_pages", [-1, 1.0, True, "all"]),
+    ("audit_every", [0, -1, 2.0, True]),
+    ("target_missed_mass", [0, 1, -0.1, 1.5, True, "0.01", float("nan")]),
     ("group_reduction", ["mean", None, 0]),
     ("budget_tokens", [0, -1, 2048.0, True, "all", (), ("a",), (((2048,),),), {2048}]),
 ]
@@ -145,3 +150,15 @@ def test_a_preset_sets_the_bits() -> None:
     ):
         with pytest.raises(ConfigError, match="preset"):
             CacheConfig.preset(name, **settings)
+
+
+def test_a_target_needs_an_index_that_rates_mass_and_a_budget() -> None:
+    for index in INDEXES:
+        rates = make_index(CacheConfig(index=index), 8, torch.device("cpu")).rates
+        assert rates == ("mass" if index in MASS_INDEXES else "bound")
+        if rates == "bound":
+            with pytest.raises(ConfigError, match=rf"target_missed_mass=0\.1.*{index}.*'tokens'"):
+                CacheConfig(target_missed_mass=0.1, index=index)
+    with pytest.raises(ConfigError, match="budget_tokens=None"):
+        CacheConfig(target_missed_mass=0.1, index="tokens", budget_tokens=None)
+    CacheConfig(target_missed_mass=0.1, index="tokens", budget_tokens=(None, 512))

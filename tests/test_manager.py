@@ -52,7 +52,8 @@ def test_a_step_attends_sinks_window_and_the_best_pages(index: str, columns: int
     oracle.append(0, key, key)
     for head in range(2):
         tokens = set(seen[0, head].nonzero()[:, 0].tolist())
-        assert tokens in map(set, oracle._token_choices(0, 0, head, query[0, head] * 8**-0.5))
+        choices = oracle.choices(0, 0, head, query[0, head] * 8**-0.5)
+        assert tokens in [set(choice.tokens) for choice in choices]
         assert len(tokens) == round(manager.stats().attended_tokens)
         assert len(tokens) <= 32
         assert {*range(min(4, columns)), *range(max(0, columns - 4), columns)} <= tokens
@@ -356,7 +357,7 @@ def test_it_does_not_matter_how_tokens_arrived(index: str, mask: Tensor | None) 
 def digests(manager: KVCacheManager) -> list[Tensor]:
     """The digests of every sequence's sealed pages."""
     layer = cast("Any", manager._layers[0])
-    entries = layer._digests
+    entries = layer._ratings.digests
     return [
         entries.data[sequence].narrow(entries.dim - 1, 0, int(sealed))
         for sequence, sealed in enumerate(layer.sealed)
@@ -611,7 +612,7 @@ def test_digest_bytes_are_those_of_the_tensors(index: str) -> None:
     """At most a third of them is room to grow."""
     twins = Twins(small_config(index=index))
     twins.append(2000)
-    entries = cast("Any", twins.manager._layers[0])._digests
+    entries = cast("Any", twins.manager._layers[0])._ratings.digests
     assert twins.manager.stats().digest_bytes == entries.data.untyped_storage().nbytes()
     assert 499 <= entries.data.shape[entries.dim] <= 1.5 * 499
 

@@ -84,6 +84,7 @@ def test_a_plan_is_what_a_cache_takes(name: str, batch: int) -> None:
         {"budget_tokens": (40, (48, 120), None)},
         {"device_pool_factor": 1.7, "index": "sphere-max"},
         {"index": "tokens", "rotation": "both"},
+        {"estimate_pages": None},
     ):
         if "+" in name and changes == {"budget_tokens": None}:  # an error: nothing would demote
             continue

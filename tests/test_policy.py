@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.kernels import reference
-from arkcache.policy import aggregate, ranked_pages, top_pages
+from arkcache.policy import aggregate, fewest_pages, page_shares, ranked_pages, top_pages
 
 
 @pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
@@ -62,3 +62,62 @@ def test_the_best_pages(
     held = score.gather(1, torch.from_numpy(best.copy()))
     assert torch.equal(held.sort(dim=1, descending=True).values, expected)
     assert torch.equal(score.gather(1, torch.from_numpy(ranked.copy())), expected)
+
+
+def test_the_fewest_pages_that_reach_a_target() -> None:
+    """Three of .5 .3 .1 .06 .04 hold .85; with .4 of it fixed and halved shares, two do."""
+    share = torch.tensor([[0.06, 0.5, 0.1, 0.04, 0.3]])
+    cover = fewest_pages(share, 0.15, np.array([5]))
+    assert cover.num_taken.tolist() == [3]
+    assert cover.pages[0, :3].tolist() == [1, 4, 2]
+    assert cover.missed[0] == pytest.approx(0.1)
+    assert not cover.is_capped[0]
+    assert fewest_pages(share / 2, 0.15, np.array([5])).num_taken.tolist() == [2]
+
+
+def test_a_target_that_places_do_not_reach() -> None:
+    share = torch.tensor([[0.06, 0.5, 0.1, 0.04, 0.3], [0.0, 0.0, 0.9, 0.0, 0.0]])
+    cover = fewest_pages(share, 0.15, np.array([2, 0]))
+    assert cover.num_taken.tolist() == [2, 0]
+    assert cover.missed == pytest.approx([0.2, 0.9])
+    assert cover.is_capped.tolist() == [True, True]
+
+
+@given(
+    rows=st.integers(1, 4),
+    pages=st.integers(0, 40),
+    target=st.floats(1e-9, 0.999),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_one_page_less_misses_the_target(
+    rows: int, pages: int, target: float, seed: int, data: st.DataObject
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    score = 5 * torch.randn(rows, 3, pages, generator=generator)
+    share = page_shares(score, 3 * torch.randn(rows, 3, generator=generator))
+    cap = np.array(data.draw(st.lists(st.integers(0, pages), min_size=rows, max_size=rows)))
+    cover = fewest_pages(share, target, cap)
+    for row in range(rows):
+        taken = cover.pages[row, : cover.num_taken[row]]
+        left = np.delete(share[row].double().numpy(), taken)
+        assert cover.missed[row] == pytest.approx(left.sum(), rel=1e-5, abs=1e-30)
+        assert cover.num_taken[row] <= cap[row]
+        assert cover.is_capped[row] == (cover.missed[row] > target)
+        assert not cover.is_capped[row] or cover.num_taken[row] == cap[row]
+        if cover.num_taken[row]:
+            assert cover.missed[row] + float(share[row, taken[-1]]) > target
+
+
+def test_a_target_of_almost_nothing_takes_all_that_places_hold() -> None:
+    share = page_shares(torch.randn(2, 3, 30), torch.randn(2, 3))
+    assert fewest_pages(share, 1e-9, np.array([30, 7])).num_taken.tolist() == [30, 7]
+
+
+def test_shares_are_probabilities() -> None:
+    """The mean over the heads of a softmax over the pages and what is fixed."""
+    score, fixed = 4 * torch.randn(3, 2, 20), torch.randn(3, 2)
+    together = torch.cat((score, fixed[:, :, None]), dim=2).softmax(dim=2)
+    torch.testing.assert_close(page_shares(score, fixed), together[:, :, :20].mean(dim=1))
+    nothing = torch.full((1, 2, 4), -torch.inf)
+    assert torch.equal(page_shares(nothing, nothing[:, :, 0]), torch.zeros(1, 4))

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from arkcache import CacheConfig
-from arkcache.config import GROUP_REDUCTIONS, INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES
 from tests.marks import needs_interpreter
 from tests.twins import Twins
 
@@ -63,7 +63,10 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
     page_format = draw(formats(index, head_dim, value_dim))
     if backend == "triton":
         page_format = {k: v for k, v in page_format.items() if not k.startswith("coarse")}
-    if "coarse_value_bits" not in page_format:
+    target = None
+    if backend != "triton" and index in MASS_INDEXES:
+        target = draw(st.sampled_from([None, 0.01, 0.2, 0.7]))
+    if "coarse_value_bits" not in page_format and target is None:
         whole |= st.none()
     return CacheConfig(
         page_size=page_size,
@@ -75,6 +78,9 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         index=index,
         index_bits=draw(st.sampled_from([2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
+        estimate_pages=0 if backend == "triton" else draw(st.sampled_from([0, 0, None, 1, 3])),
+        target_missed_mass=target,
+        audit_every=None if backend == "triton" else draw(st.sampled_from([None, None, 1, 2])),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
         backend=backend,
         **page_format,

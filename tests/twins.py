@@ -40,6 +40,26 @@ def follow_demotions(manager: KVCacheManager, oracle: Oracle) -> None:
             oracle.demote(number, {(s, h, p) for s, h, p in pages if p < sealed[s]})
 
 
+def attend_latents(config: CacheConfig, group: int = 1) -> KVCacheManager:
+    """A cache of latents after three steps over them, each compared with the oracle."""
+    into_key, into_value = torch.randn(9, 8), torch.randn(9, 5)
+    manager = KVCacheManager(1, 1, 6, config, value_dim=3, latent=True)
+    oracle = Oracle(1, 1, config, latent=True)
+
+    def expand(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        latent = torch.cat((key, value), dim=-1)
+        return latent @ into_key, latent @ into_value
+
+    key, value = torch.randn(2, 1, 100, 6), torch.randn(2, 1, 100, 3)
+    for one in (manager, oracle):
+        one.append(0, key, value)
+    for _ in range(3):
+        query = torch.randn(2, group, 1, 8)
+        how: dict[str, Any] = {"expand": expand, "index_query": query @ into_key.T, "scale": 0.3}
+        oracle.attend_one(0, query, **how).check(manager.attend(0, query, **how))
+    return manager
+
+
 class Twins:
     """A `KVCacheManager` on random data beside its `Oracle`.
 

@@ -34,6 +34,7 @@ class RandomIndex:
     """
 
     page_dim = 3
+    rates = "bound"
 
     def __init__(self, seed: int) -> None:
         self._lots = torch.Generator().manual_seed(seed)

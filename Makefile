@@ -2,17 +2,23 @@
 #
 # PYTHON        the interpreter the environments are made with (3.11 or newer)
 # PYTEST_ARGS   more arguments for pytest, as in: make test PYTEST_ARGS="-k layout -x"
+# WORKERS       processes that run tests side by side; 0 is none but the main one (for a debugger,
+#               or where they share a GPU)
 # BENCH_ARGS    more arguments for the benchmarks
 # TORCH_INDEX   an index with the small CPU build of torch, tried once, if pip's own index does not
 #               have it: there, on Linux, torch is the CUDA build of several gigabytes
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+WORKERS ?= auto
 BENCH_ARGS ?=
 TORCH_INDEX ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
+# Threads of several workers would fight over the cores.
+IN_WORKERS = $(if $(filter 0,$(WORKERS)),,OMP_NUM_THREADS=1)
+SIDE_BY_SIDE = -n $(WORKERS) --dist worksteal
 VENV_BENCH := .venv-bench
 # quanto compiles an extension when it is first used, with the ninja of its environment.
 IN_BENCH := PATH="$(CURDIR)/$(VENV_BENCH)/bin:$$PATH"
@@ -33,13 +39,13 @@ demo: $(VENV)/.ready ## a small model answers from far back in a long context
 	$(BIN)/arkcache demo
 
 test: $(VENV)/.ready ## the tests, without the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(IN_WORKERS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.ready ## the slow tests
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+	$(IN_WORKERS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(PYTEST_ARGS)
 
 test-5.17: $(VENV_OLDEST)/.ready ## the integration tests, with the oldest transformers supported
-	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(PYTEST_ARGS) \
+	$(IN_WORKERS) $(VENV_OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS) \
 		tests/test_architectures.py $(wildcard tests/test_huggingface*.py)
 
 lint: $(VENV)/.ready ## style, formatting and types

@@ -86,6 +86,7 @@ class RecalledLayer(OffloadedLayer):
             softcap=step.softcap,
             sinks=sink_logits(step, self.geometry),
             bias=user_bias(step, self.geometry, int(self.lengths.of.max())),
+            tickets=books.tickets,
         )
         if self.config.speculative_recall and self._residents.has_spare:
             self._speculate(scores)

@@ -130,6 +130,7 @@ class ResidentLayer(DenseLayer):
             softcap=step.softcap,
             sinks=sink_logits(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
+            tickets=books.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
@@ -211,6 +212,7 @@ class ResidentPackedLayer(RingLayer):
             softcap=step.softcap,
             sinks=sink_logits(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
+            tickets=books.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 

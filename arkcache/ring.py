@@ -39,6 +39,7 @@ class DeviceBooks:
 
     Attributes:
         number: of these books in this process: new ones may lie where others were.
+        tickets: of the programs that attend a row; zeros but while they do.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -46,7 +47,7 @@ class DeviceBooks:
         self._heads = geometry.num_kv_heads
         with torch.inference_mode(False):  # written to in and out of it
             empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
-            self.lengths, self.sealed = empty, empty.clone()
+            self.lengths, self.sealed, self.tickets = empty, empty.clone(), empty.clone()
 
     def set(self, rows: slice, lengths: Ids, sealed: Ids) -> None:
         """What sequences `rows` hold from now on: tokens and sealed pages of each."""

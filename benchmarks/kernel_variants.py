@@ -63,12 +63,12 @@ class _Shape:
     def slots(self) -> Tensor:
         return self.pages(ROWS, NUM_SINKS + NUM_PLACES)
 
-    def digests(self, index: str) -> Tensor:
+    def digests(self, index: str, capacity: int = CAPACITY) -> Tensor:
         if index == "tokens":
             digest = TokenIndex(PAGE_SIZE, self.head_dim, INDEX_BITS).digest
             nbytes = digest(self.states(1, 1, 1, PAGE_SIZE)).shape[-1]
-            return torch.zeros((ROWS, CAPACITY, nbytes), dtype=torch.uint8)
-        return self.states(ROWS, CAPACITY, 2)[..., : 1 + index.startswith("cuboid"), :].flatten(2)
+            return torch.zeros((ROWS, capacity, nbytes), dtype=torch.uint8)
+        return self.states(ROWS, capacity, 2)[..., : 1 + index.startswith("cuboid"), :].flatten(2)
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,10 @@ def _seal_newest(shape: _Shape, *index: Tensor | None, **how: Any) -> None:
     )
 
 
-def _score(shape: _Shape, index: str, masked: bool = False) -> None:
-    query, digests, sealed = shape.states(ROWS, shape.group), shape.digests(index), _int32(ROWS)
-    hidden = torch.zeros((ROWS, CAPACITY - NUM_SINKS), dtype=torch.uint8) if masked else None
+def _score(shape: _Shape, index: str, masked: bool = False, capacity: int = CAPACITY) -> None:
+    query, sealed = shape.states(ROWS, shape.group), _int32(ROWS)
+    digests = shape.digests(index, capacity)
+    hidden = torch.zeros((ROWS, capacity - NUM_SINKS), dtype=torch.uint8) if masked else None
     how: dict[str, Any] = {
         "num_sinks": NUM_SINKS,
         "scale": shape.head_dim**-0.5,
@@ -175,8 +176,13 @@ def _select(
     )
 
 
-def _attention(shape: _Shape, pages: str = "chosen", extras: bool = False) -> None:
-    """`pages` are those chosen, all of them, or none: only the window is attended."""
+def _attention(
+    shape: _Shape, pages: str = "chosen", extras: bool = False, apart: bool = False
+) -> None:
+    """`pages` are those chosen, all of them, or none: only the window is attended.
+
+    apart: splits are merged by a launch of their own.
+    """
     chosen, num_chosen, page_of = (
         (_int32(ROWS, NUM_PLACES), _int32(ROWS), _int32(ROWS, NUM_PLACES))
         if pages == "chosen"
@@ -199,6 +205,7 @@ def _attention(shape: _Shape, pages: str = "chosen", extras: bool = False) -> No
         softcap=30.0 if extras else None,
         sinks=torch.zeros(ROWS, shape.group) if extras else None,
         bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
+        tickets=None if apart else _int32(ROWS),
     )
 
 
@@ -212,22 +219,8 @@ def variants() -> Iterator[Variant]:
         _Shape(head_dim=96, dtype=torch.float32),
         _Shape(group=7),
     ]
-    for shape in (plain, *quantised, *sizes, _Shape(head_dim=256, preset="K4V2")):
-        yield Variant("attention", str(shape), partial(_attention, shape))
-    yield Variant("attention", f"{plain}, all", partial(_attention, plain, "all"))
-    yield Variant("attention", f"{plain}, window", partial(_attention, plain, "none"))
-    yield Variant("attention", f"{plain}, extras", partial(_attention, plain, extras=True))
-    for index in ("cuboid-mean", "tokens"):
-        for shape in (plain, *sizes):
-            yield Variant("score", f"{index} {shape.model}", partial(_score, shape, index))
-        yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
-    for reduction in ("softmax-mean", "raw-mean"):
-        yield Variant("select", reduction, partial(_select, plain, reduction))
-    guess = partial(_select, plain, "softmax-mean", speculative=True)
-    yield Variant("select", "speculative", guess)
-    for capacity in (128, 4096, 16384):
-        many = partial(_select, plain, "softmax-mean", capacity)
-        yield Variant("select", f"{capacity} pages", many)
+    yield from _attention_variants(plain, quantised, sizes)
+    yield from _index_variants(plain, sizes)
     for shape in (plain, *quantised):
         for index in ("cuboid-mean", "tokens"):
             yield Variant("seal", f"{index} {shape}", partial(_seal, shape, index))
@@ -236,3 +229,35 @@ def variants() -> Iterator[Variant]:
         yield Variant("append", shape.model, partial(_append, shape))
     for shape in (plain, *quantised):
         yield Variant("copy", f"{shape.layout.nbytes} bytes", partial(_copy, shape))
+
+
+def _attention_variants(
+    plain: _Shape, quantised: list[_Shape], sizes: list[_Shape]
+) -> Iterator[Variant]:
+    packed = [_Shape(head_dim=head_dim, preset="K4V2") for head_dim in (96, 256)]
+    for shape in (plain, *quantised, *sizes, *packed):
+        yield Variant("attention", str(shape), partial(_attention, shape))
+    yield Variant("attention", f"{plain}, all", partial(_attention, plain, "all"))
+    yield Variant("attention", f"{plain}, window", partial(_attention, plain, "none"))
+    for apart in (False, True):
+        name = f"{plain}, extras{', merged apart' * apart}"
+        extras = partial(_attention, plain, extras=True, apart=apart)
+        yield Variant("attention", name, extras)
+    yield Variant("attention", f"{plain}, merged apart", partial(_attention, plain, apart=True))
+
+
+def _index_variants(plain: _Shape, sizes: list[_Shape]) -> Iterator[Variant]:
+    for index in ("cuboid-mean", "tokens"):
+        for shape in (plain, *sizes):
+            yield Variant("score", f"{index} {shape.model}", partial(_score, shape, index))
+        yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
+    for shape in (plain, *sizes):  # so many blocks that one warp each does, where it can
+        many = partial(_score, shape, "tokens", capacity=2 * CAPACITY)
+        yield Variant("score", f"tokens {shape.model}, many blocks", many)
+    for reduction in ("softmax-mean", "raw-mean"):
+        yield Variant("select", reduction, partial(_select, plain, reduction))
+    guess = partial(_select, plain, "softmax-mean", speculative=True)
+    yield Variant("select", "speculative", guess)
+    for capacity in (128, 4096, 16384):
+        many = partial(_select, plain, "softmax-mean", capacity)
+        yield Variant("select", f"{capacity} pages", many)

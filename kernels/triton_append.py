@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arkcache.errors import InputError
+from arkcache.kernels.triton_sizes import power_of_two
 
 
 def append(
@@ -64,8 +65,8 @@ def append(
         *value.stride()[:2],
         head_dim,
         value_dim,
-        triton.next_power_of_2(head_dim),
-        triton.next_power_of_2(value_dim),
+        power_of_two(head_dim),
+        power_of_two(value_dim),
         num_warps=1,
     )
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arkcache.errors import InputError
+from arkcache.kernels.triton_sizes import cdiv, power_of_two
 
 PROGRAMS_PER_ROW = 16
 """Programs that share the missing pages of one row."""
@@ -160,7 +161,7 @@ def gather(
         num_sinks,
         WORDS=words,
         BLOCK=block,
-        CHUNKS=triton.cdiv(words, block),
+        CHUNKS=cdiv(words, block),
         PROGRAMS=PROGRAMS_PER_ROW,
     )
 
@@ -190,7 +191,7 @@ def scatter(packed: Tensor, lines: Tensor, pieces: Tensor, located: Tensor, seal
     packed, pieces = _in_words(packed, pieces)
     words = packed.shape[-1]
     block = _block(words)
-    scatter_kernel[(rows, triton.cdiv(words, block))](
+    scatter_kernel[(rows, cdiv(words, block))](
         packed, lines, pieces, located, sealed, located.shape[1], WORDS=words, BLOCK=block
     )
 
@@ -214,14 +215,13 @@ def gather_lines(pieces: Tensor, lines: Tensor, target: Tensor) -> None:
     pieces, target = _in_words(pieces, target)
     words = target.shape[-1]
     block = _block(words)
-    gather_lines_kernel[(num_lines, triton.cdiv(words, block))](
+    gather_lines_kernel[(num_lines, cdiv(words, block))](
         pieces, lines, target, WORDS=words, BLOCK=block
     )
 
 
 def _block(words: int) -> int:
-    fitting: int = triton.next_power_of_2(words)
-    return min(BLOCK_WORDS, fitting)
+    return min(BLOCK_WORDS, power_of_two(words))
 
 
 def _in_words(*pages: Tensor) -> list[Tensor]:

@@ -7,16 +7,17 @@ it. Which pages there are is read on the device, so that one grid serves a seque
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from arkcache.config import INDEXES
 from arkcache.errors import InputError
 from arkcache.kernels.triton_score_tokens import score_tokens_kernel
 from arkcache.kernels.triton_score_volumes import score_volumes_kernel
+from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
 PAGES_PER_BLOCK = 32
 """Pages that a program rates at a time: 16 KiB of a cuboid's digests at head_dim 128."""
@@ -37,7 +38,7 @@ BLOCKS_AHEAD, COLUMNS_AHEAD = 2, 2
 
 MANY_PROGRAMS = 512
 """With so many programs or more, one warp each unpacks codes with the fewest instructions; with
-less, four warps each finish sooner."""
+less, four warps each finish sooner, and where a group has so few heads that one would spill."""
 
 HIDDEN = torch.finfo(torch.float32).min
 """The score of a page that a mask hides."""
@@ -83,12 +84,8 @@ def score_volumes(
 
     Raises `InputError` where a shape, a dtype, a stride or a name is another.
     """
-    shape = kind.partition("-")[0]
-    if kind not in INDEXES or kind == "tokens":
-        volumes = ", ".join(name for name in INDEXES if name != "tokens")
-        raise InputError(f"kind={kind!r}: expected one of {volumes}")
     rows, group, head_dim = _check(query, digests, sealed, num_sinks, hidden)
-    features = {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}[shape]
+    shape, features = _volume(kind, head_dim)
     if digests.shape[-1] != features or digests.dtype != query.dtype:
         raise InputError(
             f"digests {tuple(digests.shape)} of {digests.dtype}: expected {features} features of "
@@ -97,10 +94,10 @@ def score_volumes(
     scores = _empty(query, digests, num_sinks)
     if not scores.peak.numel():
         return scores
-    blocks = scores.peak.shape[-1]
+    pages, blocks = scores.score.shape[-1], scores.peak.shape[-1]
     block_bytes = features * digests.element_size() * PAGES_PER_BLOCK
     num_steps = max(1, min(MOST_STEPS, rows * blocks // FEWEST_PROGRAMS))
-    score_volumes_kernel[(rows, triton.cdiv(blocks, num_steps))](
+    score_volumes_kernel[(rows, cdiv(blocks, num_steps))](
         query,
         digests,
         sealed,
@@ -108,7 +105,7 @@ def score_volumes(
         *scores,
         *query.stride()[:2],
         *digests.stride()[:2],
-        scores.score.shape[-1],
+        pages,
         blocks,
         num_steps,
         num_sinks,
@@ -119,8 +116,8 @@ def score_volumes(
         MASKED=hidden is not None,
         HIDDEN=HIDDEN,
         PAGES=PAGES_PER_BLOCK,
-        HEADS=max(16, triton.next_power_of_2(group)),
-        CHANNELS=max(16, min(128, triton.next_power_of_2(head_dim))),
+        HEADS=max(16, power_of_two(group)),
+        CHANNELS=max(16, min(128, power_of_two(head_dim))),
         BLOCKS_AHEAD=max(1, min(BLOCKS_AHEAD, AHEAD_BYTES // block_bytes)),
         num_warps=4,
     )
@@ -166,13 +163,13 @@ def score_tokens(
     if not scores.peak.numel():
         return scores
     blocks, exact = scores.peak.shape[-1], query.dtype == torch.float32
-    heads = triton.next_power_of_2(group)
+    heads = power_of_two(group)
     columns = max(1, min(4, 16 // heads))
     widest = (32 if exact else 128) // columns
-    tokens = max(16 // columns, min(widest, triton.next_power_of_2(page_size)))
-    channels = max(16, min(64, triton.next_power_of_2(plane_dim)))
+    tokens = max(16 // columns, min(widest, power_of_two(page_size)))
+    channels = max(16, min(64, power_of_two(plane_dim)))
     small = channels * columns * tokens <= 4096 and page_size <= tokens and not exact
-    alone = small and rows * blocks >= MANY_PROGRAMS
+    alone = small and columns * heads >= 16 and rows * blocks >= MANY_PROGRAMS
     score_tokens_kernel[(rows, blocks)](
         query,
         digests,
@@ -238,10 +235,24 @@ def _check(
     return rows, group, head_dim
 
 
+@lru_cache
+def _volume(kind: str, head_dim: int) -> tuple[str, int]:
+    """The shape of a volume and the features of its digest, or `InputError`."""
+    if kind not in INDEXES or kind == "tokens":
+        volumes = ", ".join(name for name in INDEXES if name != "tokens")
+        raise InputError(f"kind={kind!r}: expected one of {volumes}")
+    shape = kind.partition("-")[0]
+    return shape, {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}[shape]
+
+
 def _empty(query: Tensor, digests: Tensor, num_sinks: int) -> Scores:
-    """Room for the scores of all pages beyond the sinks."""
+    """Room for the scores of all pages beyond the sinks: one allocation, each part aligned."""
     rows, group, _ = query.shape
     pages = digests.shape[1] - num_sinks
-    sizes = (pages, *[triton.cdiv(pages, PAGES_PER_BLOCK)] * 2)
-    device, dtype = query.device, torch.float32
-    return Scores(*(torch.empty((rows, group, size), dtype=dtype, device=device) for size in sizes))
+    blocks = cdiv(pages, PAGES_PER_BLOCK)
+    start, apart = aligned(rows * group * pages), aligned(rows * group * blocks)
+    room = torch.empty(start + 2 * apart, dtype=torch.float32, device=query.device)
+    score = room.as_strided((rows, group, pages), (group * pages, pages, 1))
+    shape, strides = (rows, group, blocks), (group * blocks, blocks, 1)
+    peak = room.as_strided(shape, strides, start)
+    return Scores(score, peak, room.as_strided(shape, strides, start + apart))

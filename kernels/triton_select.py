@@ -8,13 +8,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.errors import InputError
 from arkcache.kernels.triton_score import HIDDEN, Scores
 from arkcache.kernels.triton_select_kernel import select_kernel
+from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
 CHUNK_WARPS = {256: 1, 1024: 4, 4096: 8}
 """Pages or places that a program looks at together, and its warps; few sizes, as each is compiled
@@ -94,14 +94,17 @@ def select(
     _check("page_of", page_of, (rows, max_places), torch.int32)
     _check("speculated", speculated, (rows, max_places), torch.int8)
     _check("counters", counters, (rows, NUM_COUNTERS), torch.int64)
-
-    def empty(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=page_of.device)
-
-    lists, counts = [empty(rows, most) for _ in range(3)], [empty(rows) for _ in range(2)]
-    selection = Selection(lists[0], lists[1], counts[0], lists[2], counts[1])
+    lists = aligned(rows * most)
+    made = torch.empty(3 * lists + 2 * aligned(rows), dtype=torch.int32, device=page_of.device)
+    selection = _carve(made, rows, most)
     if not rows:
         return selection
+    # Apart from the lists, which speculation keeps.
+    scratch = torch.empty(
+        rows * (aligned(num_pages) + aligned(max_places) + aligned(cdiv(num_pages, 4))),
+        dtype=torch.int32,
+        device=page_of.device,
+    )
     pages, places = _chunk(num_pages), _chunk(max_places)
     num_warps = CHUNK_WARPS[max(pages, places)]
     select_kernel[(rows,)](
@@ -112,17 +115,15 @@ def select(
         num_places,
         speculated,
         counters,
-        empty(rows, num_pages),
-        empty(rows, num_pages, dtype=torch.int8),
-        empty(rows, max_places),
-        *selection,
+        scratch,
+        made,
         num_pages,
         num_blocks,
         max_places,
         num_sinks,
         most,
         GROUP=group,
-        HEADS=triton.next_power_of_2(group),
+        HEADS=power_of_two(group),
         SHARES=reduction == "softmax-mean" and group > 1,
         SPECULATIVE=speculative,
         HIDDEN=HIDDEN,
@@ -135,6 +136,14 @@ def select(
         num_warps=num_warps,
     )
     return selection
+
+
+def _carve(made: Tensor, rows: int, most: int) -> Selection:
+    """The lists and the counts as `select_kernel` lays them out."""
+    apart, start = aligned(rows * most), 3 * aligned(rows * most)
+    pages, places, chosen = made.as_strided((3, rows, most), (apart, most, 1)).unbind()
+    missing, num_chosen = made.as_strided((2, rows), (aligned(rows), 1), start).unbind()
+    return Selection(pages, places, missing, chosen, num_chosen)
 
 
 def _chunk(size: int) -> int:

@@ -29,6 +29,12 @@ SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
 
 
 @triton.jit
+def _aligned(number: tl.tensor) -> tl.tensor:
+    """As `triton_sizes.aligned`, and the compiler knows it."""
+    return tl.cdiv(number, 16) * 16
+
+
+@triton.jit
 def _list_missing(
     pages_ptr: tl.tensor,
     resident_ptr: tl.tensor,
@@ -104,14 +110,8 @@ def select_kernel(
     num_places_ptr: tl.tensor,
     speculated_ptr: tl.tensor,
     counters_ptr: tl.tensor,
-    keys_ptr: tl.tensor,
-    resident_ptr: tl.tensor,
-    victims_ptr: tl.tensor,
-    pages_ptr: tl.tensor,
-    places_ptr: tl.tensor,
-    num_missing_ptr: tl.tensor,
-    chosen_ptr: tl.tensor,
-    num_chosen_ptr: tl.tensor,
+    scratch_ptr: tl.tensor,
+    made_ptr: tl.tensor,
     num_pages: tl.tensor,
     num_blocks: tl.tensor,
     max_places: tl.tensor,
@@ -128,17 +128,24 @@ def select_kernel(
     ALL_PAGES: tl.constexpr,  # in one chunk
     ALL_PLACES: tl.constexpr,  # in one chunk
 ) -> None:
-    """One row. Scratch: keys and residence of its pages, keys of its places as victims."""
+    """One row.
+
+    Made are three lists of all rows (pages, places, chosen) and two counts (missing, chosen).
+    Scratch, of each row: keys of its pages, keys of its places as victims, residence of its pages.
+    """
     row = tl.program_id(0).to(tl.int64)
     score_ptr += row * GROUP * num_pages
-    keys_ptr += row * num_pages
-    resident_ptr += row * num_pages
-    victims_ptr += row * max_places
     page_of_ptr += row * max_places
     speculated_ptr += row * max_places
-    pages_ptr += row * most
-    places_ptr += row * most
-    chosen_ptr += row * most
+    room, victims_room = _aligned(num_pages), _aligned(max_places)
+    keys_ptr = scratch_ptr + row * (room + victims_room + _aligned(tl.cdiv(num_pages, 4)))
+    victims_ptr = keys_ptr + room
+    resident_ptr = (victims_ptr + victims_room).to(tl.pointer_type(tl.int8), bitcast=True)
+    apart = _aligned(tl.num_programs(0) * most)
+    pages_ptr = made_ptr + row * most
+    places_ptr, chosen_ptr = pages_ptr + apart, pages_ptr + 2 * apart
+    num_missing_ptr = made_ptr + 3 * apart
+    num_chosen_ptr = num_missing_ptr + _aligned(tl.num_programs(0))
     selectable = tl.minimum(tl.maximum(tl.load(sealed_ptr + row) - num_sinks, 0), num_pages)
     limit = tl.minimum(tl.load(num_places_ptr + row), max_places)
     count = tl.minimum(tl.load(num_selected_ptr + row), tl.minimum(selectable, limit))

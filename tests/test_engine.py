@@ -12,6 +12,7 @@ import torch
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
 from arkcache.errors import IntegrityError
+from arkcache.kernels import triton_attention
 from arkcache.planning import Planner
 from arkcache.recalled import RecalledLayer
 from arkcache.resident import ResidentLayer, ResidentPackedLayer
@@ -226,6 +227,19 @@ def test_speculation_spares_recalls_and_changes_no_output() -> None:
 
 
 # -- a step in two halves -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_step_is_merged_by_its_last_program(monkeypatch: pytest.MonkeyPatch, bits: int) -> None:
+    """In every kind of layer: nothing is launched for it, and no ticket is left."""
+    monkeypatch.setattr(triton_attention, "merge_kernel", None)
+    settings = {"num_dense_layers": 1, "key_bits": bits, "value_bits": bits, "group_size": 8}
+    twins = Twins(on_kernels(**settings), num_layers=2)
+    twins.append(43, LEFT_PADDED)
+    stepped(twins, 3)
+    assert twins.manager.steps is not None
+    for layer in twins.manager.steps.layers:
+        assert not layer._books.tickets.any()
 
 
 def test_books_and_launches_apart_are_a_step() -> None:

@@ -1,6 +1,7 @@
 """What the GPU check makes of what it measures, and how it finds what can be set."""
 
 import functools
+import re
 import sys
 from types import ModuleType
 
@@ -67,12 +68,15 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         "from functools import lru_cache\n"
         "PAGE_SPLIT = 128\n"
         "NUM_COUNTERS = 5\n"
-        "CHUNK_WARPS = {256: 1}\n"
+        "CHUNKS = (256, 1024)\n"
+        "FEW_WARPS = {256: 1, 1024: 4}\n"
         "@lru_cache\n"
         "def sizes():\n"
         "    return {'SPLIT': PAGE_SPLIT}\n"
         "def run(_number=0):\n"
-        "    made_up_kernel[(1,)](7, **sizes(), num_stages=4, num_warps=8, PAGES_AHEAD=3)\n"
+        "    warps = FEW_WARPS[1024]\n"
+        "    few = {'PAGES_AHEAD': 3, 'W': warps}\n"
+        "    made_up_kernel[(1,)](7, **sizes(), num_stages=4, num_warps=8, **few)\n"
     )
     exec(source, vars(module))
     vars(module)["made_up_kernel"] = Kernel()
@@ -99,6 +103,57 @@ def test_knobs_are_found_turned_and_turned_back(launcher: ModuleType) -> None:
     assert launcher.made_up_kernel is kernel
 
 
+def test_entries_of_tables_are_turned_one_by_one(launcher: ModuleType) -> None:
+    one, four = constants("triton_made_up", "FEW")
+    assert one == Knob("triton_made_up.FEW_WARPS[256]", 1, (2, 4))
+    assert four == Knob("triton_made_up.FEW_WARPS[1024]", 4, (2, 8, 1, 16))
+    with turned(four, 8):
+        assert launcher.FEW_WARPS == {256: 1, 1024: 8}
+        launcher.run()
+    launcher.run()
+    assert [launch["W"] for launch in launcher.made_up_kernel.launches] == [8, 4]
+    assert launcher.FEW_WARPS == {256: 1, 1024: 4}
+
+
+SWEPT = {
+    "attention": (
+        *("PAGE_SPLIT", "WINDOW_SPLIT", "BLOCK_BYTES", "MOST_MERGED", "MERGE_BLOCK"),
+        *("PAGES_AHEAD", "WINDOW_AHEAD", "num_warps"),
+    ),
+    "volumes": (
+        *("PAGES_PER_BLOCK", "FEWEST_PROGRAMS", "MOST_STEPS", "AHEAD_BYTES"),
+        *("BLOCKS_AHEAD", "num_warps"),
+    ),
+    "tokens": ("PAGES_PER_BLOCK", "MANY_PROGRAMS", "COLUMNS_AHEAD", "num_warps"),
+    "select": (
+        *("CHUNK_WARPS[256]", "CHUNK_WARPS[1024]", "CHUNK_WARPS[4096]"),
+        "num_warps",
+    ),
+}
+"""What each sweep turns, by the names that the modules of kernels have for it."""
+
+
+@pytest.mark.parametrize("sweep_of", SWEPT)
+def test_sweeps_turn_what_the_launchers_leave_open(sweep_of: str) -> None:
+    pytest.importorskip("triton")
+    from benchmarks.gpu import micro, sweeps
+    from benchmarks.gpu.bench import Bench
+
+    bench = Bench(torch.device("cpu"), seconds=50)
+    loads = {
+        "attention": lambda: micro.attention_load(bench, 2560, "K16V16"),
+        "volumes": lambda: micro.volumes_load(bench, 512),
+        "tokens": lambda: micro.tokens_load(bench, 512),
+        "select": lambda: micro.select_load(bench, 2560)[0],
+    }
+    module = {"volumes": "score", "tokens": "score"}.get(sweep_of, sweep_of)
+    pattern = getattr(sweeps, f"OF_{sweep_of.upper()}")
+    knobs = sweeps.knobs_of(loads[sweep_of](), f"triton_{module}", pattern)
+    found = [re.split(r"\.|\(", knob.where)[1].rstrip(")") for knob in knobs]
+    assert {*SWEPT[sweep_of]} <= {*found}
+    assert all(found.count(name) == 1 for name in SWEPT[sweep_of])
+
+
 def test_every_knob_has_its_turn_before_any_has_two() -> None:
     knobs = [Knob("a", 1, (2, 3)), Knob("b", 1, (4,))]
     assert [value for _, value in in_turn(knobs, None)] == [2, 4, 3]
@@ -112,7 +167,7 @@ def test_a_launcher_without_knobs_is_skipped_with_a_reason(launcher: ModuleType)
     bench = Bench(torch.device("cpu"), seconds=50)
     with pytest.raises(Skipped, match="leaves nothing open"):
         sweep(bench, Load(lambda _number: None, 1, 1), "triton_made_up", "CHUNK", 10.0)
-    assert bench.notes["left_alone"] == ["triton_made_up.CHUNK_WARPS is {256: 1}"]
+    assert bench.notes["left_alone"] == ["triton_made_up.CHUNKS is (256, 1024)"]
 
 
 def test_what_is_noted_is_told_at_once() -> None:

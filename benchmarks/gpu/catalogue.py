@@ -149,7 +149,8 @@ STEPS = [
           "selected pages that were resident, by pool factor: the shipped model, 16k tokens", 16),
     _sweep("attention", 26, preset="K16V16"),
     _sweep("score", 10),
-    _sweep("select", 12),
+    _sweep("tokens", 7),
+    _sweep("select", 9),
 ]  # fmt: skip
 
 CORRECTNESS = [

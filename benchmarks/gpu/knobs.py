@@ -1,7 +1,8 @@
 """What a kernel's launcher leaves open, found by looking: constants, and options of its launches.
 
-A knob is either a number that a kernel module names in capitals, such as `PAGE_SPLIT`, or a keyword
-that a launch is given, such as `num_stages`. Nothing here knows which there are.
+A knob is a number that a kernel module names in capitals, such as `PAGE_SPLIT`, an entry of such
+a table of numbers, or a keyword that a launch is given, such as `num_stages`. Nothing here knows
+which there are.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Knob:
     """One number that can be set.
 
     Attributes:
-        where: "triton_attention.PAGE_SPLIT", or "partial_kernel(num_stages)" for an option.
+        where: "triton_attention.PAGE_SPLIT", "triton_select.CHUNK_WARPS[256]" for an entry, or
+            "partial_kernel(num_stages)" for an option.
         current: what it is.
         values: what to try.
     """
@@ -84,13 +86,26 @@ def kernel_modules() -> list[ModuleType]:
 
 
 def constants(module: str, pattern: str) -> list[Knob]:
-    """Numbers of a kernel module whose names match."""
+    """Numbers of a kernel module, and of its tables, whose names match."""
     found = []
     for name, value in sorted(vars(sys.modules[f"arkcache.kernels.{module}"]).items()):
-        if name.isupper() and type(value) is int and re.search(pattern, name):
-            values = tuple(int(value * factor) for factor in FACTORS if value * factor >= 1)
-            found.append(Knob(f"{module}.{name}", value, values))
+        if not (name.isupper() and re.search(pattern, name)):
+            continue
+        if type(value) is int:
+            found.append(Knob(f"{module}.{name}", value, _multiples(value)))
+        elif _is_table(value):
+            entries = ((f"{module}.{name}[{key}]", number) for key, number in value.items())
+            found += [Knob(where, number, _multiples(number)) for where, number in entries]
     return found
+
+
+def _multiples(value: int) -> tuple[int, ...]:
+    """What to try instead of a number, the nearest first."""
+    return tuple(dict.fromkeys(int(value * factor) for factor in FACTORS if value * factor >= 1))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and {type(number) for number in value.values()} == {int}
 
 
 def _distance(one: int, other: int) -> float:
@@ -103,7 +118,8 @@ def others(module: str, pattern: str) -> list[str]:
     return [
         f"{module}.{name} is {value!r}"[:120]
         for name, value in sorted(found.items())
-        if name.isupper() and type(value) is not int and re.search(pattern, name)
+        if name.isupper() and re.search(pattern, name)
+        if type(value) is not int and not _is_table(value)
     ]
 
 
@@ -131,16 +147,19 @@ def turned(knob: Knob, value: int) -> Iterator[None]:
         with _launches({}, {kernel: {option: value}}):
             yield
         return
-    name = knob.where.partition(".")[2]
-    holders = [m for m in kernel_modules() if vars(m).get(name) == knob.current]
-    _set(holders, name, value)
+    module, _, name = knob.where.partition(".")
+    name, _, key = name.rstrip("]").partition("[")
+    current = vars(sys.modules[f"arkcache.kernels.{module}"])[name]
+    holders = [m for m in kernel_modules() if vars(m).get(name) == current]
+    instead = current | {type(next(iter(current)))(key): value} if key else value
+    _set(holders, name, instead)
     try:
         yield
     finally:
-        _set(holders, name, knob.current)
+        _set(holders, name, current)
 
 
-def _set(modules: list[ModuleType], name: str, value: int) -> None:
+def _set(modules: list[ModuleType], name: str, value: Any) -> None:
     for module in modules:
         setattr(module, name, value)
     for module in kernel_modules():

@@ -97,6 +97,14 @@ def volumes_load(bench: Bench, context: int) -> Load:
 
 def scan_tokens(bench: Bench, context: int) -> Outcome:
     """Rate all pages by two bits of every key element."""
+    load = tokens_load(bench, context)
+    timing = bench.time(load.run, load.sets)
+    share = of_device_peak(bench, load.nbytes, timing)
+    return Outcome(timing.median_us, share, timing.asdict())
+
+
+def tokens_load(bench: Bench, context: int) -> Load:
+    """The scan of a layer's token index."""
     from arkcache.kernels.triton_score import score_tokens
 
     context = bench.pick(context, 512)
@@ -107,13 +115,12 @@ def scan_tokens(bench: Bench, context: int) -> Outcome:
     digests = [one.repeat(ROWS, 1, 1) for _ in range(sets)]
     query = bench.randn(ROWS, GROUP, HEAD_DIM)
     how: dict[str, Any] = {"page_size": PAGE_SIZE, "bits": 2, "scale": SCALE}
-
-    def scan(number: int) -> None:
-        score_tokens(query, digests[number], rows.sealed, num_sinks=NUM_SINKS, **how)
-
-    timing = bench.time(scan, sets)
-    return Outcome(
-        timing.median_us, of_device_peak(bench, digests[0].nbytes, timing), timing.asdict()
+    return Load(
+        lambda number: score_tokens(
+            query, digests[number], rows.sealed, num_sinks=NUM_SINKS, **how
+        ),
+        sets,
+        digests[0].nbytes,
     )
 
 
@@ -239,7 +246,9 @@ def attention_load(bench: Bench, context: int, preset: str) -> Load:
     query = bench.randn(heads, GROUP, HEAD_DIM)
     chosen = torch.arange(NUM_SELECTED, dtype=torch.int32, device=bench.device).repeat(heads, 1)
     pages = (chosen, rows.num_places, rows.page_of)
+    tickets = torch.zeros(heads, dtype=torch.int32, device=bench.device)
     how: dict[str, Any] = {"layout": layout, "num_sinks": NUM_SINKS, "scale": SCALE}
+    how["tickets"] = tickets  # as layers do; launches of a graph follow each other
 
     def attend(number: int) -> Tensor:
         counts = (rows.lengths, rows.sealed)

@@ -11,29 +11,40 @@ import torch
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import Outcome
 from benchmarks.gpu.knobs import Knob, constants, options, others, turned
-from benchmarks.gpu.micro import Load, attention_load, select_load, volumes_load
+from benchmarks.gpu.micro import Load, attention_load, select_load, tokens_load, volumes_load
 from tests.gpu.outcome import Skipped
+
+OF_ATTENTION = r"_SPLIT$|_AHEAD$|_BYTES$|MERGE"
+OF_VOLUMES = r"_PER_|^FEWEST|_STEPS$|^BLOCKS_AHEAD|_BYTES$"
+OF_TOKENS = r"_PER_|^MANY|^COLUMNS_AHEAD"
+OF_SELECT = r"CHUNK|FEW|VARIANT|RADIX|BUCKETS|BITS$"
+"""Names of the constants that a sweep turns, of a module of kernels."""
 
 CONTEXT = 128 << 10
 """Tokens of the layer whose pages are rated and selected: 4096 pages."""
 
 
 def sweep_attention(bench: Bench, preset: str, seconds: float) -> Outcome:
-    """Page split, window split, stages of the pipelines, warps; 2048 of 32k tokens."""
+    """Splits, blocks, what is fetched ahead, who merges, warps; 2048 of 32k tokens."""
     load = attention_load(bench, 32 << 10, preset)
-    return sweep(bench, load, "triton_attention", r"_SPLIT$", seconds)
+    return sweep(bench, load, "triton_attention", OF_ATTENTION, seconds)
 
 
 def sweep_score(bench: Bench, seconds: float) -> Outcome:
-    """Pages of a program, stages, warps of the digest scan."""
+    """Pages and programs, what is fetched ahead, warps of the digest scan."""
     load = volumes_load(bench, CONTEXT)
-    return sweep(bench, load, "triton_score", r"_PER_", seconds)
+    return sweep(bench, load, "triton_score", OF_VOLUMES, seconds)
+
+
+def sweep_tokens(bench: Bench, seconds: float) -> Outcome:
+    """Pages, what is fetched ahead, warps of the token index's scan."""
+    return sweep(bench, tokens_load(bench, CONTEXT), "triton_score", OF_TOKENS, seconds)
 
 
 def sweep_select(bench: Bench, seconds: float) -> Outcome:
     """Chunks, warps and whatever else the module names as a variant."""
     load, _counters = select_load(bench, CONTEXT)
-    return sweep(bench, load, "triton_select", r"CHUNK|FEW|VARIANT|RADIX|BUCKETS|BITS$", seconds)
+    return sweep(bench, load, "triton_select", OF_SELECT, seconds)
 
 
 def sweep(bench: Bench, load: Load, module: str, pattern: str, seconds: float) -> Outcome:
@@ -45,7 +56,7 @@ def sweep(bench: Bench, load: Load, module: str, pattern: str, seconds: float) -
         seconds: after which nothing more is tried: nearly every value is compiled anew.
     """
     start, wanted = time.monotonic(), _result(load)
-    knobs = constants(module, pattern) + options(lambda: load.run(0))
+    knobs = knobs_of(load, module, pattern)
     bench.note(knobs=[knob.where for knob in knobs], left_alone=others(module, pattern))
     if not knobs:
         raise Skipped("the launcher leaves nothing open that can be set")
@@ -63,6 +74,15 @@ def sweep(bench: Bench, load: Load, module: str, pattern: str, seconds: float) -
             best = (found[name], name)
     bench.note(best=best[1], untried=untried)
     return Outcome(present / best[0])
+
+
+def knobs_of(load: Load, module: str, pattern: str) -> list[Knob]:
+    """Constants of a module and options of what is launched; what is both is turned as an option,
+    of which more values are known to be worth a try."""
+    open_options = options(lambda: load.run(0))
+    names = {knob.where.rstrip(")").partition("(")[2] for knob in open_options}
+    fixed = constants(module, pattern)
+    return [knob for knob in fixed if knob.where.partition(".")[2] not in names] + open_options
 
 
 def in_turn(knobs: list[Knob], most: int | None) -> list[tuple[Knob, int]]:

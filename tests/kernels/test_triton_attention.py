@@ -10,6 +10,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from triton.runtime import interpreter
+
 from arkcache.errors import InputError
 from arkcache.formats import BITS, PageFormat, PageLayout
 from arkcache.kernels import reference, reference_attention, triton_attention
@@ -99,7 +101,7 @@ def run(given: Inputs) -> Tensor:
 
 
 def expected_of(given: Inputs) -> Tensor:
-    how = dict(given)
+    how = {name: value for name, value in given.items() if name != "tickets"}
     positional = [how.pop(name) for name in NAMES]
     return reference_attention.paged_attention(*positional, **how)
 
@@ -331,6 +333,58 @@ def test_what_is_held_and_where_changes_nothing_but_rounding() -> None:
     torch.testing.assert_close(run(moved), run(given), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("reversed_order", [False, True])
+@pytest.mark.parametrize(
+    ("group", "dims", "bits"),
+    [(1, (16, 16, 16), (16, 16)), (3, (24, 40, 20), (4, 2)), (16, (16, 16, 16), (8, 4))],
+)
+def test_the_last_program_merges(
+    monkeypatch: pytest.MonkeyPatch,
+    group: int,
+    dims: tuple[int, int, int],
+    bits: tuple[int, int],
+    reversed_order: bool,
+) -> None:
+    """Whichever it is, to the bit what a launch of its own makes of it; and again after that."""
+    counts: Inputs = {"sealed": (12, 3, 0), "num_chosen": (9, 1, 0), "newest": (520, 20, 1)}
+    given = inputs(torch.bfloat16, bits, dims, group, page_size=32, ring=520, **counts)
+    given |= {"tickets": ints(0, 0, 0).to(DEVICE)}
+    for each in (given, extras_of(given)):
+        expected = run(each | {"tickets": None})
+        with monkeypatch.context() as patch:
+            patch.setattr(triton_attention, "merge_kernel", None)
+            if reversed_order:
+                last_program_first(patch)
+            for _ in range(2):
+                assert torch.equal(run(each), expected)
+                assert not given["tickets"].any()
+
+
+def last_program_first(patch: pytest.MonkeyPatch) -> None:
+    """Have the interpreter run the programs of a row in the opposite order."""
+    if DEVICE != "cpu":
+        pytest.skip("a GPU has an order of its own")
+    builder = interpreter.interpreter_builder
+    place = builder.set_grid_idx
+
+    def opposite(x: int, y: int, z: int) -> None:
+        place(x, builder.grid_dim[1] - 1 - y, z)
+
+    patch.setattr(builder, "set_grid_idx", opposite)
+
+
+@pytest.mark.parametrize("why", ["group", "splits", "wide"])
+def test_what_one_program_is_not_to_merge(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    """Many heads, many splits, wide values: a launch of its own does, and no ticket is drawn."""
+    group, value_dim = (17 if why == "group" else 2), (136 if why == "wide" else 8)
+    monkeypatch.setattr(triton_attention, "MOST_MERGED", 2 if why == "splits" else 32)
+    few: Inputs = {"sealed": (5,), "num_chosen": (3,), "newest": (520,), "ring": 520}
+    given = inputs(group=group, dims=(16, value_dim, 8), **few)
+    given |= {"tickets": ints(7).to(DEVICE)}
+    assert_as_good(given)
+    assert given["tickets"].tolist() == [7]
+
+
 REFUSED: dict[str, Inputs] = {
     "query": {"query": torch.zeros(3, 3, 25)},
     "stride": {"query": torch.zeros(3, 24, 3).transpose(1, 2)},
@@ -346,6 +400,7 @@ REFUSED: dict[str, Inputs] = {
     "sealed": {"sealed": torch.zeros(4, dtype=torch.int32)},
     "sinks": {"sinks": torch.zeros(3)},
     "bias": {"bias": torch.zeros(3, 1, 100)},
+    "tickets": {"tickets": torch.zeros(3, 3, dtype=torch.int32)},
     "layout": {"layout": PageLayout(PageFormat(), 5, 24, 16, 2)},
     "slots without a layout": {"layout": None},
 }

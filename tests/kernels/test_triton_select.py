@@ -1,9 +1,11 @@
 """Selecting on the device against the plain loop: pages, places, flags and counters."""
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,8 +13,9 @@ from torch import Tensor
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.errors import InputError
 from arkcache.kernels import reference_paged, triton_select
-from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores
+from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores, score_volumes
 from arkcache.kernels.triton_select import Selection, select
+from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -100,6 +103,35 @@ def check(
         pages = [page for page in held if page >= 0]
         assert len(set(pages)) == len(pages)
     return theirs, expected
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
+    """Lists of odd lengths and scores of odd sizes share memory; all start where vectors may."""
+    query = torch.randn(rows, 3, 16, device=device)
+    digests = torch.randn(rows, 36, 32, device=device)
+    sealed, limit = (torch.tensor([[33], [5]], dtype=torch.int32).repeat(1, rows)).to(device)
+    scores = score_volumes(query, digests, sealed, num_sinks=1, kind="cuboid-max", scale=1.0)
+    books, most = empty_books(rows, 7).clone(device), 5
+    how: dict[str, Any] = {"num_sinks": 1, "most": most, "reduction": "raw-mean"}
+    selection = select(scores, sealed, books.page_of, limit, limit, *books[1:], **how)
+    shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, most)] * 2, (rows,)]
+    shapes += [(rows, most), (rows,)]
+    for tensor, shape in zip((*scores, *selection), shapes, strict=True):
+        assert tensor.shape == shape
+        assert tensor.is_contiguous()
+        assert tensor.data_ptr() % 64 == 0
+    for parts in (scores, selection):
+        ends = sorted((part.data_ptr(), part.data_ptr() + part.nbytes) for part in parts)
+        assert all(stop <= start for (_, stop), (start, _) in pairwise(ends))
+
+
+def test_sizes_are_those_of_triton() -> None:
+    for number in (1, 2, 3, 4, 5, 31, 32, 33, 1000, 2**20 + 1):
+        assert power_of_two(number) == triton.next_power_of_2(number)
+        for divisor in (1, 3, 32):
+            assert cdiv(number, divisor) == triton.cdiv(number, divisor)
+    assert [aligned(number) for number in (0, 1, 16, 17)] == [0, 16, 16, 32]
 
 
 def test_by_hand() -> None:

@@ -217,11 +217,11 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
             told = partial(_tell, progress, draw, settings.num_draws)
             full = demo.read(model, conversation.text_ids, told)
             shape = _shape_of(full)
-            device_bytes = settings.device_bytes or _default_bytes(settings, shape)
+            device_bytes = settings.device_bytes or _default_bytes(settings, shape, device)
             resolved = {"device_bytes": device_bytes, "context_tokens": len(conversation.text_ids)}
             cases = _cases(settings, device_bytes)
             for case in cases:  # refused now rather than after minutes
-                plan_memory(case.config, shape, settings.context_tokens)
+                plan_memory(case.config, shape, settings.context_tokens, device=device.type)
             draws.append(_compare(model, tokenizer, full, shape, conversation, cases, told))
     return Result(
         demo.resolve(settings, model, num_threads) | resolved,
@@ -264,12 +264,12 @@ def _shape_of(full: DynamicCache) -> CacheShape:
     return shapes.pop()
 
 
-def _default_bytes(settings: Settings, shape: CacheShape) -> int:
+def _default_bytes(settings: Settings, shape: CacheShape, device: torch.device) -> int:
     """What the device tier takes in 16 bits at `reference_tokens`, or at what can be least."""
     config = settings.cache_config("K16V16", "none")
     least = config.num_sink_pages * config.page_size + config.window_tokens
     config = replace(config, budget_tokens=max(settings.reference_tokens, least))
-    return plan_memory(config, shape, settings.context_tokens).tier_bytes
+    return plan_memory(config, shape, settings.context_tokens, device=device.type).tier_bytes
 
 
 def _compare(

@@ -157,7 +157,9 @@ def open_arkcache(
         cache = ArkCache(model, replace(config, index=index))
     if cache.reason is not None:
         raise UnsupportedModelError(cache.reason)
-    return _filled(cache, full)
+    _filled(cache, full)
+    cache.end_prompt()  # every token from here on is a decode step
+    return cache
 
 
 def _filled(cache: DynamicCache, full: DynamicCache) -> DynamicCache:

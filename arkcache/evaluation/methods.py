@@ -113,7 +113,6 @@ class Method:
         cache = open_arkcache(model, reading.cache, config, config.index)
         assert isinstance(cache, ArkCache)
         _rate(cache, self.kind, config.page_size, seed)
-        cache.end_prompt()  # every token from here on is a decode step
         return cache
 
 

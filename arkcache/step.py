@@ -213,11 +213,13 @@ def causal_blocks(
     last_visible [batch, new]: the number of the last token that each new token attends.
     """
     lines = [] if step.bias is not None else causal_lines(last_visible)
-    visible = torch.from_numpy(last_visible).to(step.query.device)
+    if not lines:
+        yield from _masked_blocks(blocks, step, last_visible)
+        return
     for key, value, numbers in blocks:
         key, value = expanded(step, key, value)
-        if numbers.shape[1] == 0 or not lines:
-            yield _masked_block(step, key, value, numbers, last_visible, visible)
+        if numbers.shape[1] == 0:
+            yield Block(key, value, last_visible.shape[1])
             continue
         for line in lines:
             yield from line.blocks(key, value, numbers[line.sequences])
@@ -274,18 +276,22 @@ def causal_lines(last_visible: Ids) -> list[CausalLine]:
     return lines
 
 
-def _masked_block(
-    step: Step, key: Tensor, value: Tensor, numbers: Ids, last_visible: Ids, visible: Tensor
-) -> Block:
-    """A block of all sequences whose mask says who attends what."""
+def _masked_blocks(
+    blocks: Iterator[tuple[Tensor, Tensor, Ids]], step: Step, last_visible: Ids
+) -> Iterator[Block]:
+    """Blocks of all sequences whose masks say who attends what."""
+    visible = torch.from_numpy(last_visible).to(step.query.device)
     new_tokens = last_visible.shape[1]
-    if numbers.shape[1] == 0:
-        return Block(key, value, new_tokens)
-    held = numbers >= 0
-    first = int(numbers[held].min()) if held.any() else 0
-    seen = (last_visible >= first).any(axis=0)
-    seen_from = int(np.argmax(seen)) if seen.any() else new_tokens
-    return Block(key, value, seen_from, _causal_mask(step, numbers, visible))
+    for key, value, numbers in blocks:
+        key, value = expanded(step, key, value)
+        if numbers.shape[1] == 0:
+            yield Block(key, value, new_tokens)
+            continue
+        held = numbers >= 0
+        first = int(numbers[held].min()) if held.any() else 0
+        seen = (last_visible >= first).any(axis=0)
+        seen_from = int(np.argmax(seen)) if seen.any() else new_tokens
+        yield Block(key, value, seen_from, _causal_mask(step, numbers, visible))
 
 
 def expanded(step: Step, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,6 +34,7 @@ BACKENDS = ("auto", "torch", "triton")
 """What a decode step may run on."""
 
 DEFAULT_BUDGET = 2048
+PACKED_INDEX_BITS = 2
 NO_LIMIT = 1 << 40
 """More pages or tokens than anything holds."""
 
@@ -83,8 +84,9 @@ class CacheConfig:
         speculative_recall: on the Triton backend, recall the pages that are rated next into spare
             places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
-        index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8. Scales
-            add 32 bits per channel and page; on a CPU the index is kept unpacked, in fp32.
+        index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8, packed,
+            with scales of 32 bits per channel and page. None: 2 on a GPU; on a CPU, where codes
+            are slow to unpack, 8 with a scale of 32 bits per token.
         group_reduction: one of `GROUP_REDUCTIONS`.
         estimate_pages: how many of the pages that a step does not attend it estimates, the best
             by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
@@ -132,7 +134,7 @@ class CacheConfig:
     backend: str = "auto"
     speculative_recall: bool = True
     index: str = "cuboid-mean"
-    index_bits: int = 2
+    index_bits: int | None = None
     group_reduction: str = "softmax-mean"
     estimate_pages: int | None = 0
     target_missed_mass: float | None = None
@@ -241,6 +243,11 @@ class CacheConfig:
         return self.estimate_pages != 0
 
     @property
+    def packed_index_bits(self) -> int:
+        """Bits per key element of the token index where its codes are packed."""
+        return PACKED_INDEX_BITS if self.index_bits is None else self.index_bits
+
+    @property
     def window_tokens(self) -> int:
         """Capacity of the recent window: it seals a page when it holds this many tokens."""
         return self.num_recent_tokens + self.page_size
@@ -327,7 +334,7 @@ class CacheConfig:
             ("packed_slots", (None, False, True)),
             ("backend", BACKENDS),
             ("speculative_recall", (False, True)),
-            ("index_bits", (2, 4, 8)),
+            ("index_bits", (None, 2, 4, 8)),
             ("index", INDEXES),
             ("group_reduction", GROUP_REDUCTIONS),
         ):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_digest import BoundingVolumes
+from arkcache.kernels.torch_token_rows import TokenRows
 from arkcache.kernels.torch_tokens import TokenIndex
 
 
@@ -50,7 +51,8 @@ def mass_index(index: PageIndex) -> MassIndex:
 
 def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> PageIndex:
     """The page index that `config.index` names."""
-    if config.index == "tokens":
-        packed = device.type != "cpu"
-        return TokenIndex(config.page_size, head_dim, config.index_bits, packed)
-    return BoundingVolumes(config.index)
+    if config.index != "tokens":
+        return BoundingVolumes(config.index)
+    if config.index_bits is None and device.type == "cpu":
+        return TokenRows(config.page_size, head_dim)
+    return TokenIndex(config.page_size, head_dim, config.packed_index_bits)

@@ -186,7 +186,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             num_sinks=self.config.num_sink_pages,
             layout=self._packer.layout,
             index=self.config.index,
-            index_bits=self.config.index_bits,
+            index_bits=self.config.packed_index_bits,
         )
         scatter(
             self._newest[cache_rows],
@@ -218,7 +218,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
                 first=first,
                 layout=layout,
                 index=self.config.index,
-                index_bits=self.config.index_bits,
+                index_bits=self.config.packed_index_bits,
             )
             self._place(slice(sequence, sequence + 1), first, packed[None])
             self._ticket = self._backups.submit(block, self.host, handles[number])

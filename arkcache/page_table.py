@@ -81,7 +81,7 @@ class PageTable:
                 sealed,
                 num_sinks=config.num_sink_pages,
                 page_size=config.page_size,
-                bits=config.index_bits,
+                bits=config.packed_index_bits,
                 scale=scale,
                 hidden=hidden,
             )
@@ -105,7 +105,7 @@ class PageTable:
 def digest_features(config: CacheConfig, head_dim: int) -> int:
     """Numbers of a page's digest; bytes, for the token index. See `torch_digest`."""
     if config.index == "tokens":
-        return 4 * head_dim + -(-head_dim * config.index_bits // 8) * config.page_size
+        return 4 * head_dim + -(-head_dim * config.packed_index_bits // 8) * config.page_size
     return {"cuboid": 2 * head_dim, "sphere": head_dim + 1}.get(
         config.index.partition("-")[0], head_dim
     )

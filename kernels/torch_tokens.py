@@ -9,10 +9,8 @@ Packed, the digest of a page is one run of bytes: scales and zeros (bf16, head_d
 codes, `8 / bits` channels to the byte: byte (c, t) holds channels c, c + n, c + 2n ... of token t,
 with n = head_dim * bits / 8, so that unpacking is one shift and mask per plane.
 
-Unpacked, the digest is the quantised keys in fp32, channels outermost. On a CPU both tiers are the
-same memory and unpacking costs more than reading: 65536 tokens of 2 KV heads of 64 are rated in
-1.1 ms unpacked, packed in 15 ms (2 threads). bf16 would halve the size and is as fast where the
-processor multiplies it (0.9 ms with AMX), but many times slower where it does not.
+A GPU unpacks them in registers (`triton_score_tokens`). Plain torch takes ten times as long to
+unpack as to multiply, so on a CPU `torch_token_rows` is there for those who do not ask for bits.
 """
 
 from __future__ import annotations
@@ -32,22 +30,20 @@ class TokenIndex:
         page_size: tokens per page.
         head_dim: elements per key; the codes of a token are padded to whole bytes.
         bits: bits per key element, 2, 4 or 8.
-        packed: keep the codes in bytes; False keeps the quantised keys in fp32.
     """
 
     rates = "mass"
+    page_dim = 2
 
-    def __init__(self, page_size: int, head_dim: int, bits: int, packed: bool = True) -> None:
+    def __init__(self, page_size: int, head_dim: int, bits: int) -> None:
         self.page_size, self.head_dim, self.bits = page_size, head_dim, bits
-        self.packed, self.page_dim = packed, 2 if packed else 3
         self.planes = 8 // bits
         self.plane_dim = -(-head_dim // self.planes)
 
     def digest(self, key: Tensor) -> Tensor:
         """Quantise pages [batch, kv_heads, pages, page_size, head_dim].
 
-        Returns [batch, kv_heads, pages, bytes] of uint8 if packed, else
-        [batch, kv_heads, head_dim, pages, page_size] of fp32.
+        Returns uint8 [batch, kv_heads, pages, bytes].
         """
         key = key.float()
         low, high = torch.aminmax(key, dim=-2, keepdim=True)
@@ -56,11 +52,7 @@ class TokenIndex:
         zero = low.bfloat16()
         scale = ((high - zero.float()) / levels).bfloat16()
         safe = scale.float().masked_fill(scale == 0, 1.0)
-        codes = ((key - zero.float()) / safe).round_().clamp_(0, levels)
-        if not self.packed:
-            quantized: Tensor = codes * scale.float() + zero.float()
-            return quantized.permute(0, 1, 4, 2, 3)
-        codes = codes.to(torch.uint8)
+        codes = ((key - zero.float()) / safe).round_().clamp_(0, levels).to(torch.uint8)
         header = torch.cat((scale, zero), dim=-1).flatten(-2).contiguous().view(torch.uint8)
         return torch.cat((header, self._pack(codes)), dim=-1)
 
@@ -81,18 +73,14 @@ class TokenIndex:
         """`score`, with logits that become softcap * tanh(logits / softcap) before `bias`, additive
         [rows, group or 1, pages, page_size], is added to them."""
         rows, group, _ = query.shape
-        num_pages = digests.shape[self.page_dim - 1]
-        if not self.packed:
-            logits = torch.bmm(query.float(), digests.flatten(2))
-            logits = logits.unflatten(2, (num_pages, self.page_size))
-            return _log_mass(logits, softcap, bias)
+        num_pages = digests.shape[1]
         score = query.new_empty((rows, group, num_pages), dtype=torch.float32)
         block_pages = PAGES_PER_BLOCK if digests.device.type == "cpu" else num_pages
         for start in range(0, num_pages, block_pages):
             block = slice(start, start + block_pages)
             logits = self._logits(query.float(), digests[:, block])
             own = None if bias is None else bias[:, :, block]
-            score[:, :, block] = _log_mass(logits, softcap, own)
+            score[:, :, block] = page_log_mass(logits, softcap, own)
         return score
 
     def _pack(self, codes: Tensor) -> Tensor:
@@ -132,8 +120,8 @@ class TokenIndex:
         return (logits + offset[..., None]).transpose(1, 2)
 
 
-def _log_mass(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
-    """Of pages whose logits are [rows, group, pages, page_size]."""
+def page_log_mass(logits: Tensor, softcap: float | None, bias: Tensor | None) -> Tensor:
+    """Of pages whose logits are [rows, group, pages, page_size]; see `TokenIndex.log_mass`."""
     if softcap is not None:
         logits = logits.div_(softcap).tanh_().mul_(softcap)
     if bias is not None:

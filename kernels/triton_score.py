@@ -139,8 +139,7 @@ def score_tokens(
 
     Args:
         query, sealed, num_sinks, scale, hidden: as for `score_volumes`.
-        digests: uint8 [rows, capacity, bytes] as `TokenIndex(packed=True)` makes them, the last
-            stride 1.
+        digests: uint8 [rows, capacity, bytes] as `TokenIndex` makes them, the last stride 1.
         page_size: tokens per page.
         bits: bits per code, 2, 4 or 8.
 

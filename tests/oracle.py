@@ -397,7 +397,7 @@ class Oracle:
         stored = self.stored[layer][sequence, head, columns[start:end]]
         pages = self._as_made(*stored.split(self._dims, dim=-1)).float()
         pages = pages.unflatten(0, ((end - start) // page_size, page_size))
-        codes, scale, zero = stored_codes(pages, self.config.index_bits)
+        codes, scale, zero = self._stored_codes(pages)
         key, value = (plane[sequence, head, columns][None, None] for plane in states)
         if how.get("expand") is not None:
             key, value = how["expand"](key, value)
@@ -413,6 +413,12 @@ class Oracle:
             logits = torch.cat((logits, how["sinks"][own].float()[:, None]), dim=1)
         share = logits.softmax(dim=1)[:, start:end].nan_to_num()
         return share.unflatten(1, ((end - start) // page_size, page_size)).sum(dim=2).mean(dim=0)
+
+    def _stored_codes(self, pages: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the token index holds of pages of keys, see `stored_codes`."""
+        if self.config.index_bits is None and self.config.backend != "triton":
+            return stored_rows(pages)
+        return stored_codes(pages, self.config.packed_index_bits)
 
     def _page_choices(
         self, rating: Tensor, wanted: int, noise: float
@@ -445,7 +451,7 @@ class Oracle:
         key = self._as_made(*stored.split(self._dims, dim=-1))
         pages = key.float().unflatten(0, (-1, page_size))[None]
         if self.config.index == "tokens":
-            score = reference.token_score(query[None], *stored_codes(pages, self.config.index_bits))
+            score = reference.token_score(query[None], *self._stored_codes(pages))
         else:
             digest = reference.bounding_volume(pages, self.config.index)
             score = reference.volume_score(query[None], digest, self.config.index)
@@ -535,6 +541,13 @@ def stored_codes(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     scale = ((high - zero) / (2**bits - 1)).bfloat16().float()
     codes = ((key - zero) / torch.where(scale == 0, 1.0, scale)).round().clamp(0, 2**bits - 1)
     return codes, scale, zero
+
+
+def stored_rows(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same in 8 bits with a scale for each token, as it is on a CPU."""
+    scale = key.abs().amax(dim=-1, keepdim=True) / 127
+    codes = (key / torch.where(scale == 0, 1.0, scale)).round()
+    return codes, scale, torch.zeros(())
 
 
 def _as_additive(mask: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ BAD = [
     ("device_pool_factor", [0, 0.99, -1, float("nan"), float("inf"), True, "2"]),
     ("key_bits", [0, 1, 3, 8.5, 16.0, True, "16", None, 32]),
     ("value_bits", [0, 1, 3, 16.0, True, None]),
-    ("index_bits", [0, 1, 3, 16, 2.0, True, None]),
+    ("index_bits", [0, 1, 3, 16, 2.0, True, "2"]),
     ("index", ["", "cuboid", "CUBOID-MEAN", None, 3, ["tokens"]]),
     ("estimate_pages", [-1, 1.0, True, "all"]),
     ("audit_every", [0, -1, 2.0, True]),

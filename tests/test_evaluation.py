@@ -28,7 +28,7 @@ from arkcache.evaluation.run import Settings
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
 from arkcache.huggingface import ArkCache
-from arkcache.kernels.torch_tokens import TokenIndex
+from arkcache.kernels.torch_token_rows import TokenRows
 
 METHODS = ("ark:num_dense_layers=0,index=tokens", "oracle:num_dense_layers=0", "random", "sinks")
 SMALL = Settings(
@@ -298,7 +298,7 @@ def test_another_index_is_as_if_it_had_been_there(model: PreTrainedModel, readin
             assert isinstance(cache, ArkCache)
             if len(outputs) == 2:
                 (manager,) = cache.managers
-                manager.rate_with(lambda: TokenIndex(16, head_dim, 2, packed=False))
+                manager.rate_with(lambda: TokenRows(16, head_dim))
             outputs.append(Decoder(model, cache).feed(list(range(40))))
             cache.check_integrity()
     assert torch.equal(outputs[2], outputs[0])
@@ -309,14 +309,14 @@ def test_another_index_is_not_for_the_kernels() -> None:
     config = CacheConfig(backend="triton", budget_tokens=256)
     manager = KVCacheManager(1, 1, 16, config, device="cpu", dtype=torch.float32)
     with pytest.raises(InputError, match='expected backend="torch"'):
-        manager.rate_with(lambda: OracleIndex(32))
+        manager.rate_with(lambda: OracleIndex())
     assert parse_method("oracle").config(256).backend == "torch"
     assert parse_method("ark").config(256).backend == "auto"
 
 
 def test_the_oracle_rates_by_true_mass() -> None:
     key, query = torch.randn(1, 2, 6, 8, 16), torch.randn(2, 3, 16)
-    index = OracleIndex(page_size=8)
+    index = OracleIndex()
     score = index.score(query, index.digest(key).flatten(0, 1))
     received = attention_received(query.reshape(1, 6, 1, 16), key.flatten(2, 3), 1.0)
     mass = score.softmax(-1).sum(dim=1)
@@ -339,6 +339,12 @@ def test_a_pyramid_is_as_large_as_its_mean() -> None:
         WINDOW_TOKENS + more for more in (195, 132, 68, 5)
     ]
     assert pyramid_budgets(32, 3) == [32, 32, 32]
+
+
+def test_settings_that_need_a_budget() -> None:
+    """They are checked when a method is named, before there is one."""
+    method = parse_method("ark:index=tokens,target_missed_mass=0.05")
+    assert method.config(512).target_missed_mass == 0.05
 
 
 def test_settings_of_a_spec() -> None:

@@ -110,7 +110,7 @@ def test_crop_beams_and_copies(duplicate: Any) -> None:
 @pytest.mark.parametrize("padding", [None, LEFT_PADDED, HOLES], ids=["plain", "left", "holes"])
 def test_an_exact_index_estimates_the_truth(padding: Tensor | None, target: float | None) -> None:
     """To rounding, with whatever else attention has to do."""
-    config = small_config(index="tokens", target_missed_mass=target, audit_every=1)
+    config = small_config(index="tokens", index_bits=2, target_missed_mass=target, audit_every=1)
     for how in (
         {},
         {"softcap": 2.0, "sinks": torch.randn(4), "scale": 0.5},

@@ -76,7 +76,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         num_dense_layers=draw(st.integers(0, 1)),
         device_pool_factor=draw(st.sampled_from([1, 1.5, 3])),
         index=index,
-        index_bits=draw(st.sampled_from([2, 4, 8])),
+        index_bits=draw(st.sampled_from([None, None, 2, 4, 8])),
         group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
         estimate_pages=0 if backend == "triton" else draw(st.sampled_from([0, 0, None, 1, 3])),
         target_missed_mass=target,

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from arkcache.config import CacheConfig
+from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.demo.baselines import (
     FullLayer,
     HeavyHitterLayer,
@@ -112,7 +112,7 @@ class Method:
         config = self.config(budget)
         cache = open_arkcache(model, reading.cache, config, config.index)
         assert isinstance(cache, ArkCache)
-        _rate(cache, self.kind, config.page_size, seed)
+        _rate(cache, self.kind, seed)
         return cache
 
 
@@ -130,7 +130,7 @@ def parse_method(spec: str) -> Method:
         raise InputError(f"method {spec!r}: {kind} takes no settings; {', '.join(PAGED)} do")
     method = Method(spec, kind, settings)
     if kind in PAGED:
-        method.config(None)  # refuses unknown names now rather than after minutes
+        method.config(NO_LIMIT)  # refuses unknown names now rather than after minutes
     return method
 
 
@@ -149,14 +149,14 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value  # a name, such as tokens
 
 
-def _rate(cache: ArkCache, kind: str, page_size: int, seed: int) -> None:
+def _rate(cache: ArkCache, kind: str, seed: int) -> None:
     """Have pages rated by what a control rates them by."""
     if kind == "ark":
         return
     seeds = itertools.count(seed << 16)
 
     def make() -> PageIndex:
-        return OracleIndex(page_size) if kind == "oracle" else RandomIndex(next(seeds))
+        return OracleIndex() if kind == "oracle" else RandomIndex(next(seeds))
 
     for manager in cache.managers:
         manager.rate_with(make)

@@ -5,25 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arkcache.kernels.torch_tokens import TokenIndex
+from arkcache.kernels.torch_tokens import page_log_mass
 
 
-class OracleIndex(TokenIndex):
-    """Rates a page by its true softmax mass: the token index with keys as they are.
+class OracleIndex:
+    """Rates a page by its true softmax mass: a token index with keys as they are.
 
     The ceiling of what any index can do at a page size and a budget, as far as mass is the aim.
-
-    Args:
-        page_size: tokens per page.
     """
 
-    def __init__(self, page_size: int) -> None:
-        # Unpacked, it takes the number of elements from the keys.
-        super().__init__(page_size, head_dim=0, bits=8, packed=False)
+    page_dim = 3
+    rates = "mass"
 
     def digest(self, key: Tensor) -> Tensor:
         """Keep pages [batch, kv_heads, pages, page_size, head_dim] in fp32, channels outermost."""
         return key.float().permute(0, 1, 4, 2, 3)
+
+    def score(self, query: Tensor, digests: Tensor) -> Tensor:
+        """The log of each page's mass [rows, group, pages]."""
+        return self.log_mass(query, digests, None, None)
+
+    def log_mass(
+        self, query: Tensor, digests: Tensor, softcap: float | None, bias: Tensor | None
+    ) -> Tensor:
+        """As `TokenIndex.log_mass`, of digests [rows, head_dim, pages, page_size]."""
+        logits = torch.bmm(query.float(), digests.flatten(2)).unflatten(2, digests.shape[2:])
+        return page_log_mass(logits, softcap, bias)
 
 
 class RandomIndex:

@@ -16,6 +16,7 @@ from arkcache.kernels.torch_tokens import TokenIndex
 from tests.gpu.card import Card
 from tests.gpu.compare import Case, bound_of, error_share, on_both, run_cases, some
 from tests.gpu.draws import BF16, FP16, FP32, NAMES, int32, randn
+from tests.oracle import stored_codes
 
 # -- score --------------------------------------------------------------------------------------
 
@@ -115,9 +116,12 @@ def _tokens(
     rows, pages = len(SEALED), max(SEALED)
     key = randn(1, 1, rows, pages, page_size, head_dim)
     digests = TokenIndex(page_size, head_dim, bits).digest(key)[0]
-    unpacked = TokenIndex(page_size, head_dim, bits, packed=False).digest(key)[0]
+    codes, step, zero = stored_codes(key[0], bits)
+    unpacked = codes * step + zero  # [rows, pages, page_size, head_dim]
     query, scale = randn(2, group, rows, head_dim, dtype=dtype).transpose(0, 1), head_dim**-0.5
-    logits = (query @ unpacked.flatten(2).to(dtype)) * scale  # [rows, group, pages * page_size]
+    logits = (
+        query @ unpacked.flatten(1, 2).transpose(1, 2).to(dtype)
+    ) * scale  # [rows, group, pages * page_size]
     return _check_scores(
         card,
         (triton_score.score_tokens, reference_paged.score_tokens),

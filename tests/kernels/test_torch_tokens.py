@@ -144,23 +144,18 @@ def test_half_precision_keys_and_queries(dtype: torch.dtype) -> None:
     torch.testing.assert_close(score, index.score(query.float(), digest.flatten(0, 1)))
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("bits", BITS)
-def test_mass_under_a_softcap_and_a_mask(bits: int, packed: bool) -> None:
+def test_mass_under_a_softcap_and_a_mask(bits: int) -> None:
     """The mask comes after the softcap, for all query heads or each of its own."""
     page_size, head_dim, pages = 4, 20, 70
-    index = TokenIndex(page_size, head_dim, bits, packed)
+    index = TokenIndex(page_size, head_dim, bits)
     digest = index.digest(torch.randn(1, 3, pages, page_size, head_dim)).flatten(0, 1)
-    unpacked = TokenIndex(page_size, head_dim, bits, packed=True)
     query = torch.randn(3, 2, head_dim)
     for group in (1, 2):
         bias = torch.randn(3, group, pages, page_size)
         bias[:, :, 5] = -torch.inf
         bias[:, :, 6, 1:] = -torch.inf
-        if packed:
-            logits = unpacked._logits(query, digest)
-        else:
-            logits = torch.einsum("rgd,rdpt->rgpt", query, digest)
+        logits = index._logits(query, digest)
         expected = (2.0 * torch.tanh(logits / 2.0) + bias).logsumexp(dim=3)
         mass = index.log_mass(query, digest, 2.0, bias)
         torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-5)

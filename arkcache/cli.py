@@ -26,6 +26,10 @@ else:
         Path | None, typer.Option(help="Text to read (UTF-8).", show_default="Python's help topics")
     ]
     _PageSize = Annotated[int, typer.Option(help="Tokens per page.")]
+    _PageSizeOrAuto = Annotated[
+        int | None,
+        typer.Option(help="Tokens per page.", show_default="8, or 32 where keys are quantised"),
+    ]
     _GroupSize = Annotated[int, typer.Option(help="Channels of a value that share a scale.")]
     _Index = Annotated[str, typer.Option(help="How pages are rated.")]
     _Context = Annotated[int, typer.Option(help="Tokens to read; the text is cut or repeated.")]
@@ -70,7 +74,7 @@ def main() -> None:
 def demo(
     file: _File = None,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and KV head.")] = 512,
-    page_size: _PageSize = 32,
+    page_size: _PageSize = 8,
     context: _Context = 8192,
     facts: _Facts = 16,
     model: _Model = None,
@@ -129,8 +133,8 @@ def describe(
             show_default="2048, or what fits in the device bytes",
         ),
     ] = None,
-    dense_layers: Annotated[int, typer.Option(help="First layers that attend everything.")] = 2,
-    page_size: _PageSize = 32,
+    dense_layers: Annotated[int, typer.Option(help="First layers that attend everything.")] = 0,
+    page_size: _PageSizeOrAuto = None,
     group_size: _GroupSize = 32,
     formats: Annotated[
         list[str] | None,
@@ -150,7 +154,7 @@ def describe(
             show_default="packed on cuda",
         ),
     ] = None,
-    index: _Index = "cuboid-mean",
+    index: _Index = "tokens",
     device: Annotated[str, typer.Option(help="cuda or cpu; it need not be here.")] = "cuda",
     as_json: _Json = False,
 ) -> None:

@@ -33,6 +33,10 @@ ROTATIONS = ("none", "keys", "values", "both")
 BACKENDS = ("auto", "torch", "triton")
 """What a decode step may run on."""
 
+SMALL_PAGE = 8
+GROUP_PAGE = 32
+"""Tokens of a page where its keys share no scales, and KIVI's group of keys that do."""
+
 DEFAULT_BUDGET = 2048
 PACKED_INDEX_BITS = 2
 NO_LIMIT = 1 << 40
@@ -51,6 +55,7 @@ class CacheConfig:
 
     Args:
         page_size: tokens per page, the unit of selection, recall and eviction (ArkVale uses 32).
+            None: 8; where keys are quantised 32, because a page's keys share scales per channel.
         budget_tokens: tokens that each KV head attends in a decode step, sinks and recent window
             included. None is unlimited: everything is attended and stays in the device tier. A
             tuple gives one budget per layer; a tuple of tuples one per layer and KV head. "auto" is
@@ -116,11 +121,11 @@ class CacheConfig:
             than an eighth of `device_bytes`.
     """
 
-    page_size: int = 32
+    page_size: int = None  # type: ignore[assignment]  # an int once built
     budget_tokens: Budget = "auto"
-    num_sink_tokens: int = 32
-    num_recent_tokens: int = 128
-    num_dense_layers: int = 2
+    num_sink_tokens: int = 4
+    num_recent_tokens: int = 32
+    num_dense_layers: int = 0
     device_pool_factor: float | None = None
     key_bits: int = 16
     value_bits: int = 16
@@ -133,7 +138,7 @@ class CacheConfig:
     packed_slots: bool | None = None
     backend: str = "auto"
     speculative_recall: bool = True
-    index: str = "cuboid-mean"
+    index: str = "tokens"
     index_bits: int | None = None
     group_reduction: str = "softmax-mean"
     estimate_pages: int | None = 0
@@ -153,6 +158,11 @@ class CacheConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
+        if self.page_size is None:
+            size = (
+                SMALL_PAGE if self.key_bits == 16 and self.coarse_key_bits is None else GROUP_PAGE
+            )
+            object.__setattr__(self, "page_size", size)
         self._check_integers()
         self._check_choices()
         self._check_formats()

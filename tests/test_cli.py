@@ -185,7 +185,8 @@ def test_describe_counts_only_layers_that_attend_their_whole_past(tmp_path: Path
         "layer_types": ["sliding_attention", "full_attention"] * 3,
     }
     (tmp_path / "config.json").write_text(json.dumps(values))
-    found = described("--model", str(tmp_path), "--context", "1000", "--dtype", "float16")
+    options = ("--context", "1000", "--dtype", "float16", "--dense-layers", "2")
+    found = described("--model", str(tmp_path), *options)
     assert found["shape"]["num_layers"] == 3
     assert found["settings"]["num_dense_layers"] == 1  # of the first two layers, one slides
 

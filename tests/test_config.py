@@ -15,11 +15,11 @@ from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES
 from arkcache.index import make_index
 
 BAD = [
-    ("page_size", [0, -1, 2.0, "32", True, None]),
+    ("page_size", [0, -1, 2.0, "32", True]),
     ("num_sink_tokens", [-1, 1.5, False, None]),
     ("num_recent_tokens", [0, -5, 1.5, True]),
     ("num_dense_layers", [-1, 0.5, True]),
-    ("stream_block_tokens", [0, 31, 1024.0, True]),
+    ("stream_block_tokens", [0, 7, 1024.0, True]),
     ("host_bytes", [0, -1, 1e9, True, "1GB"]),
     ("device_pool_factor", [0, 0.99, -1, float("nan"), float("inf"), True, "2"]),
     ("key_bits", [0, 1, 3, 8.5, 16.0, True, "16", None, 32]),
@@ -32,6 +32,12 @@ BAD = [
     ("group_reduction", ["mean", None, 0]),
     ("budget_tokens", [0, -1, 2048.0, True, "all", (), ("a",), (((2048,),),), {2048}]),
 ]
+
+
+def test_pages_are_small_unless_their_keys_share_scales() -> None:
+    assert CacheConfig().page_size == CacheConfig(value_bits=2).page_size == 8
+    assert CacheConfig.preset("K4V2").page_size == CacheConfig(coarse_key_bits=4).page_size == 32
+    assert CacheConfig.preset("K4V2", page_size=16).page_size == 16
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in BAD for v in values])

@@ -151,7 +151,7 @@ def test_fewer_bits_hold_more_tokens_in_the_same_bytes() -> None:
     assert [plan.host_bytes for plan in plans] == sorted(
         (plan.host_bytes for plan in plans), reverse=True
     )
-    assert math.isclose(plans[0].host_bytes_per_token, 30 * 8 * 256 * 2)
+    assert math.isclose(plans[0].host_bytes_per_token, 32 * 8 * 256 * 2)
     assert plans[0].full_bytes == 131072 * 32 * 8 * 256 * 2
 
 
@@ -169,7 +169,12 @@ def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
 def planner(factor: float | None = None, device: str = "cuda", **changes: Any) -> Planner:
     """Of a GPU that need not be there."""
     backend = changes.pop("backend", "triton")
-    sizes: dict[str, Any] = {"budget_tokens": 1024, "stream_block_tokens": 1024}
+    sizes: dict[str, Any] = {
+        "page_size": 32,
+        "budget_tokens": 1024,
+        "num_dense_layers": 2,
+        "stream_block_tokens": 1024,
+    }
     config = CacheConfig(**sizes, device_pool_factor=factor, **changes)
     return Planner(config, 4, 2, 64, 64, torch.bfloat16, torch.device(device), backend)
 
@@ -254,14 +259,14 @@ def test_planning_allocates_nothing() -> None:
     [
         ("cpu", 1, {}, 1024, 1),
         ("cpu", 16, {}, 1024, 1),
-        ("cpu", 1, {"stream_block_tokens": 500}, 480, 1),
+        ("cpu", 1, {"stream_block_tokens": 500}, 496, 1),
         ("meta", 1, {}, 8192, 2),
-        ("meta", 3, {}, 2720, 2),
+        ("meta", 3, {}, 2728, 2),
         ("meta", 16, {}, 1024, 2),
         ("meta", 16, {"stream_block_tokens": 8192}, 8192, 2),
         # An eighth of 8 MiB for two blocks, 512 bytes to a token.
         ("meta", 1, {"device_bytes": 8 << 20}, 1024, 2),
-        ("meta", 1, {"device_bytes": 100_000}, 32, 2),
+        ("meta", 1, {"device_bytes": 50_000}, 8, 2),
     ],
 )
 def test_streaming_blocks(

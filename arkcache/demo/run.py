@@ -48,7 +48,7 @@ class Settings:
     context_tokens: int = 8192
     num_facts: int = 16
     budget_tokens: int = 512
-    page_size: int = 32
+    page_size: int = 8
     file: Path | None = None
     model: str | None = None
     seed: int = 0
@@ -60,9 +60,6 @@ class Settings:
         return CacheConfig(
             page_size=self.page_size,
             budget_tokens=self.budget_tokens,
-            num_sink_tokens=min(32, self.budget_tokens // 8),
-            num_recent_tokens=min(128, self.budget_tokens // 4),
-            num_dense_layers=0,
             stream_block_tokens=max(self.budget_tokens, self.page_size),
         )
 

@@ -77,8 +77,6 @@ class Settings:
         CPU), and the streaming block, which questions never need, is as small as it can be. Raises
         `ConfigError` for what is impossible.
         """
-        base = demo.Settings(budget_tokens=self.budget_tokens, page_size=self.page_size)
-        config = base.cache_config()
         return CacheConfig.preset(
             name,
             rotation=rotation,
@@ -86,11 +84,10 @@ class Settings:
             group_size=self.group_size,
             index=self.index,
             stream_block_tokens=self.page_size,
-            page_size=config.page_size,
-            budget_tokens=config.budget_tokens,
-            num_sink_tokens=config.num_sink_tokens,
-            num_recent_tokens=config.num_recent_tokens,
-            num_dense_layers=config.num_dense_layers,
+            page_size=self.page_size,
+            budget_tokens=self.budget_tokens,
+            num_sink_tokens=min(32, self.budget_tokens // 8),
+            num_recent_tokens=min(128, self.budget_tokens // 4),
         )
 
     def model_dtype(self) -> str:

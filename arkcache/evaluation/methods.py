@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from arkcache.config import CacheConfig
+from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.demo.baselines import (
     FullLayer,
     HeavyHitterLayer,
@@ -130,7 +130,7 @@ def parse_method(spec: str) -> Method:
         raise InputError(f"method {spec!r}: {kind} takes no settings; {', '.join(PAGED)} do")
     method = Method(spec, kind, settings)
     if kind in PAGED:
-        method.config(None)  # refuses unknown names now rather than after minutes
+        method.config(NO_LIMIT)  # refuses unknown names now rather than after minutes
     return method
 
 

@@ -48,6 +48,7 @@ from arkcache.validate import (
 if TYPE_CHECKING:
     from arkcache.index import PageIndex
     from arkcache.layers import Layer
+    from arkcache.missed import MissedLog
 
 
 class KVCacheManager:
@@ -442,6 +443,37 @@ class KVCacheManager:
         for state in self._layers:
             if isinstance(state, PagedLayer):
                 state.rate_with(make())
+
+    @torch.no_grad()
+    @on_own_device
+    def ratings(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor | None:
+        """By what a layer would select pages for one new token: to look at, nothing changes.
+
+        query, scale: as in `attend`. Returns [batch, num_kv_heads, pages] of the sealed pages
+        behind those of the sinks, the best the highest, the lowest where a sequence has no such
+        page; None for a layer that attends everything, for latents, and on the Triton backend.
+        """
+        self._check_attend(layer, query, expanded=self.latent)
+        state = self._layers[layer]
+        if not isinstance(state, PagedLayer) or self.latent:
+            return None
+        step = Step(
+            query=rotate(query) if self.config.rotates_keys else query,
+            scale=query.shape[3] ** -0.5 if scale is None else scale,
+            index_query=query,
+        )
+        ratings = state.ratings(step)
+        return ratings.view(self.batch, self.num_kv_heads, ratings.shape[1])
+
+    def log_missed(self, layer: int, log: MissedLog) -> None:
+        """Note in `log` what the decode steps of a layer miss from now on.
+
+        Nothing is noted by a layer that attends everything, nor on the Triton backend.
+        """
+        check_layer(layer, self.num_layers)
+        state = self._layers[layer] if self._layers else None
+        if isinstance(state, PagedLayer):
+            state.log_missed(log)
 
     def check_batch(self, batch: int) -> None:
         """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""

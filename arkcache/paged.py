@@ -210,6 +210,22 @@ class PagedLayer(TieredLayer):
         self._recall(everything, count, None)
         self._complete = True
 
+    def ratings(self, step: Step) -> Tensor:
+        """What selects for a step: all selectable pages [rows, pages], the best the highest."""
+        most = int(np.maximum(self.sealed - self.config.num_sink_pages, 0).max())
+        if most == 0:
+            return torch.empty((self.geometry.num_rows, 0), device=self.geometry.device)
+        return self._ordering(step, most)
+
+    def log_missed(self, log: MissedLog) -> None:
+        """Note what steps miss in this log from now on; it says which of them are audited."""
+        self._missed = log
+
+    def _ordering(self, step: Step, most: int) -> Tensor:
+        """Ratings [rows, pages] or, where a target decides how many, shares of attention."""
+        by_share = self.config.target_missed_mass is not None
+        return self._shares(step, most) if by_share else self._rate(step, most)
+
     def _rate(self, step: Step, most: int) -> Tensor:
         """Rate the first `most` selectable pages of every row [rows, pages]."""
         return self._ratings.rate(step, self.sealed, most, uniform=self.lengths.uniform)
@@ -240,12 +256,11 @@ class PagedLayer(TieredLayer):
         """Make the best pages resident; returns which places hold them, where places are spare,
         and all ratings."""
         count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
+        rating = self._ordering(step, most)
         target = self.config.target_missed_mass
         if target is None:
-            rating = self._rate(step, most)
             selected = ranked_pages(rating, int(count.max()))
         else:
-            rating = self._shares(step, most)
             cover = fewest_pages(rating, target, count)
             selected, count = cover.pages, cover.num_taken
             assert self._missed is not None

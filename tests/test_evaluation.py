@@ -352,6 +352,9 @@ def test_settings_of_a_spec() -> None:
     assert method.settings == {"index": "tokens", "budget_tokens": (256, 512), "page_size": 8}
     assert method.has_own_budget
     assert parse_method("ark").config(512).budget_tokens == 512
+    # A target needs a budget, which is the run's.
+    target = parse_method("ark:index=tokens,target_missed_mass=0.1")
+    assert target.config(512).target_missed_mass == 0.1
 
 
 def test_cases_come_once(model: PreTrainedModel) -> None:

@@ -79,6 +79,7 @@ IMPORTED_BY = {
     "triton": {"kernels"},
     "cupy": {"tiering"},
     "transformers": {"huggingface", "demo", "evaluation", "cli"},
+    "matplotlib": {"evaluation"},
     "psutil": {"cli", "demo"},
     "rich": {"cli", "demo", "evaluation"},
     "typer": {"cli"},
@@ -88,6 +89,7 @@ LAZILY = {
     ("cli", "transformers"),
     ("cli", "huggingface"),
     ("arkcache", "huggingface"),
+    ("evaluation", "matplotlib"),
     ("tiering", "cupy"),
     ("layers", "recalled"),  # they import Triton
     ("layers", "resident"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache import CacheConfig, CacheStats, IntegrityError, KVCacheManager
+from arkcache import CacheConfig, CacheStats, InputError, IntegrityError, KVCacheManager
 from arkcache.config import GROUP_REDUCTIONS, INDEXES
 from arkcache.kernels import reference
 from tests.marks import needs_interpreter
@@ -711,3 +711,55 @@ def test_one_token_attends_all_when_told_to_be_exact(settings: dict[str, Any]) -
         is_dense = config.budget_of(layer) is None
         assert is_dense or (sparse - expected).abs().max() > 0.01
     assert apart.stats().attended_tokens < together.stats().attended_tokens == 4 * 101
+
+
+# -- ratings, to look at --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+@pytest.mark.parametrize("index", INDEXES)
+def test_the_best_rated_pages_are_those_that_are_attended(index: str, factor: float) -> None:
+    """Looking changes nothing, and foretells what the step attends."""
+    settings: Any = {"num_dense_layers": 0, "index": index, "device_pool_factor": factor}
+    manager, twin = (KVCacheManager(1, 2, 16, small_config(**settings)) for _ in range(2))
+    key, value = torch.randn(2, 1, 2, 90, 16)
+    query = torch.randn(1, 4, 1, 16)
+    for one in (manager, twin):
+        one.append(0, key, value)
+    before = manager.stats()
+    ratings = manager.ratings(0, query)
+    assert ratings is not None
+    assert manager.stats() == before
+    output = manager.attend(0, query)
+    assert torch.equal(output, twin.attend(0, query))
+    config = manager.config
+    first, sealed = config.num_sink_pages, config.num_sink_pages + ratings.shape[2]
+    best = ratings[0].topk(attended_pages(manager), dim=1).indices + first
+    for head in range(2):
+        pages = torch.zeros(sealed, dtype=torch.bool)
+        pages[:first] = pages[best[head]] = True
+        tokens = torch.ones(90, dtype=torch.bool)
+        tokens[: sealed * config.page_size] = pages.repeat_interleave(config.page_size)
+        own = query[0, 2 * head : 2 * head + 2, 0] @ key[0, head, tokens].T * 16**-0.5
+        expected = own.softmax(-1) @ value[0, head, tokens]
+        torch.testing.assert_close(output[0, 2 * head : 2 * head + 2, 0], expected)
+
+
+def attended_pages(manager: KVCacheManager) -> int:
+    """Pages that the latest step of a single layer selected for each head."""
+    stats = manager.stats()
+    assert (stats.pages_hit + stats.pages_recalled) % 2 == 0
+    return (stats.pages_hit + stats.pages_recalled) // 2
+
+
+def test_what_has_no_ratings() -> None:
+    manager = KVCacheManager(2, 2, 16, small_config(num_dense_layers=1))
+    query = torch.randn(1, 4, 1, 16)
+    for layer in range(2):
+        manager.append(layer, *torch.randn(2, 1, 2, 2, 16))
+    assert manager.ratings(0, query) is None  # it attends everything
+    ratings = manager.ratings(1, query)
+    assert ratings is not None
+    assert ratings.shape == (1, 2, 0)  # no page is sealed yet
+    with pytest.raises(InputError, match=r"layer 2: this cache has layers 0\.\.1"):
+        manager.ratings(2, query)

@@ -15,8 +15,8 @@ step appends its token, evicts one where the budget is exceeded, and attends the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -149,6 +149,11 @@ class HeavyHitterLayer(EvictingLayer):
         return _take(key, kept), _take(value, kept)
 
 
+See = Callable[[FullLayer | HeavyHitterLayer, Tensor, Tensor, float], None]
+"""Told by a layer which query [1, heads, new, dim] is about to attend which of its keys, and the
+scale of the logits."""
+
+
 def held(layer: DynamicLayer) -> tuple[Tensor, Tensor]:
     """The keys and values of a layer that has been written to [1, kv_heads, tokens, dim]."""
     assert layer.keys is not None
@@ -188,12 +193,20 @@ def attention_received(query: Tensor, key: Tensor, scale: float) -> Tensor:
     return total
 
 
+def observing(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Lets layers of this module add up the attention that tokens receive: see `showing`."""
+    return showing(
+        model,
+        lambda layer, query, key, scale: layer.observe(attention_received(query, key, scale)),
+    )
+
+
 @contextmanager
-def observing(model: PreTrainedModel) -> Iterator[None]:
-    """Lets the layers of this module see the attention that their tokens receive.
+def showing(model: PreTrainedModel, see: See) -> Iterator[None]:
+    """Lets `see` look at what the layers of this module attend.
 
     The model attends as it always does; afterwards its attention implementation is what it was.
-    Where that is not "sdpa" nothing is observed.
+    Where that is not "sdpa" nothing is seen.
     """
     base = model.config._attn_implementation
     if base != "sdpa":
@@ -204,8 +217,7 @@ def observing(model: PreTrainedModel) -> Iterator[None]:
     def attention(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
         layer = getattr(key, _TAG, None)
         if layer is not None:
-            scale = kwargs.get("scaling") or query.shape[3] ** -0.5
-            layer.observe(attention_received(query, key, scale))
+            see(layer, query, key, kwargs.get("scaling") or query.shape[3] ** -0.5)
         return attend(module, query, key, *args, **kwargs)
 
     AttentionInterface.register(NAME, attention)

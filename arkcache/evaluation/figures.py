@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from arkcache.evaluation.attention_figures import attention_dict
 from arkcache.evaluation.records import Asked, Case, Cost, Predicted, Result
 
 CLAIMED_FROM = 0.95
@@ -109,10 +110,11 @@ def language_rows(result: Result) -> list[LanguageRow]:
 
 
 def to_dict(result: Result) -> dict[str, Any]:
-    """The rows of both tables as plain values, for JSON; a figure that there is none of is None."""
+    """The rows of all tables as plain values, for JSON; a figure that there is none of is None."""
     return {
         "tasks": [_plain(asdict(row)) for row in task_rows(result)],
         "language": [_plain(asdict(row)) for row in language_rows(result)],
+        "attention": attention_dict(result),
     }
 
 

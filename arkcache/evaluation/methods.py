@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -76,6 +76,12 @@ class Method:
     def has_own_budget(self) -> bool:
         """Whether the budgets of the run do not matter to it."""
         return self.kind == "full" or "budget_tokens" in self.settings
+
+    def on_torch(self) -> Method:
+        """The same on plain torch, whose ratings can be looked at."""
+        if self.kind not in PAGED:
+            return self
+        return replace(self, settings={"backend": "torch"} | self.settings)
 
     def config(self, budget: int | None) -> CacheConfig:
         """The settings of a paged method. Raises `ConfigError` where they are impossible."""

@@ -73,6 +73,53 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Attended:
+    """What the attention of a passage's decode steps came to; see `attention.py`.
+
+    Attributes:
+        num_steps: that were looked at.
+        num_pages: to select from, per KV head; 0 where no pages are rated.
+        ladder: the k of every recall.
+        layers: those that attend their whole past in the model, by number.
+    """
+
+    case: Case
+    passage: int
+    source: str
+    num_steps: int
+    num_pages: int
+    ladder: list[int]
+    layers: list[AttendedLayer]
+
+
+@dataclass(frozen=True)
+class AttendedLayer:
+    """Means over the steps of one layer, by KV head; recalls [KV heads][k], empty without ratings.
+
+    Attributes:
+        is_dense: whether it attends everything.
+        recall: of the pages that hold the most of the attention, as they are selected: for a
+            group's query heads together.
+        recall_alone: the same for each query head as if it were alone, the mean over a group.
+        recall_peak: likewise, of the pages with the highest logit.
+        missed: the share of attention of what is not attended.
+        estimated: what the index makes of it; None where it does not rate mass.
+        low: share of steps whose estimate is below the truth by more than 0.01; None likewise.
+        error: norm of the output's difference to full attention's, as a share of that one's norm.
+    """
+
+    layer: int
+    is_dense: bool
+    recall: list[list[float]]
+    recall_alone: list[list[float]]
+    recall_peak: list[list[float]]
+    missed: list[float]
+    estimated: list[float] | None
+    low: list[float] | None
+    error: list[float]
+
+
+@dataclass(frozen=True)
 class Skipped:
     """A case that was not run, and why."""
 
@@ -94,6 +141,7 @@ class Result:
     asked: list[Asked] = field(default_factory=list)
     predicted: list[Predicted] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
+    attended: list[Attended] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False

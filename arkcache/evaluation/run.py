@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -29,15 +28,26 @@ from arkcache.demo.models import load_model, pick_device
 from arkcache.demo.run import CHUNK_TOKENS, Progress
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
 from arkcache.evaluation import language
+from arkcache.evaluation.attention import record
 from arkcache.evaluation.decoding import Bookmark, Decoder
 from arkcache.evaluation.figures import FULL
 from arkcache.evaluation.language import Continuation
 from arkcache.evaluation.methods import Method, Reading, parse_method
 from arkcache.evaluation.passage import Passage, Question, Task
-from arkcache.evaluation.records import Asked, Budget, Case, Cost, Predicted, Result, Skipped
+from arkcache.evaluation.records import (
+    Asked,
+    Attended,
+    Budget,
+    Case,
+    Cost,
+    Predicted,
+    Result,
+    Skipped,
+)
+from arkcache.evaluation.replay import replay
 from arkcache.evaluation.snapkv import WINDOW_TOKENS
 from arkcache.evaluation.speaker import speaker_of
-from arkcache.evaluation.tasks import LANGUAGE, TASKS
+from arkcache.evaluation.tasks import ATTENTION, LANGUAGE, TASKS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,11 +61,11 @@ class Settings:
     """What is to be measured; see the options of `arkcache eval`.
 
     Attributes:
-        tasks: names of `TASKS`, or "language".
+        tasks: names of `TASKS`, "language" or "attention".
         lengths: tokens to read.
         budgets, methods: as they are given, see `Budget` and `parse_method`.
         num_questions: of each task and length, over as many passages as they need.
-        num_passages: of the language task, for each length.
+        num_passages: of the two tasks on real texts, for each length.
         num_steps: tokens that are predicted after each of its passages.
     """
 
@@ -139,8 +149,10 @@ class Bench:
         self._progress = progress
         for length in self._settings.lengths:
             for task in self._settings.tasks:
-                measured = self._language if task == LANGUAGE else partial(self._task, TASKS[task])
-                yield from measured(length)
+                if task in TASKS:
+                    yield from self._task(TASKS[task], length)
+                else:
+                    yield from {LANGUAGE: self._language, ATTENTION: self._attention}[task](length)
 
     # -- questions --------------------------------------------------------------------------------
 
@@ -213,6 +225,35 @@ class Bench:
         self._note_cost(case, number, cache, decoder.seconds, attended)
         return own
 
+    # -- attention itself -------------------------------------------------------------------------
+
+    def _attention(self, length: int) -> Iterator[None]:
+        """Put the decode steps of the full cache on the passages of `_language` to every method."""
+        settings = self._settings
+        cases = [
+            (method.on_torch(), case, budget)
+            for method, case, budget in self._cases(ATTENTION, length)
+            if method.kind != FULL
+        ]
+        for number in range(settings.num_passages if cases else 0):
+            lots = self._lots(LANGUAGE, length, number)
+            passage = language.draw(self._tokenizer, number, length, settings.num_steps, lots)
+            reading = self.read(passage.context, f"{ATTENTION} {length}")
+            try:
+                recorded = record(self._model, reading.cache, passage.following[:-1])
+            except UnsupportedModelError as error:
+                for _, case, _ in cases:
+                    self._skip(case, error)
+                return
+            for done, (method, case, budget) in enumerate(cases):
+                self._tell(case, done, len(cases))
+                with self._opened(method, case, budget, reading) as cache:
+                    if cache is not None:
+                        seen = replay(recorded, cache)
+                        found = Attended(case, number, passage.source, **vars(seen))
+                        self._result.attended.append(found)
+                yield
+
     # -- both -------------------------------------------------------------------------------------
 
     def _cases(self, task: str, length: int) -> list[tuple[Method, Case, int | None]]:
@@ -235,10 +276,14 @@ class Bench:
                 opened = method.cache(self._model, reading, budget, self._settings.seed)
                 cache = stack.enter_context(opened)
             except (ConfigError, UnsupportedModelError) as error:
-                note = Skipped(case, str(error))
-                if note not in self._result.skipped:
-                    self._result.skipped.append(note)
+                self._skip(case, error)
             yield cache
+
+    def _skip(self, case: Case, error: Exception) -> None:
+        """Note that a case is not run, and why."""
+        note = Skipped(case, str(error))
+        if note not in self._result.skipped:
+            self._result.skipped.append(note)
 
     def read(self, ids: list[int], stage: str) -> Reading:
         """Read a text once, in chunks, with full attention.

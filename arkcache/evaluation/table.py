@@ -12,6 +12,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from arkcache.evaluation.attention_table import attention_tables
 from arkcache.evaluation.figures import (
     CLAIMED_FROM,
     Interval,
@@ -40,6 +41,7 @@ def render(result: Result) -> RenderableType:
         parts += [*_task_tables(tasks), Padding(Text(_TASK_LEGEND), (0, 1, 1, 1))]
     if language:
         parts += [*_language_tables(language), Padding(Text(_LANGUAGE_LEGEND), (0, 1, 1, 1))]
+    parts += attention_tables(result)
     notes = list(remarks(result, tasks))
     if notes:
         parts.append(Padding(Text("\n".join(notes)), (0, 1, 1, 1)))

@@ -28,6 +28,8 @@ TASKS: dict[str, Task] = {
 }
 LANGUAGE = "language"
 """Predicting real texts: no questions, see `language.py`."""
+ATTENTION = "attention"
+"""What is attended in these texts: see `attention.py`."""
 
 GROUPS = {
     "niah": tuple(task.name for task in NIAH),
@@ -38,7 +40,7 @@ GROUPS = {
         "frequent_words",
     ),
     "infinitebench": ("passkey", "number_string", "kv_retrieval"),
-    "all": (*TASKS, LANGUAGE),
+    "all": (*TASKS, LANGUAGE, ATTENTION),
 }
 """Several tasks by one name."""
 
@@ -51,8 +53,8 @@ def task_names(given: str) -> tuple[str, ...]:
     found: dict[str, None] = {}
     for name in filter(None, (part.strip() for part in given.split(","))):
         members = GROUPS.get(name, (name,))
-        if not {*members} <= {*TASKS, LANGUAGE}:
-            expected = ", ".join((*TASKS, LANGUAGE, *GROUPS))
+        if not {*members} <= {*GROUPS["all"]}:
+            expected = ", ".join((*GROUPS["all"], *GROUPS))
             raise InputError(f"task {name!r}: expected one of {expected}")
         found |= dict.fromkeys(members)
     if not found:

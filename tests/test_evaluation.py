@@ -20,10 +20,10 @@ from arkcache.demo.models import load_model
 from arkcache.errors import ConfigError, InputError
 from arkcache.evaluation import run as evaluation
 from arkcache.evaluation.decoding import Bookmark, Decoder
-from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows
+from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows, wilson
 from arkcache.evaluation.methods import Reading, parse_method
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
-from arkcache.evaluation.records import Case, Result
+from arkcache.evaluation.records import Asked, Case, Cost, Result
 from arkcache.evaluation.run import Settings
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
@@ -160,7 +160,9 @@ def text_of(result: Result) -> str:
 
 def test_tables_name_everything(result: Result) -> None:
     text = text_of(result)
-    for part in ("facts, 1,024", "language, 1,024", "sinks", "retention", "100% [100%, 100%]", "±"):
+    for part in ("facts, 1,024", "language, 1,024", "sinks", "kept", "retention", "±"):
+        assert part in text
+    for part in ("100% (100-100)", "100% (61-100)"):
         assert part in text
     assert "…" not in text
     assert "Dropped" not in text
@@ -194,6 +196,52 @@ def test_the_interval_is_of_pairs() -> None:
     assert half.low < half.value < half.high
     assert half.value == pytest.approx(0.6)
     assert np.isnan(bootstrap(ratio, np.zeros((4, 2))).value)
+
+
+def scored(scores: dict[str, list[float]]) -> Result:
+    """A result of one task, in which methods have these scores."""
+    result = Result({}, {}, {})
+    for method, own in scores.items():
+        case = Case("magic", 384, method, "-" if method == "full" else "1/8")
+        result.costs.append(Cost(case, 0, 1.0, 1, 0, 1.0))
+        result.asked += [
+            Asked(case, 0, f"question {i}", ["7"], "", score, None) for i, score in enumerate(own)
+        ]
+    return result
+
+
+def test_kept_is_of_what_the_full_cache_answers_in_full() -> None:
+    """Lucky guesses and halves count for nothing; two of three is what is kept."""
+    full, half = task_rows(scored({"full": [1, 1, 1, 0, 0.5], "half": [1, 0.5, 1, 1, 1]}))
+    assert full.kept == Interval(1, 1, 1)
+    assert half.kept == wilson(2, 3)
+    assert half.num_right == 4
+    assert half.retention.value > 1
+
+
+def test_nothing_is_kept_of_nothing() -> None:
+    for row in task_rows(scored({"full": [0, 0.5], "half": [1, 0.5]})):
+        assert np.isnan(row.kept.value)
+        assert not np.isnan(row.retention.value)
+
+
+def test_an_interval_where_all_is_kept() -> None:
+    """Against the score interval's published values (Newcombe 1998, table I)."""
+    for kept, asked, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        found = wilson(kept, asked)
+        assert (found.low, found.high) == (
+            pytest.approx(low, abs=5e-5),
+            pytest.approx(high, abs=5e-5),
+        )
+        assert found.low <= found.value <= found.high
+    everything = wilson(16, 16)
+    assert everything.value == everything.high == 1
+    assert 0.8 < everything.low < 0.82
 
 
 def test_the_worst_task_comes_first(result: Result) -> None:

@@ -3,6 +3,8 @@
 An interval is a paired bootstrap (Efron and Tibshirani 1993, chapter 13): questions, or predicted
 tokens, are drawn anew with replacement, the full cache's outcome of each along with the method's,
 and the middle 95 % of the figure over all draws is given. Seeded, so that it is always the same.
+What is kept is a plain share of questions, mostly of nearly all of them: there the bootstrap has
+nothing to draw from, and the interval is Wilson's.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ CLAIMED_FROM = 0.95
 
 FULL = "full"
 _NUM_DRAWS = 2000
+_NORMAL_95 = 1.959964
+"""Standard deviations that 95 % of a normal distribution lie within."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure, and what 95 % of the bootstrap's draws lie in; NaN where there is none."""
+    """A figure and its interval of 95 %; NaN where there is none."""
 
     value: float
     low: float
@@ -52,6 +56,8 @@ class TaskRow:
     Attributes:
         num_right: questions answered in full.
         accuracy: the mean score; a question may be answered in part.
+        kept: of the questions that the full cache answers in full, the share that the method
+            answers in full as well.
         retention: accuracy as a share of the full cache's.
         claimed: whether the full cache answers the task well enough to say something.
     """
@@ -62,6 +68,7 @@ class TaskRow:
     num_asked: int
     accuracy: float
     full_accuracy: float
+    kept: Interval
     retention: Interval
     claimed: bool
     spent: Spent
@@ -86,12 +93,13 @@ class LanguageRow:
 
 
 def task_rows(result: Result) -> list[TaskRow]:
-    """One row for each case that was asked, by length, the worst task first."""
+    """One row for each case that was asked, by length, the worst task first: by what is kept of
+    it, or by retention where the full cache answers nothing in full."""
     rows = [_task_row(result, case, asked) for case, asked in _by_case(result.asked).items()]
     worst: dict[tuple[int, str], float] = {}
     for row in rows:
         key = (row.case.length, row.case.task)
-        value = row.retention.value
+        value = row.retention.value if math.isnan(row.kept.value) else row.kept.value
         worst[key] = min(worst.get(key, math.inf), math.inf if math.isnan(value) else value)
 
     def order(row: TaskRow) -> tuple[int, bool, float, str]:
@@ -138,6 +146,18 @@ def bootstrap(figure: Callable[[Floats], Floats], outcomes: Floats) -> Interval:
     return Interval(value, float(low), float(high))
 
 
+def wilson(num_kept: int, num_all: int) -> Interval:
+    """A share with the score interval of Wilson (1927), which is one where all are kept, too."""
+    if num_all == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    share, square = num_kept / num_all, _NORMAL_95**2
+    middle = (share + square / (2 * num_all)) / (1 + square / num_all)
+    spread = math.sqrt(share * (1 - share) / num_all + square / (4 * num_all**2))
+    half = _NORMAL_95 * spread / (1 + square / num_all)
+    # At the ends the bound is the share itself, but for rounding.
+    return Interval(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
+
+
 def _by_case(records: list[Asked] | list[Predicted]) -> dict[Case, list]:  # type: ignore[type-arg]
     found: dict[Case, list] = {}  # type: ignore[type-arg]
     for record in records:
@@ -153,6 +173,10 @@ def _task_row(result: Result, case: Case, asked: list[Asked]) -> TaskRow:
     }
     full = np.array([known[one.passage, one.question] for one in asked])
     own = np.array([one.score for one in asked])
+    known_right = int((full == 1).sum())
+    kept = wilson(int(((own == 1) & (full == 1)).sum()), known_right)
+    if known_right and case == _full(case):
+        kept = Interval(1.0, 1.0, 1.0)  # by definition, not by luck
     retention = bootstrap(
         lambda drawn: drawn[..., 0].mean(axis=1) / drawn[..., 1].mean(axis=1),
         np.stack((own, full), axis=1),
@@ -160,10 +184,11 @@ def _task_row(result: Result, case: Case, asked: list[Asked]) -> TaskRow:
     return TaskRow(
         case,
         int((own == 1).sum()),
-        int((full == 1).sum()),
+        known_right,
         len(asked),
         float(own.mean()),
         float(full.mean()),
+        kept,
         retention,
         bool(full.mean() >= CLAIMED_FROM),
         _spent(result.costs, case),

@@ -47,8 +47,10 @@ def render(result: Result) -> RenderableType:
 
 
 _TASK_LEGEND = (
-    "Right: questions answered in full, in a greedy answer. Retention: the mean score as a share "
-    "of the full cache's, with a paired bootstrap interval of 95 %. By length, worst task first."
+    "Right: questions answered in full, in a greedy answer. Kept: of those that the full cache "
+    "answers in full, the share that is still answered, with Wilson's interval of 95 %. Retention: "
+    "the mean score as a share of the full cache's, with a paired bootstrap interval of 95 %. By "
+    "length, worst task first."
 )
 _LANGUAGE_LEGEND = (
     "KL: of the next token to the full cache, nats. NLL: how much less likely what really follows "
@@ -66,7 +68,7 @@ def remarks(result: Result, rows: list[TaskRow]) -> Iterable[str]:
     )
     if dropped:
         yield (
-            f"Dropped from any claim, because the full cache itself is right less than "
+            "Dropped from any claim on retention, because the full cache itself is right less than "
             f"{CLAIMED_FROM:.0%} of the time: {', '.join(dropped)}."
         )
     for reason, cases in _reasons(result).items():
@@ -94,10 +96,11 @@ def _task_tables(rows: list[TaskRow]) -> Iterator[RenderableType]:
             f"{task}, {length:,} tokens{dropped}: the full cache answers "
             f"{own[0].num_full_right} of {own[0].num_asked}, a score of {own[0].full_accuracy:.0%}"
         )
-        table = _table("right", "retention", *_SPENT)
+        table = _table("right", "kept", "retention", *_SPENT)
         for row in own:
-            right, kept = str(row.num_right), _between(row.retention)
-            table.add_row(row.case.method, row.case.budget, right, kept, *_spent(row.spent))
+            shares = _between(row.kept), _between(row.retention)
+            named = (row.case.method, row.case.budget, str(row.num_right))
+            table.add_row(*named, *shares, *_spent(row.spent))
         yield Padding(Text(title, style="bold" if own[0].claimed else "dim"), (1, 1, 0, 1))
         yield table
 
@@ -123,7 +126,7 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
 
 def _table(*figures: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
-    table.add_column("\nmethod", overflow="fold", min_width=18)
+    table.add_column("\nmethod", overflow="fold", min_width=12)
     for column in ("budget", *figures):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     return table
@@ -132,7 +135,7 @@ def _table(*figures: str) -> Table:
 def _between(interval: Interval) -> str:
     if math.isnan(interval.value):
         return "-"
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    return f"{interval.value:.0%} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
 
 
 def _give_or_take(interval: Interval, form: str) -> str:

@@ -79,6 +79,7 @@ IMPORTED_BY = {
     "triton": {"kernels"},
     "cupy": {"tiering"},
     "transformers": {"huggingface", "demo", "evaluation", "cli"},
+    "matplotlib": {"evaluation"},
     "psutil": {"cli", "demo"},
     "rich": {"cli", "demo", "evaluation"},
     "typer": {"cli"},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from arkcache.errors import InputError
@@ -101,6 +104,36 @@ class Result:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """What `to_dict` gave, whatever else is beside it."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name, kind in _RECORDS.items():
+            rows = known.get(name, ())
+            known[name] = [kind(**(row | {"case": Case(**row["case"])})) for row in rows]
+        return cls(**known)
+
+
+_RECORDS: dict[str, type[Any]] = {
+    "asked": Asked,
+    "predicted": Predicted,
+    "costs": Cost,
+    "skipped": Skipped,
+}
+"""What the lists of a `Result` hold."""
+
+
+def load(path: Path) -> Result:
+    """What an earlier run wrote. Raises `InputError` where it did not."""
+    try:
+        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: expected what `arkcache eval --json` wrote ({type(error).__name__}: {error})"
+        ) from None
 
 
 @dataclass(frozen=True)

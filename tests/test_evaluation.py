@@ -394,6 +394,8 @@ def test_settings_of_a_spec() -> None:
     assert method.settings == {"index": "tokens", "budget_tokens": (256, 512), "page_size": 8}
     assert method.has_own_budget
     assert parse_method("ark").config(512).budget_tokens == 512
+    for spec in ("target_missed_mass=0.01,index=tokens", "device_bytes=4096", "coarse_key_bits=2"):
+        assert parse_method(f"ark:{spec}").spec.endswith(spec)  # beside the budgets of the run
 
 
 def test_cases_come_once(model: PreTrainedModel) -> None:

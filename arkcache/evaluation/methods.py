@@ -77,7 +77,7 @@ class Method:
         """Whether the budgets of the run do not matter to it."""
         return self.kind == "full" or "budget_tokens" in self.settings
 
-    def config(self, budget: int | None) -> CacheConfig:
+    def config(self, budget: int | str | None) -> CacheConfig:
         """The settings of a paged method. Raises `ConfigError` where they are impossible."""
         settings: dict[str, Any] = {"budget_tokens": budget}
         if self.kind != "ark":  # the kernels rate pages by indexes of their own
@@ -130,7 +130,7 @@ def parse_method(spec: str) -> Method:
         raise InputError(f"method {spec!r}: {kind} takes no settings; {', '.join(PAGED)} do")
     method = Method(spec, kind, settings)
     if kind in PAGED:
-        method.config(None)  # refuses unknown names now rather than after minutes
+        method.config("auto")  # refuses unknown names now rather than after minutes
     return method
 
 

@@ -254,7 +254,11 @@ def evaluate(
     ] = "magic,language",
     lengths: Annotated[str, typer.Option(help="Tokens to read, with commas between.")] = "3072",
     budgets: Annotated[
-        str, typer.Option(help="Tokens, as in 512, or shares of the length, as in 1/8.")
+        str,
+        typer.Option(
+            help="Tokens, as in 512, shares of the length, as in 1/8, or of the full cache's bytes "
+            "on the device, as in 1/8B."
+        ),
     ] = "1/8,1/16",
     methods: Annotated[
         list[str] | None,

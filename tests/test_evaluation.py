@@ -23,7 +23,7 @@ from arkcache.evaluation.decoding import Bookmark, Decoder
 from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows, wilson
 from arkcache.evaluation.methods import Reading, parse_method
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
-from arkcache.evaluation.records import Asked, Case, Cost, Result
+from arkcache.evaluation.records import Asked, Budget, Case, Cost, Result
 from arkcache.evaluation.run import Settings
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
@@ -124,6 +124,50 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on() -> None:
     assert "Not run: ark:page_size=64,num_recent_tokens=200 at 256: budget_tokens=256" in " ".join(
         text_of(result).split()
     )
+
+
+def test_equal_bytes_are_equal_in_what_is_counted(model: PreTrainedModel) -> None:
+    """A share of the full cache's bytes; what cannot be within it is not run, and says why."""
+    fits = "ark:num_dense_layers=0,num_sink_tokens=8,num_recent_tokens=16,page_size=8"
+    methods = (fits, "ark", "oracle:num_dense_layers=0", "random:num_dense_layers=0", "sinks")
+    settings = dataclasses.replace(
+        TINY, lengths=(1024,), budgets=("1/2B",), methods=methods, num_questions=1
+    )
+    result = evaluation.run(settings)
+    full, *others = result.costs
+    assert [cost.case.method for cost in others] == [fits, methods[3], "sinks"]
+    sizes = model.config
+    per_token = 2 * 4 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+    assert 0.95 < full.device_bytes / (1024 * per_token) <= 1
+    for cost in others:
+        assert cost.case.budget == "1/2B"
+        assert 0.8 < cost.device_bytes / (1024 * per_token / 2) <= 1
+    assert others[-1].attended_tokens == 512
+    skipped = {one.case.method: one.reason for one in result.skipped}
+    assert set(skipped) == {"ark", methods[2]}
+    assert "dense layers take" in skipped["ark"]
+
+
+def test_bytes_twice_are_refused(model: PreTrainedModel, reading: Reading) -> None:
+    method = parse_method("ark:device_bytes=1000000")
+    with pytest.raises(ConfigError, match="device_bytes=1000000 beside a share of the bytes"):
+        method.within(256, reading, 700)
+    snapkv = parse_method("snapkv")
+    assert snapkv.within(256, reading, 700) is snapkv
+
+
+def test_budgets_are_read_as_they_are_spelled() -> None:
+    for given, tokens, is_of_bytes in (
+        ("512", 512, False),
+        ("1/8", 128, False),
+        ("3/8B", 384, True),
+        ("none", None, False),
+    ):
+        budget = Budget(given)
+        assert (budget.tokens(1024), budget.is_of_bytes) == (tokens, is_of_bytes)
+    for given in ("", "0", "1/0", "0/8B", "512B", "1/8 B", "1/8b", "-1", "1/", "²", "some"):
+        with pytest.raises(InputError, match="expected tokens as in 512"):
+            Budget(given)
 
 
 def test_own_output_is_decoded_before_any_question() -> None:

@@ -27,6 +27,7 @@ from arkcache.demo.baselines import (
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache, detach
 from arkcache.huggingface.cache import PagedCacheLayer
+from arkcache.memory import CacheShape
 
 Open = Callable[[PreTrainedModel, DynamicCache], DynamicCache]
 
@@ -115,6 +116,30 @@ def reading_cache(model: PreTrainedModel) -> DynamicCache:
             f"{type(model).__name__} has no layer that attends its whole past: give another model"
         )
     return cache
+
+
+def shape_of(full: DynamicCache) -> CacheShape:
+    """Sizes of the layers that attend their whole past, of a text that was read.
+
+    Raises `UnsupportedModelError` where they differ.
+    """
+    layers = [held(layer) for layer in full.layers if isinstance(layer, FullLayer)]
+    shapes = {
+        CacheShape(len(layers), key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        for key, value in layers
+    }
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            "the layers of this model store keys and values of several sizes, which share no one "
+            "device tier: give another model"
+        )
+    return shapes.pop()
+
+
+def device_of(full: DynamicCache) -> str:
+    """ "cpu" or "cuda": where the keys and values of a text are."""
+    read = next(layer for layer in full.layers if isinstance(layer, FullLayer))
+    return "cpu" if held(read)[0].device.type == "cpu" else "cuda"
 
 
 def usage(cache: DynamicCache) -> Usage:

@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -26,12 +26,13 @@ from arkcache.demo.baselines import (
     SinkWindowLayer,
     observing,
 )
-from arkcache.demo.methods import open_arkcache, open_full
+from arkcache.demo.methods import device_of, open_arkcache, open_full, shape_of
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
 from arkcache.evaluation.snapkv import SnapLayer, pyramid_budgets
 from arkcache.huggingface import ArkCache, detach
 from arkcache.index import PageIndex
+from arkcache.memory import within_bytes
 
 PAGED = ("ark", "random", "oracle")
 EVICTING = ("sinks", "h2o", "snapkv", "pyramidkv")
@@ -83,6 +84,36 @@ class Method:
         if self.kind != "ark":  # the kernels rate pages by indexes of their own
             settings["backend"] = "torch"
         return CacheConfig(**(settings | self.settings))
+
+    def within(self, budget: int, reading: Reading, length: int) -> Method:
+        """The method with the bytes on the device that `budget` of `length` tokens take in the full
+        cache, its streaming block as small as can be: questions never need it.
+
+        Raises `ConfigError` where its index and dense layers alone take more, and
+        `UnsupportedModelError` where layers differ in size.
+        """
+        if self.kind not in PAGED:
+            return self  # it keeps tokens and nothing else
+        config = self.config("auto")
+        if config.device_bytes is not None:
+            raise ConfigError(
+                f"device_bytes={config.device_bytes} beside a share of the bytes: expected one of "
+                "them"
+            )
+        shape = shape_of(reading.cache)
+        if config.stream_block_tokens is None:
+            config = replace(config, stream_block_tokens=config.page_size)
+        fitted = within_bytes(
+            config,
+            shape,
+            length,
+            budget * shape.token_bytes,
+            device_of(reading.cache),
+            None if self.kind == "ark" else _control(self.kind, config.page_size, seed=0),
+        )
+        names = ("budget_tokens", "device_bytes", "stream_block_tokens")
+        found = {name: getattr(fitted, name) for name in names}
+        return replace(self, settings=self.settings | found)
 
     @contextmanager
     def cache(
@@ -154,12 +185,12 @@ def _rate(cache: ArkCache, kind: str, page_size: int, seed: int) -> None:
     if kind == "ark":
         return
     seeds = itertools.count(seed << 16)
-
-    def make() -> PageIndex:
-        return OracleIndex(page_size) if kind == "oracle" else RandomIndex(next(seeds))
-
     for manager in cache.managers:
-        manager.rate_with(make)
+        manager.rate_with(lambda: _control(kind, page_size, next(seeds)))
+
+
+def _control(kind: str, page_size: int, seed: int) -> PageIndex:
+    return OracleIndex(page_size) if kind == "oracle" else RandomIndex(seed)
 
 
 def _open_evicting(

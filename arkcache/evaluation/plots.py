@@ -35,7 +35,7 @@ _SHARES = tuple(1 / 2**power for power in range(11))
 _MOST_COLUMNS = 3
 _QUESTIONS_PER_BIN, _MOST_BINS = 5, 10
 _LABEL_CHARS = 36
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -83,7 +83,8 @@ def draw(result: Result, folder: Path) -> list[Path]:
 def figures(result: Result) -> Iterator[tuple[str, Figure]]:
     """The pictures that `draw` writes, by name."""
     tasks, language = task_rows(result), language_rows(result)
-    for length in dict.fromkeys(row.case.length for row in (*tasks, *language)):
+    cases = [row.case for row in tasks] + [row.case for row in language]
+    for length in dict.fromkeys(case.length for case in cases):
         title = f"{result.settings['model'] or 'The demonstration model'}, {length:,} tokens"
         own = [row for row in tasks if row.case.length == length]
         if own:
@@ -97,8 +98,8 @@ def figures(result: Result) -> Iterator[tuple[str, Figure]]:
             far = f"{title}\ndivergence from the full cache"
             yield f"kl-{length}", _by_bytes(panels, far, _kl, _nats)
         for task in dict.fromkeys(row.case.task for row in own):
-            cases = [row.case for row in own if row.case.task == task]
-            found = _by_depth(result.asked, cases, f"{title}\n{task}: score by depth of the answer")
+            asked = [row.case for row in own if row.case.task == task]
+            found = _by_depth(result.asked, asked, f"{title}\n{task}: score by depth of the answer")
             if found is not None:
                 yield f"depth-{task}-{length}", found
 
@@ -192,11 +193,15 @@ def _draw_bytes(axes: Axes, rows: Sequence[Row]) -> None:
     if not full:
         axes.spines["top"].set_visible(False)
         return
-    shares = axes.secondary_xaxis("top", functions=(lambda x: x / full, lambda x: x * full))
+    shares = axes.secondary_xaxis("top", functions=(_times(1 / full), _times(full)))
     shares.set_xlabel("of the full cache's bytes")
     shares.xaxis.set_major_locator(FixedLocator(_SHARES))
     shares.xaxis.set_major_formatter(FuncFormatter(_fraction))
     shares.xaxis.set_minor_locator(NullLocator())
+
+
+def _times(factor: float) -> Callable[[Any], Any]:
+    return lambda value: np.asarray(value) * factor
 
 
 def _fraction(value: float, _: object) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -138,7 +139,9 @@ def load(path: Path) -> Result:
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as it is given: "512", "1/8" of the length, or "none".
+    """A budget as it is given: "512", "1/8" of the length, "1/8B" of the bytes, or "none".
+
+    A share of the bytes is of what the full cache takes on the device at the length.
 
     Raises `InputError` for anything else.
     """
@@ -146,16 +149,22 @@ class Budget:
     given: str
 
     def __post_init__(self) -> None:
-        above, found, below = self.given.partition("/")
-        digits = above.isdecimal() and (below.isdecimal() if found else True)
-        if self.given != "none" and not (digits and int(above) > 0 and int(below or 1) > 0):
+        form = re.fullmatch(r"([0-9]+)(?:/([0-9]+)B?)?", self.given)
+        if self.given != "none" and not (form and int(form[1]) > 0 and int(form[2] or 1) > 0):
             raise InputError(
-                f"budget {self.given!r}: expected tokens as in 512, a share as in 1/8, or none"
+                f"budget {self.given!r}: expected tokens as in 512, a share of them as in 1/8, of "
+                "the bytes as in 1/8B, or none"
             )
 
+    @property
+    def is_of_bytes(self) -> bool:
+        """Whether it is a share of the full cache's bytes on the device."""
+        return self.given.endswith("B")
+
     def tokens(self, length: int) -> int | None:
-        """Tokens for a passage of so many; None is all."""
+        """Tokens for a passage of so many; None is all. Of a share of the bytes, what a method
+        holds that keeps tokens and nothing else."""
         if self.given == "none":
             return None
-        above, found, below = self.given.partition("/")
+        above, found, below = self.given.removesuffix("B").partition("/")
         return int(above) * length // int(below) if found else int(above)

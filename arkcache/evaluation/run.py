@@ -215,24 +215,27 @@ class Bench:
 
     # -- both -------------------------------------------------------------------------------------
 
-    def _cases(self, task: str, length: int) -> list[tuple[Method, Case, int | None]]:
-        """The full cache first, then every method at every budget, in tokens."""
-        cases: dict[Case, tuple[Method, int | None]] = {}
+    def _cases(self, task: str, length: int) -> list[tuple[Method, Case, Budget]]:
+        """The full cache first, then every method at every budget."""
+        cases: dict[Case, tuple[Method, Budget]] = {}
         for method, budget in product(self._methods, self._budgets):
             own = method.has_own_budget
             case = Case(task, length, method.spec, "-" if own else budget.given)
-            cases.setdefault(case, (method, None if own else budget.tokens(length)))
-        return [(method, case, tokens) for case, (method, tokens) in cases.items()]
+            cases.setdefault(case, (method, Budget("none") if own else budget))
+        return [(method, case, budget) for case, (method, budget) in cases.items()]
 
     @contextmanager
     def _opened(
-        self, method: Method, case: Case, budget: int | None, reading: Reading
+        self, method: Method, case: Case, budget: Budget, reading: Reading
     ) -> Iterator[DynamicCache | None]:
         """A cache of what was read; None, and a note, where the method does not fit."""
         with ExitStack() as stack:
             cache = None
             try:
-                opened = method.cache(self._model, reading, budget, self._settings.seed)
+                tokens = budget.tokens(case.length)
+                if tokens is not None and budget.is_of_bytes:
+                    method = method.within(tokens, reading, case.length)
+                opened = method.cache(self._model, reading, tokens, self._settings.seed)
                 cache = stack.enter_context(opened)
             except (ConfigError, UnsupportedModelError) as error:
                 note = Skipped(case, str(error))

@@ -23,7 +23,7 @@ from arkcache.evaluation.decoding import Bookmark, Decoder
 from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows, wilson
 from arkcache.evaluation.methods import Reading, parse_method
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
-from arkcache.evaluation.records import Asked, Budget, Case, Cost, Result
+from arkcache.evaluation.records import Asked, Budget, Case, Cost, Predicted, Result
 from arkcache.evaluation.run import Settings
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
@@ -92,6 +92,45 @@ def test_language_is_predicted_best_by_the_full_cache(result: Result) -> None:
     assert all(row.kl.value > 0 for name, row in rows.items() if name != "full")
     assert oracle.kl.low <= oracle.kl.value <= oracle.kl.high
     assert len({one.source for one in result.predicted}) == 2
+
+
+def test_free_runs_are_the_methods_own(result: Result) -> None:
+    rows = {row.case.method: row for row in language_rows(result)}
+    full = rows["full"]
+    assert full.num_free == 6
+    assert full.free_run == Interval(6, 6, 6)
+    assert full.free_agreement == 1
+    for row in rows.values():
+        assert 0 <= row.free_run.value / 6 <= row.free_agreement <= 1
+    for one in result.predicted:
+        assert len(one.said) == len(one.same) == 6
+        # The first token comes after what was read and one token, as it does teacher forced.
+        (known,) = (
+            other
+            for other in result.predicted
+            if (other.case.method, other.passage) == ("full", one.passage)
+        )
+        if one.case.method != "random":  # lots are cast anew
+            assert (one.said[0] == known.said[0]) == one.same[0]
+
+
+def test_a_free_run_ends_at_the_first_difference() -> None:
+    """It begins anew nowhere: 3 of 5, and 1 of 5, are 2 on average; 4 and 4 agree."""
+    result = Result({}, {}, {})
+    said = {"full": [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], "ark": [[1, 2, 3, 0, 5], [1, 0, 3, 4, 5]]}
+    for method, passages in said.items():
+        case = Case("language", 384, method, "-" if method == "full" else "1/8")
+        result.costs.append(Cost(case, 0, 1.0, 1, 0, 1.0))
+        for number, own in enumerate(passages):
+            result.predicted.append(Predicted(case, number, "", [0.0], [0.0], [True], own))
+    ark = language_rows(result)[1]
+    assert (ark.free_run.value, ark.num_free) == (2, 5)
+    assert (ark.free_run.low, ark.free_run.high) == (1, 3)
+    assert ark.free_agreement == pytest.approx(0.8)
+    result.predicted = [dataclasses.replace(one, said=[]) for one in result.predicted]
+    ark = language_rows(result)[1]  # measured before there were free runs
+    assert np.isnan(ark.free_run.value)
+    assert ark.num_free == 0
 
 
 def test_two_runs_agree_to_the_digit(result: Result) -> None:
@@ -209,6 +248,7 @@ def test_tables_name_everything(result: Result) -> None:
     for part in ("100% (100-100)", "100% (61-100)"):
         assert part in text
     assert "…" not in text
+    assert text.count("ms per") == text.count("attended ") == 2  # no column is cut off
     assert "Dropped" not in text
 
 

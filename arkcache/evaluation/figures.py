@@ -39,6 +39,9 @@ class Interval:
     high: float
 
 
+_NONE = Interval(math.nan, math.nan, math.nan)
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a case took: means over its passages, bytes the largest."""
@@ -82,6 +85,10 @@ class LanguageRow:
         kl: to the full cache, nats for each token, the mean.
         nll_difference: how much less likely (in nats) what really follows became.
         agreement: how often the most likely token is the full cache's.
+        num_free: tokens of each greedy continuation; 0 where there is none.
+        free_run: how many of them are the full cache's own until the first that is not, the mean
+            over passages.
+        free_agreement: how many are the full cache's own at the same place, the share.
     """
 
     case: Case
@@ -89,6 +96,9 @@ class LanguageRow:
     kl: Interval
     nll_difference: Interval
     agreement: float
+    num_free: int
+    free_run: Interval
+    free_agreement: float
     spent: Spent
 
 
@@ -141,7 +151,7 @@ def bootstrap(figure: Callable[[Floats], Floats], outcomes: Floats) -> Interval:
         drawn = figure(outcomes[draws])
     drawn = drawn[np.isfinite(drawn)]
     if not math.isfinite(value) or not len(drawn):
-        return Interval(math.nan, math.nan, math.nan)
+        return _NONE
     low, high = np.percentile(drawn, (2.5, 97.5))
     return Interval(value, float(low), float(high))
 
@@ -149,7 +159,7 @@ def bootstrap(figure: Callable[[Floats], Floats], outcomes: Floats) -> Interval:
 def wilson(num_kept: int, num_all: int) -> Interval:
     """A share with the score interval of Wilson (1927), which is one where all are kept, too."""
     if num_all == 0:
-        return Interval(math.nan, math.nan, math.nan)
+        return _NONE
     share, square = num_kept / num_all, _NORMAL_95**2
     middle = (share + square / (2 * num_all)) / (1 + square / num_all)
     spread = math.sqrt(share * (1 - share) / num_all + square / (4 * num_all**2))
@@ -196,8 +206,10 @@ def _task_row(result: Result, case: Case, asked: list[Asked]) -> TaskRow:
 
 
 def _language_row(result: Result, case: Case, predicted: list[Predicted]) -> LanguageRow:
-    known = {other.passage: other.nll for other in result.predicted if other.case == _full(case)}
-    more = [np.array(one.nll) - np.array(known[one.passage]) for one in predicted]
+    known = {other.passage: other for other in result.predicted if other.case == _full(case)}
+    more = [np.array(one.nll) - np.array(known[one.passage].nll) for one in predicted]
+    said = [np.equal(one.said, known[one.passage].said) for one in predicted if one.said]
+    alike = [np.cumprod(same).sum() for same in said]
     kl = np.concatenate([one.kl for one in predicted])
     return LanguageRow(
         case,
@@ -205,6 +217,9 @@ def _language_row(result: Result, case: Case, predicted: list[Predicted]) -> Lan
         bootstrap(lambda drawn: drawn.mean(axis=1), kl),
         bootstrap(lambda drawn: drawn.mean(axis=1), np.concatenate(more)),
         float(np.concatenate([one.same for one in predicted]).mean()),
+        len(said[0]) if said else 0,
+        bootstrap(lambda drawn: drawn.mean(axis=1), np.array(alike)) if alike else _NONE,
+        float(np.concatenate(said).mean()) if said else math.nan,
         _spent(result.costs, case),
     )
 

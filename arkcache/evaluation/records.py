@@ -48,7 +48,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A passage predicted token by token; see `language.Predictions`."""
+    """A passage predicted token by token; see `language.Predictions`.
+
+    Attributes:
+        said: the method's own greedy continuation, as token ids; as many as were predicted.
+    """
 
     case: Case
     passage: int
@@ -56,6 +60,7 @@ class Predicted:
     kl: list[float]
     nll: list[float]
     same: list[bool]
+    said: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -203,14 +203,21 @@ class Bench:
         passage: Continuation,
         expected: Tensor | None,
     ) -> Tensor:
-        """Predict a passage's continuation token by token; the log-probabilities."""
+        """Predict a passage's continuation token by token, then go on freely from where it began.
+
+        The log-probabilities of the former.
+        """
         decoder = Decoder(self._model, cache)
+        mark = Bookmark(cache)
         rows = [decoder.feed([token]) for token in passage.following[:-1]]
         own = torch.stack(rows).float().log_softmax(dim=-1)
         found = language.compare(own, own if expected is None else expected, passage.following[1:])
-        self._result.predicted.append(Predicted(case, number, passage.source, **vars(found)))
         attended = [usage(cache).attended_tokens]
         self._note_cost(case, number, cache, decoder.seconds, attended)
+        mark.restore()
+        said = decoder.greedy(passage.following[0], len(own))
+        record = Predicted(case, number, passage.source, **vars(found), said=said)
+        self._result.predicted.append(record)
         return own
 
     # -- both -------------------------------------------------------------------------------------

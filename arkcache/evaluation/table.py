@@ -55,7 +55,8 @@ _TASK_LEGEND = (
 _LANGUAGE_LEGEND = (
     "KL: of the next token to the full cache, nats. NLL: how much less likely what really follows "
     "became; after ± half of the bootstrap's interval of 95 %. Top 1: how often the most likely "
-    "token is the full cache's."
+    "token is the full cache's. Free run: for how many tokens the method's own greedy continuation "
+    "is the full cache's, the mean over passages."
 )
 
 
@@ -110,7 +111,10 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
     for length, group in groupby(rows, lambda row: row.case.length):
         own = list(group)
         title = f"language, {length:,} tokens, {own[0].num_tokens} tokens predicted after them"
-        table = _table("KL", "NLL", "top 1", *_SPENT[::2])  # bytes are the tasks' as well
+        title += f", free runs of {own[0].num_free}" if own[0].num_free else ""
+        table = _table(
+            "KL", "NLL", "top 1", "free\nrun", *_SPENT[::2]
+        )  # bytes are the tasks' as well
         for row in own:
             table.add_row(
                 row.case.method,
@@ -118,6 +122,7 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
                 _give_or_take(row.kl, ".4f"),
                 _give_or_take(row.nll_difference, "+.4f"),
                 f"{row.agreement:.1%}",
+                "-" if math.isnan(row.free_run.value) else f"{row.free_run.value:.1f}",
                 *_spent(row.spent)[::2],
             )
         yield Padding(Text(title, style="bold"), (1, 1, 0, 1))

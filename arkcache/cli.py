@@ -266,7 +266,8 @@ def evaluate(
             "--method",
             "--methods",
             help="ark, or with settings as in ark:index=tokens,page_size=16; oracle and random "
-            "likewise; sinks, h2o, snapkv, pyramidkv. May be repeated, or with ; between.",
+            "likewise; sinks, h2o, scissorhands, snapkv, pyramidkv. May be repeated, or with ; "
+            "between.",
             show_default="ark",
         ),
     ] = None,

@@ -25,6 +25,7 @@ from arkcache.evaluation.methods import Reading, parse_method
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
 from arkcache.evaluation.records import Asked, Budget, Case, Cost, Predicted, Result
 from arkcache.evaluation.run import Settings
+from arkcache.evaluation.scissorhands import ScissorhandsLayer, attended_little
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
 from arkcache.huggingface import ArkCache
@@ -363,7 +364,15 @@ def reading(model: PreTrainedModel) -> Reading:
         return bench(model, "snapkv").read(ids, "text")
 
 
-SPECS = ("full", *METHODS, "h2o", "snapkv", "pyramidkv", "ark:index=cuboid-max,page_size=8")
+SPECS = (
+    "full",
+    *METHODS,
+    "h2o",
+    "scissorhands",
+    "snapkv",
+    "pyramidkv",
+    "ark:index=cuboid-max,page_size=8",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -400,7 +409,15 @@ def test_questions_are_decode_steps(model: PreTrainedModel, reading: Reading) ->
 @torch.inference_mode()
 def test_unlimited_is_the_full_cache(model: PreTrainedModel, reading: Reading) -> None:
     outputs = []
-    for spec in ("full", "ark:budget_tokens=None", "sinks", "snapkv", "h2o", "pyramidkv"):
+    for spec in (
+        "full",
+        "ark:budget_tokens=None",
+        "sinks",
+        "snapkv",
+        "h2o",
+        "pyramidkv",
+        "scissorhands",
+    ):
         with parse_method(spec).cache(model, reading, 16384, seed=0) as cache:
             outputs.append(Decoder(model, cache).feed([5, 6, 7]))
     for output in outputs[1:]:
@@ -464,6 +481,56 @@ def test_lots_are_seeded_and_differ() -> None:
     assert torch.equal(score, again.score(query, digests))
     assert not torch.equal(score, other.score(query, digests))
     assert not torch.equal(score, first.score(query, digests))
+
+
+def watched_layer(weights: list[float]) -> FullLayer:
+    """One KV head of two query heads, which tokens attend in proportion to these weights."""
+    layer = FullLayer()
+    for weight in weights:
+        key = torch.tensor(weight).log().expand(1, 1, 1, 1)
+        key, _ = layer.update(key, key)
+        layer.see(torch.ones(1, 2, 1, 1), key, 1.0)
+    return layer
+
+
+def test_scissorhands_by_hand() -> None:
+    """A history of four steps, the newest token exempt, a budget of five: two or three go.
+
+    Counters after six tokens: 0 4 2 3 2 and the newest; of the equal ones the older goes.
+    """
+    layer = ScissorhandsLayer(watched_layer([6, 1, 3, 1, 2, 7]), 5, history=4, num_recent=1)
+    weights = {0: 6, 4: 2, 5: 7}
+
+    def held_weights() -> list[float]:
+        return held(layer)[0].exp().flatten().tolist()
+
+    assert held_weights() == pytest.approx([6, 2, 7])
+    assert layer.little.int().sum(1).tolist() == [[0, 2, 0]]
+    for token, weight, counters in ((6, 5.0, [0, 3, 0, 0]), (7, 1.0, [0, 4, 0, 0, 1])):
+        assert layer.get_mask_sizes(1) == (len(weights) + 1, 0)
+        weights[token] = weight
+        key, _ = layer.update(*[torch.tensor(weight).log().expand(1, 1, 1, 1)] * 2)
+        layer.see(torch.ones(1, 2, 1, 1), key, 1.0)
+        assert layer.little.int().sum(1).tolist() == [counters]
+    assert layer.get_mask_sizes(1) == (3, 0)
+    layer.update(*[torch.tensor(9.0).log().expand(1, 1, 1, 1)] * 2)
+    assert held_weights() == pytest.approx([7, 5, 9])  # tokens 5, 6 and 8
+    assert layer.get_seq_length() == 9
+    assert layer.state_bytes == 2  # 12 bits
+
+
+def test_little_is_below_the_mean_of_what_was_there() -> None:
+    """By a group's mean; a query says nothing of tokens after it, also where some are evicted."""
+    probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]])  # mean .3 .45 .25
+    key = torch.eye(3)[None, None]
+    found = attended_little(probabilities.log()[:, :, None], key, 1.0, num_seen=3)
+    assert found.tolist() == [[[True, False, True]]]
+    found = attended_little(probabilities.log()[:, :, None], key, 1.0, num_seen=5)
+    assert found.tolist() == [[[False, False, False]]]
+    two = torch.zeros(1, 2, 2, 3)
+    two[..., 0] = 1.0
+    found = attended_little(two, key, 1.0, num_seen=3)
+    assert found.tolist() == [[[False, True, False], [False, True, True]]]
 
 
 def test_a_pyramid_is_as_large_as_its_mean() -> None:

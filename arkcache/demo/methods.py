@@ -160,9 +160,9 @@ def usage(cache: DynamicCache) -> Usage:
         if isinstance(layer, DynamicLayer) and (_is_full(layer) or isinstance(layer, EvictingLayer))
     ]
     kept = [held(layer)[0].shape[2] for layer in layers]
-    num_bytes = sum(states.nbytes for layer in layers for states in held(layer))
-    scores = [layer.received for layer in layers if isinstance(layer, HeavyHitterLayer)]
-    return Usage(sum(kept) / len(kept), num_bytes + sum(score.nbytes for score in scores))
+    num_bytes = sum(part.nbytes for layer in layers for part in held(layer))
+    states = [layer.state_bytes for layer in layers if isinstance(layer, EvictingLayer)]
+    return Usage(sum(kept) / len(kept), num_bytes + sum(states))
 
 
 def _is_full(layer: object) -> bool:

@@ -2,7 +2,7 @@
 
 A method is named by a short spec: "full", "ark" with any settings of `CacheConfig` as in
 "ark:index=tokens,page_size=16", the controls "sinks", "random" and "oracle" (the last two take the
-same settings), and the evictors "h2o", "snapkv" and "pyramidkv".
+same settings), and the evictors "h2o", "scissorhands", "snapkv" and "pyramidkv".
 """
 
 from __future__ import annotations
@@ -29,13 +29,16 @@ from arkcache.demo.baselines import (
 from arkcache.demo.methods import device_of, open_arkcache, open_full, shape_of
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
+from arkcache.evaluation.scissorhands import ScissorhandsLayer
 from arkcache.evaluation.snapkv import SnapLayer, pyramid_budgets
 from arkcache.huggingface import ArkCache, detach
 from arkcache.index import PageIndex
 from arkcache.memory import within_bytes
 
 PAGED = ("ark", "random", "oracle")
-EVICTING = ("sinks", "h2o", "snapkv", "pyramidkv")
+_STEPWISE = ("h2o", "scissorhands")
+"""Evictors that go on looking at what every step attends."""
+EVICTING = ("sinks", *_STEPWISE, "snapkv", "pyramidkv")
 _NUM_SINKS = 4
 """StreamingLLM's."""
 
@@ -71,7 +74,7 @@ class Method:
     @property
     def observes(self) -> bool:
         """Whether reading has to note the attention that tokens receive."""
-        return self.kind in ("h2o", "snapkv", "pyramidkv")
+        return self.kind in EVICTING and self.kind != "sinks"
 
     @property
     def has_own_budget(self) -> bool:
@@ -126,7 +129,7 @@ class Method:
         cache = None
         try:
             cache = self._open(model, reading, budget, seed)
-            with observing(model) if self.kind == "h2o" else nullcontext():
+            with observing(model) if self.kind in _STEPWISE else nullcontext():
                 yield cache
         finally:
             if cache is not None:
@@ -211,6 +214,8 @@ def _open_evicting(
             raise UnsupportedModelError("the attention of this model cannot be observed")
         elif kind == "h2o":
             cache.layers[number] = HeavyHitterLayer(layer, budget)
+        elif kind == "scissorhands":
+            cache.layers[number] = ScissorhandsLayer(layer, budget)
         else:
             own = budgets[number] if kind == "pyramidkv" else budget
             cache.layers[number] = SnapLayer(layer, own, reading.observed[number])

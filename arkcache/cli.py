@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from arkcache.demo.run import Progress
     from arkcache.memory import CacheShape
 
+_COMMAND_NEEDS = ("the command line needs", "cli")
 _INTERRUPTED = 130
 _UNITS = {"B": 1} | {
     f"{prefix}{suffix}": base**exponent
@@ -257,7 +258,11 @@ def evaluate(
     ] = "magic,language",
     lengths: Annotated[str, typer.Option(help="Tokens to read, with commas between.")] = "3072",
     budgets: Annotated[
-        str, typer.Option(help="Tokens, as in 512, or shares of the length, as in 1/8.")
+        str,
+        typer.Option(
+            help="Tokens, as in 512, shares of the length, as in 1/8, or of the full cache's bytes "
+            "on the device, as in 1/8B."
+        ),
     ] = "1/8,1/16",
     methods: Annotated[
         list[str] | None,
@@ -265,7 +270,8 @@ def evaluate(
             "--method",
             "--methods",
             help="ark, or with settings as in ark:index=tokens,page_size=16; oracle and random "
-            "likewise; sinks, h2o, snapkv, pyramidkv. May be repeated, or with ; between.",
+            "likewise; sinks, h2o, scissorhands, snapkv, pyramidkv. May be repeated, or with ; "
+            "between.",
             show_default="ark",
         ),
     ] = None,
@@ -280,6 +286,14 @@ def evaluate(
         Path | None,
         typer.Option("--json", help="Write all that was measured to this file, as it comes."),
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(help="Draw pictures into this folder; they need the extra plot."),
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Show and draw this file of --json, measure nothing."),
+    ] = None,
 ) -> None:
     """Measure what a model still knows behind a cache, against its full cache.
 
@@ -288,10 +302,15 @@ def evaluate(
     """
     with _told_in_a_line("eval"):
         from arkcache.evaluation.figures import to_dict
-        from arkcache.evaluation.records import Result
+        from arkcache.evaluation.records import Result, load
         from arkcache.evaluation.run import Settings, run
         from arkcache.evaluation.table import render
         from arkcache.evaluation.tasks import task_names
+
+        if plots is not None:  # what is missing is missed now rather than after hours
+            from arkcache.evaluation.plots import draw, prepare
+
+            prepare(plots)
 
         def keep(result: Result) -> None:
             if out is not None:
@@ -310,10 +329,16 @@ def evaluate(
             device=device,
             dtype=dtype,
         )
-        result = _with_progress(lambda progress: run(settings, progress, keep))
+        if source is not None:
+            result = load(source)
+        else:
+            result = _with_progress(lambda progress: run(settings, progress, keep))
         if out is not None:
             _replace(out, {"figures": to_dict(result)} | result.to_dict())
         _print({}, lambda: render(result), as_json=False)
+        if plots is not None:
+            for path in draw(result, plots):
+                typer.echo(path, err=True)
         if not result.finished:
             raise typer.Exit(_INTERRUPTED)
 
@@ -448,9 +473,8 @@ def _root(
 
 
 def _say_what_to_install(module: str) -> NoReturn:
-    sys.exit(
-        f"arkcache: {module} is not installed; the command line needs: pip install 'arkcache[cli]'"
-    )
+    needed, extra = ("pictures need", "plot") if module == "matplotlib" else _COMMAND_NEEDS
+    sys.exit(f"arkcache: {module} is not installed; {needed}: pip install 'arkcache[{extra}]'")
 
 
 if _missing is None:

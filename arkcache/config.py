@@ -158,7 +158,7 @@ class CacheConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if self.page_size is None:
+        if vars(self)["page_size"] is None:
             size = (
                 SMALL_PAGE if self.key_bits == 16 and self.coarse_key_bits is None else GROUP_PAGE
             )

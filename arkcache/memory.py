@@ -6,7 +6,7 @@ manager's `Planner`, digests from the index itself, run on shapes without conten
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any
 
@@ -14,13 +14,14 @@ import torch
 
 from arkcache.backend import why_not_settings
 from arkcache.config import NO_LIMIT, CacheConfig
-from arkcache.errors import InputError
+from arkcache.errors import ConfigError, InputError
 from arkcache.formats import PageFormat, PageLayout, PartLayout
-from arkcache.index import make_index
+from arkcache.index import PageIndex, make_index
 from arkcache.manager import KVCacheManager
 from arkcache.packed import CHUNK_PAGES
 from arkcache.pages import sealed_pages
 from arkcache.planning import Planner
+from arkcache.tiering.growing import GrowingTensor
 
 _PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
@@ -125,6 +126,7 @@ def plan_memory(
     context_tokens: int,
     batch: int = 1,
     device: str = "cuda",
+    index: PageIndex | None = None,
 ) -> MemoryPlan:
     """What a cache of these settings takes, on a device that need not be there.
 
@@ -134,6 +136,7 @@ def plan_memory(
         context_tokens: tokens of each sequence.
         batch: sequences.
         device: "cuda" or "cpu", which differ in what they keep unpacked.
+        index: what rates pages, where it is not what the settings say (`rate_with`).
 
     Raises `ConfigError` for settings that do not fit the shape or `device_bytes`, `InputError` for
     sizes below 1 and an unknown device.
@@ -178,9 +181,42 @@ def plan_memory(
         tier_bytes=tier_bytes,
         spare_bytes=_spare_bytes(planner, batch, most) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
-        digest_bytes=num_pages * _digest_bytes(config, shape, device),
+        digest_bytes=num_pages * _digest_bytes(config, shape, device, index),
         full_bytes=batch * context_tokens * shape.token_bytes,
     )
+
+
+def within_bytes(
+    config: CacheConfig,
+    shape: CacheShape,
+    context_tokens: int,
+    device_bytes: int,
+    device: str = "cuda",
+    index: PageIndex | None = None,
+) -> CacheConfig:
+    """The settings with the largest budget that takes so many bytes on the device at most, all
+    counted: slots, windows, streaming block, dense layers and index, of one sequence.
+
+    Dense layers of 16 bits and the index are counted with the room that they grow into when the
+    first token comes after `context_tokens`. Args and errors are those of `plan_memory`. Raises
+    `ConfigError` as well where what does not depend on the budget takes all of the bytes.
+    """
+    free = replace(config, budget_tokens="auto", device_bytes=None)
+    plan = plan_memory(free, shape, context_tokens, device=device, index=index)
+    dense = int(plan.dense_bytes * (GrowingTensor.GROWTH if config.format.is_raw else 1))
+    digests = int(plan.digest_bytes * GrowingTensor.GROWTH)
+    left = device_bytes - dense - digests
+    if left < 1:
+        raise ConfigError(
+            f"{device_bytes} bytes on the device: with room to grow, dense layers take {dense} and "
+            f"the index {digests} at {context_tokens} tokens; allow more, or lower "
+            "num_dense_layers or index_bits, or raise page_size"
+        )
+    fitted = replace(free, device_bytes=left)
+    plan_memory(
+        fitted, shape, context_tokens, device=device, index=index
+    )  # refuses what is too few
+    return fitted
 
 
 def _check(context_tokens: int, batch: int, device: str) -> None:
@@ -224,9 +260,11 @@ def _dense_bytes(config: CacheConfig, shape: CacheShape, length: int, sealed: in
     return chunks * CHUNK_PAGES * page.nbytes + config.window_tokens * per_token
 
 
-def _digest_bytes(config: CacheConfig, shape: CacheShape, device: str) -> int:
+def _digest_bytes(
+    config: CacheConfig, shape: CacheShape, device: str, index: PageIndex | None
+) -> int:
     """Bytes of the digest of one page of one KV head, and of its means where it is estimated."""
-    index = make_index(config, shape.head_dim, _PLANNED_ON[device])
+    index = index or make_index(config, shape.head_dim, _PLANNED_ON[device])
     size = (1, 1, 1, config.page_size, shape.head_dim)
     means = (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
     digest = index.digest(torch.empty(size, dtype=shape.dtype, device="meta")).nbytes

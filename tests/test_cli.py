@@ -307,6 +307,38 @@ def test_eval_prints_tables_and_keeps_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
+def test_an_eval_is_shown_and_drawn_again(tmp_path: Path) -> None:
+    """Without a model: from its JSON alone."""
+    pytest.importorskip("matplotlib", reason="the extra plot is not installed")
+    out, pictures = tmp_path / "measured.json", tmp_path / "pictures"
+    first = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out), "--plots", str(pictures)])
+    assert first.exit_code == 0, first.output
+    drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
+    assert {*drawn} == {
+        "kept-384.png",
+        "retention-384.png",
+        "kl-384.png",
+        "depth-facts-384.png",
+    }
+    again = runner.invoke(cli.app, ["eval", "--from", str(out), "--plots", str(tmp_path / "more")])
+    assert again.exit_code == 0, again.output
+    assert again.stdout == first.stdout
+    assert {path.name: path.read_bytes() for path in (tmp_path / "more").iterdir()} == drawn
+
+
+def test_pictures_that_cannot_be_drawn_are_told_before_anything_runs() -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "sys.argv = ['arkcache', 'eval', '--plots', 'pictures', '--model', 'no/such/model']\n"
+        "from arkcache.cli import main; main()"
+    )
+    done = python("-c", code)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "arkcache: matplotlib is not installed; pictures need: pip install 'arkcache[plot]'"
+    )
+
+
 def test_an_interrupted_eval_shows_what_it_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

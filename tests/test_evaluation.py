@@ -20,11 +20,12 @@ from arkcache.demo.models import load_model
 from arkcache.errors import ConfigError, InputError
 from arkcache.evaluation import run as evaluation
 from arkcache.evaluation.decoding import Bookmark, Decoder
-from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows
+from arkcache.evaluation.figures import Interval, bootstrap, language_rows, task_rows, wilson
 from arkcache.evaluation.methods import Reading, parse_method
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
-from arkcache.evaluation.records import Case, Result
+from arkcache.evaluation.records import Asked, Budget, Case, Cost, Predicted, Result
 from arkcache.evaluation.run import Settings
+from arkcache.evaluation.scissorhands import ScissorhandsLayer, attended_little
 from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
 from arkcache.huggingface import ArkCache
@@ -94,6 +95,45 @@ def test_language_is_predicted_best_by_the_full_cache(result: Result) -> None:
     assert len({one.source for one in result.predicted}) == 2
 
 
+def test_free_runs_are_the_methods_own(result: Result) -> None:
+    rows = {row.case.method: row for row in language_rows(result)}
+    full = rows["full"]
+    assert full.num_free == 6
+    assert full.free_run == Interval(6, 6, 6)
+    assert full.free_agreement == 1
+    for row in rows.values():
+        assert 0 <= row.free_run.value / 6 <= row.free_agreement <= 1
+    for one in result.predicted:
+        assert len(one.said) == len(one.same) == 6
+        # The first token comes after what was read and one token, as it does teacher forced.
+        (known,) = (
+            other
+            for other in result.predicted
+            if (other.case.method, other.passage) == ("full", one.passage)
+        )
+        if one.case.method != "random":  # lots are cast anew
+            assert (one.said[0] == known.said[0]) == one.same[0]
+
+
+def test_a_free_run_ends_at_the_first_difference() -> None:
+    """It begins anew nowhere: 3 of 5, and 1 of 5, are 2 on average; 4 and 4 agree."""
+    result = Result({}, {}, {})
+    said = {"full": [[1, 2, 3, 4, 5], [1, 2, 3, 4, 5]], "ark": [[1, 2, 3, 0, 5], [1, 0, 3, 4, 5]]}
+    for method, passages in said.items():
+        case = Case("language", 384, method, "-" if method == "full" else "1/8")
+        result.costs.append(Cost(case, 0, 1.0, 1, 0, 1.0))
+        for number, own in enumerate(passages):
+            result.predicted.append(Predicted(case, number, "", [0.0], [0.0], [True], own))
+    ark = language_rows(result)[1]
+    assert (ark.free_run.value, ark.num_free) == (2, 5)
+    assert (ark.free_run.low, ark.free_run.high) == (1, 3)
+    assert ark.free_agreement == pytest.approx(0.8)
+    result.predicted = [dataclasses.replace(one, said=[]) for one in result.predicted]
+    ark = language_rows(result)[1]  # measured before there were free runs
+    assert np.isnan(ark.free_run.value)
+    assert ark.num_free == 0
+
+
 def test_two_runs_agree_to_the_digit(result: Result) -> None:
     first, again = (evaluation.run(TINY) for _ in range(2))
     other = evaluation.run(dataclasses.replace(TINY, seed=1))
@@ -124,6 +164,50 @@ def test_what_does_not_fit_is_said_and_the_rest_goes_on() -> None:
     assert "Not run: ark:page_size=64,num_recent_tokens=200 at 256: budget_tokens=256" in " ".join(
         text_of(result).split()
     )
+
+
+def test_equal_bytes_are_equal_in_what_is_counted(model: PreTrainedModel) -> None:
+    """A share of the full cache's bytes; what cannot be within it is not run, and says why."""
+    fits = "ark:num_dense_layers=0,num_sink_tokens=8,num_recent_tokens=16,page_size=8"
+    methods = (fits, "ark", "oracle:num_dense_layers=0", "random:num_dense_layers=0", "sinks")
+    settings = dataclasses.replace(
+        TINY, lengths=(1024,), budgets=("1/2B",), methods=methods, num_questions=1
+    )
+    result = evaluation.run(settings)
+    full, *others = result.costs
+    assert [cost.case.method for cost in others] == [fits, methods[3], "sinks"]
+    sizes = model.config
+    per_token = 2 * 4 * sizes.num_hidden_layers * sizes.num_key_value_heads * sizes.head_dim
+    assert 0.95 < full.device_bytes / (1024 * per_token) <= 1
+    for cost in others:
+        assert cost.case.budget == "1/2B"
+        assert 0.8 < cost.device_bytes / (1024 * per_token / 2) <= 1
+    assert others[-1].attended_tokens == 512
+    skipped = {one.case.method: one.reason for one in result.skipped}
+    assert set(skipped) == {"ark", methods[2]}
+    assert "dense layers take" in skipped["ark"]
+
+
+def test_bytes_twice_are_refused(model: PreTrainedModel, reading: Reading) -> None:
+    method = parse_method("ark:device_bytes=1000000")
+    with pytest.raises(ConfigError, match="device_bytes=1000000 beside a share of the bytes"):
+        method.within(256, reading, 700)
+    snapkv = parse_method("snapkv")
+    assert snapkv.within(256, reading, 700) is snapkv
+
+
+def test_budgets_are_read_as_they_are_spelled() -> None:
+    for given, tokens, is_of_bytes in (
+        ("512", 512, False),
+        ("1/8", 128, False),
+        ("3/8B", 384, True),
+        ("none", None, False),
+    ):
+        budget = Budget(given)
+        assert (budget.tokens(1024), budget.is_of_bytes) == (tokens, is_of_bytes)
+    for given in ("", "0", "1/0", "0/8B", "512B", "1/8 B", "1/8b", "-1", "1/", "²", "some"):
+        with pytest.raises(InputError, match="expected tokens as in 512"):
+            Budget(given)
 
 
 def test_own_output_is_decoded_before_any_question() -> None:
@@ -160,9 +244,12 @@ def text_of(result: Result) -> str:
 
 def test_tables_name_everything(result: Result) -> None:
     text = text_of(result)
-    for part in ("facts, 1,024", "language, 1,024", "sinks", "retention", "100% [100%, 100%]", "±"):
+    for part in ("facts, 1,024", "language, 1,024", "sinks", "kept", "retention", "±"):
+        assert part in text
+    for part in ("100% (100-100)", "100% (61-100)"):
         assert part in text
     assert "…" not in text
+    assert text.count("ms per") == text.count("attended ") == 2  # no column is cut off
     assert "Dropped" not in text
 
 
@@ -194,6 +281,52 @@ def test_the_interval_is_of_pairs() -> None:
     assert half.low < half.value < half.high
     assert half.value == pytest.approx(0.6)
     assert np.isnan(bootstrap(ratio, np.zeros((4, 2))).value)
+
+
+def scored(scores: dict[str, list[float]]) -> Result:
+    """A result of one task, in which methods have these scores."""
+    result = Result({}, {}, {})
+    for method, own in scores.items():
+        case = Case("magic", 384, method, "-" if method == "full" else "1/8")
+        result.costs.append(Cost(case, 0, 1.0, 1, 0, 1.0))
+        result.asked += [
+            Asked(case, 0, f"question {i}", ["7"], "", score, None) for i, score in enumerate(own)
+        ]
+    return result
+
+
+def test_kept_is_of_what_the_full_cache_answers_in_full() -> None:
+    """Lucky guesses and halves count for nothing; two of three is what is kept."""
+    full, half = task_rows(scored({"full": [1, 1, 1, 0, 0.5], "half": [1, 0.5, 1, 1, 1]}))
+    assert full.kept == Interval(1, 1, 1)
+    assert half.kept == wilson(2, 3)
+    assert half.num_right == 4
+    assert half.retention.value > 1
+
+
+def test_nothing_is_kept_of_nothing() -> None:
+    for row in task_rows(scored({"full": [0, 0.5], "half": [1, 0.5]})):
+        assert np.isnan(row.kept.value)
+        assert not np.isnan(row.retention.value)
+
+
+def test_an_interval_where_all_is_kept() -> None:
+    """Against the score interval's published values (Newcombe 1998, table I)."""
+    for kept, asked, low, high in (
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ):
+        found = wilson(kept, asked)
+        assert (found.low, found.high) == (
+            pytest.approx(low, abs=5e-5),
+            pytest.approx(high, abs=5e-5),
+        )
+        assert found.low <= found.value <= found.high
+    everything = wilson(16, 16)
+    assert everything.value == everything.high == 1
+    assert 0.8 < everything.low < 0.82
 
 
 def test_the_worst_task_comes_first(result: Result) -> None:
@@ -231,7 +364,15 @@ def reading(model: PreTrainedModel) -> Reading:
         return bench(model, "snapkv").read(ids, "text")
 
 
-SPECS = ("full", *METHODS, "h2o", "snapkv", "pyramidkv", "ark:index=cuboid-max,page_size=8")
+SPECS = (
+    "full",
+    *METHODS,
+    "h2o",
+    "scissorhands",
+    "snapkv",
+    "pyramidkv",
+    "ark:index=cuboid-max,page_size=8",
+)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -268,7 +409,15 @@ def test_questions_are_decode_steps(model: PreTrainedModel, reading: Reading) ->
 @torch.inference_mode()
 def test_unlimited_is_the_full_cache(model: PreTrainedModel, reading: Reading) -> None:
     outputs = []
-    for spec in ("full", "ark:budget_tokens=None", "sinks", "snapkv", "h2o", "pyramidkv"):
+    for spec in (
+        "full",
+        "ark:budget_tokens=None",
+        "sinks",
+        "snapkv",
+        "h2o",
+        "pyramidkv",
+        "scissorhands",
+    ):
         with parse_method(spec).cache(model, reading, 16384, seed=0) as cache:
             outputs.append(Decoder(model, cache).feed([5, 6, 7]))
     for output in outputs[1:]:
@@ -334,17 +483,61 @@ def test_lots_are_seeded_and_differ() -> None:
     assert not torch.equal(score, first.score(query, digests))
 
 
+def watched_layer(weights: list[float]) -> FullLayer:
+    """One KV head of two query heads, which tokens attend in proportion to these weights."""
+    layer = FullLayer()
+    for weight in weights:
+        key = torch.tensor(weight).log().expand(1, 1, 1, 1)
+        key, _ = layer.update(key, key)
+        layer.see(torch.ones(1, 2, 1, 1), key, 1.0)
+    return layer
+
+
+def test_scissorhands_by_hand() -> None:
+    """A history of four steps, the newest token exempt, a budget of five: two or three go.
+
+    Counters after six tokens: 0 4 2 3 2 and the newest; of the equal ones the older goes.
+    """
+    layer = ScissorhandsLayer(watched_layer([6, 1, 3, 1, 2, 7]), 5, history=4, num_recent=1)
+    weights = {0: 6, 4: 2, 5: 7}
+
+    def held_weights() -> list[float]:
+        return held(layer)[0].exp().flatten().tolist()
+
+    assert held_weights() == pytest.approx([6, 2, 7])
+    assert layer.little.int().sum(1).tolist() == [[0, 2, 0]]
+    for token, weight, counters in ((6, 5.0, [0, 3, 0, 0]), (7, 1.0, [0, 4, 0, 0, 1])):
+        assert layer.get_mask_sizes(1) == (len(weights) + 1, 0)
+        weights[token] = weight
+        key, _ = layer.update(*[torch.tensor(weight).log().expand(1, 1, 1, 1)] * 2)
+        layer.see(torch.ones(1, 2, 1, 1), key, 1.0)
+        assert layer.little.int().sum(1).tolist() == [counters]
+    assert layer.get_mask_sizes(1) == (3, 0)
+    layer.update(*[torch.tensor(9.0).log().expand(1, 1, 1, 1)] * 2)
+    assert held_weights() == pytest.approx([7, 5, 9])  # tokens 5, 6 and 8
+    assert layer.get_seq_length() == 9
+    assert layer.state_bytes == 2  # 12 bits
+
+
+def test_little_is_below_the_mean_of_what_was_there() -> None:
+    """By a group's mean; a query says nothing of tokens after it, also where some are evicted."""
+    probabilities = torch.tensor([[[0.5, 0.3, 0.2], [0.1, 0.6, 0.3]]])  # mean .3 .45 .25
+    key = torch.eye(3)[None, None]
+    found = attended_little(probabilities.log()[:, :, None], key, 1.0, num_seen=3)
+    assert found.tolist() == [[[True, False, True]]]
+    found = attended_little(probabilities.log()[:, :, None], key, 1.0, num_seen=5)
+    assert found.tolist() == [[[False, False, False]]]
+    two = torch.zeros(1, 2, 2, 3)
+    two[..., 0] = 1.0
+    found = attended_little(two, key, 1.0, num_seen=3)
+    assert found.tolist() == [[[False, True, False], [False, True, True]]]
+
+
 def test_a_pyramid_is_as_large_as_its_mean() -> None:
     assert pyramid_budgets(100 + WINDOW_TOKENS, 4) == [
         WINDOW_TOKENS + more for more in (195, 132, 68, 5)
     ]
     assert pyramid_budgets(32, 3) == [32, 32, 32]
-
-
-def test_settings_that_need_a_budget() -> None:
-    """They are checked when a method is named, before there is one."""
-    method = parse_method("ark:index=tokens,target_missed_mass=0.05")
-    assert method.config(512).target_missed_mass == 0.05
 
 
 def test_settings_of_a_spec() -> None:
@@ -355,6 +548,8 @@ def test_settings_of_a_spec() -> None:
     # A target needs a budget, which is the run's.
     target = parse_method("ark:index=tokens,target_missed_mass=0.1")
     assert target.config(512).target_missed_mass == 0.1
+    for spec in ("target_missed_mass=0.01,index=tokens", "device_bytes=4096", "coarse_key_bits=2"):
+        assert parse_method(f"ark:{spec}").spec.endswith(spec)  # beside the budgets of the run
 
 
 def test_cases_come_once(model: PreTrainedModel) -> None:

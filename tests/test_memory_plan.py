@@ -10,7 +10,7 @@ import torch
 
 from arkcache import CacheConfig, ConfigError, InputError, KVCacheManager
 from arkcache.formats import PRESETS
-from arkcache.memory import CacheShape, MemoryPlan, plan_memory
+from arkcache.memory import CacheShape, MemoryPlan, plan_memory, within_bytes
 from arkcache.planning import Planner
 from arkcache.tiering.growing import GrowingTensor
 
@@ -276,3 +276,39 @@ def test_streaming_blocks(
     manager = KVCacheManager(2, 2, 64, CacheConfig(**settings), device=device, dtype=torch.bfloat16)
     plan = manager.planner.plan(batch, 1)
     assert (plan.stream_block_tokens, plan.num_stream_blocks) == (tokens, blocks)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_dense_layers": 1},
+        {"index": "tokens"},
+        {"estimate_pages": None},
+        {"key_bits": 4, "value_bits": 4, "num_dense_layers": 1},
+    ],
+    ids=str,
+)
+def test_a_budget_of_bytes_counts_everything(changes: dict[str, Any]) -> None:
+    """A cache of it that goes on growing takes no more, and not much less."""
+    context, shape = 1024, replace(SHAPE, dtype=torch.float32)
+    config = CacheConfig(**(SMALL | changes))
+    limit = context * shape.token_bytes * 9 // 10
+    fitted = within_bytes(config, shape, context, limit, "cpu")
+    stats = filled(fitted, shape, context + 2 * config.page_size, 1).stats()
+    plan = plan_memory(fitted, shape, context, device="cpu")
+    taken = stats.device_bytes + stats.digest_bytes
+    room = (plan.digest_bytes + plan.dense_bytes) // 2
+    page = config.page_size * shape.token_bytes
+    assert limit - room - page < taken <= limit
+
+
+def test_bytes_that_hold_nothing_are_refused() -> None:
+    config, shape = CacheConfig(**SMALL | {"num_dense_layers": 2}), SHAPE
+    everything = 4096 * shape.token_bytes
+    with pytest.raises(
+        ConfigError, match=r"dense layers take \d+ and the index \d+ at 4096 tokens"
+    ):
+        within_bytes(config, shape, 4096, everything // 2, "cpu")
+    with pytest.raises(ConfigError, match="the device tier of 1 sequences needs"):
+        within_bytes(replace(config, num_dense_layers=0), shape, 4096, 300_000, "cpu")

@@ -28,6 +28,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 NAME = "arkcache-demo"
 _TAG = "_arkcache_demo_layer"
+NUM_QUERIES_KEPT = 400
+"""What Scissorhands looks back at."""
 _BLOCK_ELEMENTS = 2**23
 """Probabilities held at a time while attention is added up (32 MiB)."""
 
@@ -37,6 +39,8 @@ class FullLayer(DynamicLayer):
 
     Attributes:
         received: [num_kv_heads, tokens], fp32; None until `observing` has seen a query.
+        queries: the newest `NUM_QUERIES_KEPT` [1, heads, queries, head_dim]; None likewise.
+        scale: of their logits.
     """
 
     _layer_type = None
@@ -44,14 +48,22 @@ class FullLayer(DynamicLayer):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.received: Tensor | None = None
+        self.queries: Tensor | None = None
+        self.scale = 1.0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Store new tokens [1, kv_heads, new, dim]; all keys and values."""
         key, value = super().update(key_states, value_states)
-        setattr(key, _TAG, self)
-        return key, value
+        return watched(self, key), value
+
+    def see(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Note that queries [1, heads, new, head_dim] attend all keys."""
+        self.observe(attention_received(query, key, scale))
+        earlier = query[:, :, :0] if self.queries is None else self.queries
+        self.queries = torch.cat((earlier, query), dim=2)[:, :, -NUM_QUERIES_KEPT:]
+        self.scale = scale
 
     def observe(self, received: Tensor) -> None:
         """Add attention received [num_kv_heads, tokens]."""
@@ -78,6 +90,11 @@ class EvictingLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of what the next query attends: what is kept then."""
         return min(self.num_kept + query_length, self.budget), 0
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of what it decides by, beside keys and values."""
+        return 0
 
     @property
     def num_kept(self) -> int:
@@ -129,8 +146,16 @@ class HeavyHitterLayer(EvictingLayer):
         self.seen += key_states.shape[2]
         self.received = torch.nn.functional.pad(self.received, (0, key_states.shape[2]))
         self.keys, self.values = self._kept(*appended(self, key_states, value_states))
-        setattr(self.keys, _TAG, self)
-        return self.keys, self.values
+        return watched(self, self.keys), self.values
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the attention received."""
+        return self.received.nbytes
+
+    def see(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Note that a query [1, heads, 1, head_dim] attends the kept keys."""
+        self.observe(attention_received(query, key, scale))
 
     def observe(self, received: Tensor) -> None:
         """Add attention received [num_kv_heads, kept tokens]."""
@@ -146,10 +171,10 @@ class HeavyHitterLayer(EvictingLayer):
         recent = torch.arange(num_older, num_tokens, device=heavy.device)
         kept = torch.cat((heavy, recent.expand(len(heavy), -1)), dim=1)
         self.received = self.received.gather(1, kept)
-        return _take(key, kept), _take(value, kept)
+        return take(key, kept), take(value, kept)
 
 
-See = Callable[[FullLayer | HeavyHitterLayer, Tensor, Tensor, float], None]
+See = Callable[[Any, Tensor, Tensor, float], None]
 """Told by a layer which query [1, heads, new, dim] is about to attend which of its keys, and the
 scale of the logits."""
 
@@ -167,7 +192,13 @@ def appended(layer: DynamicLayer, key: Tensor, value: Tensor) -> tuple[Tensor, T
     return torch.cat((old_key, key), dim=2), torch.cat((old_value, value), dim=2)
 
 
-def _take(states: Tensor, kept: Tensor) -> Tensor:
+def watched(layer: DynamicLayer, key: Tensor) -> Tensor:
+    """Keys that a layer returns, so that `observing` shows it what attends them."""
+    setattr(key, _TAG, layer)
+    return key
+
+
+def take(states: Tensor, kept: Tensor) -> Tensor:
     """Tokens `kept` [kv_heads, tokens] of states [1, kv_heads, tokens, dim]."""
     return states.gather(2, kept[None, :, :, None].expand(-1, -1, -1, states.shape[3]))
 
@@ -197,7 +228,7 @@ def observing(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Lets layers of this module add up the attention that tokens receive: see `showing`."""
     return showing(
         model,
-        lambda layer, query, key, scale: layer.observe(attention_received(query, key, scale)),
+        lambda layer, query, key, scale: layer.see(query, key, scale),
     )
 
 

@@ -27,6 +27,7 @@ from arkcache.demo.baselines import (
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache, detach
 from arkcache.huggingface.cache import PagedCacheLayer
+from arkcache.memory import CacheShape
 
 Open = Callable[[PreTrainedModel, DynamicCache], DynamicCache]
 
@@ -117,6 +118,30 @@ def reading_cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
+def shape_of(full: DynamicCache) -> CacheShape:
+    """Sizes of the layers that attend their whole past, of a text that was read.
+
+    Raises `UnsupportedModelError` where they differ.
+    """
+    layers = [held(layer) for layer in full.layers if isinstance(layer, FullLayer)]
+    shapes = {
+        CacheShape(len(layers), key.shape[1], key.shape[3], value.shape[3], key.dtype)
+        for key, value in layers
+    }
+    if len(shapes) > 1:
+        raise UnsupportedModelError(
+            "the layers of this model store keys and values of several sizes, which share no one "
+            "device tier: give another model"
+        )
+    return shapes.pop()
+
+
+def device_of(full: DynamicCache) -> str:
+    """ "cpu" or "cuda": where the keys and values of a text are."""
+    read = next(layer for layer in full.layers if isinstance(layer, FullLayer))
+    return "cpu" if held(read)[0].device.type == "cpu" else "cuda"
+
+
 def usage(cache: DynamicCache) -> Usage:
     """What a cache of any of the methods holds now."""
     if isinstance(cache, ArkCache):
@@ -135,9 +160,9 @@ def usage(cache: DynamicCache) -> Usage:
         if isinstance(layer, DynamicLayer) and (_is_full(layer) or isinstance(layer, EvictingLayer))
     ]
     kept = [held(layer)[0].shape[2] for layer in layers]
-    num_bytes = sum(states.nbytes for layer in layers for states in held(layer))
-    scores = [layer.received for layer in layers if isinstance(layer, HeavyHitterLayer)]
-    return Usage(sum(kept) / len(kept), num_bytes + sum(score.nbytes for score in scores))
+    num_bytes = sum(part.nbytes for layer in layers for part in held(layer))
+    states = [layer.state_bytes for layer in layers if isinstance(layer, EvictingLayer)]
+    return Usage(sum(kept) / len(kept), num_bytes + sum(states))
 
 
 def _is_full(layer: object) -> bool:

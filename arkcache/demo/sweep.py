@@ -22,7 +22,6 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from arkcache.config import CacheConfig
 from arkcache.demo import run as demo
-from arkcache.demo.baselines import FullLayer, held
 from arkcache.demo.conversation import (
     Conversation,
     load_text,
@@ -32,10 +31,10 @@ from arkcache.demo.conversation import (
     shipped_voice,
 )
 from arkcache.demo.machine import describe_machine, versions
-from arkcache.demo.methods import Method, open_arkcache, open_full
+from arkcache.demo.methods import Method, device_of, open_arkcache, open_full, shape_of
 from arkcache.demo.models import load_model, pick_device
 from arkcache.demo.run import Listener, Progress
-from arkcache.errors import InputError, UnsupportedModelError
+from arkcache.errors import InputError
 from arkcache.formats import PRESETS
 from arkcache.huggingface import ArkCache
 from arkcache.memory import CacheShape, plan_memory
@@ -213,7 +212,7 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
             )
             told = partial(_tell, progress, draw, settings.num_draws)
             full = demo.read(model, conversation.text_ids, told)
-            shape = _shape_of(full)
+            shape = shape_of(full)
             device_bytes = settings.device_bytes or _default_bytes(settings, shape, device)
             resolved = {"device_bytes": device_bytes, "context_tokens": len(conversation.text_ids)}
             cases = _cases(settings, device_bytes)
@@ -244,21 +243,6 @@ def _cases(settings: Settings, device_bytes: int) -> list[Case]:
                     config = replace(config, budget_tokens="auto", device_bytes=device_bytes)
                 cases.append(Case(mode, name, rotation, config))
     return cases
-
-
-def _shape_of(full: DynamicCache) -> CacheShape:
-    """Sizes of the layers that attend their whole past. Raises where they differ."""
-    layers = [held(layer) for layer in full.layers if isinstance(layer, FullLayer)]
-    shapes = {
-        CacheShape(len(layers), key.shape[1], key.shape[3], value.shape[3], key.dtype)
-        for key, value in layers
-    }
-    if len(shapes) > 1:
-        raise UnsupportedModelError(
-            "the layers of this model store keys and values of several sizes, which share no one "
-            "device tier: give another model"
-        )
-    return shapes.pop()
 
 
 def _default_bytes(settings: Settings, shape: CacheShape, device: torch.device) -> int:
@@ -318,7 +302,7 @@ def _row(
         kl, same = _divergence(model, cache, reference)
         assert isinstance(cache, ArkCache)
         stats = cache.stats()
-    planned = plan_memory(case.config, shape, len(conversation.text_ids), device=_device_of(full))
+    planned = plan_memory(case.config, shape, len(conversation.text_ids), device=device_of(full))
     outcome = _outcome(row) | {"device_bytes": stats.device_bytes}
     # Pages that were demoted take less than they did when they were backed up.
     left = stats.host_bytes / stats.bytes_backed_up if stats.bytes_backed_up else 1.0
@@ -333,12 +317,6 @@ def _row(
         agreement=float(same[reference.answers].float().mean()),
         **outcome,
     )
-
-
-def _device_of(full: DynamicCache) -> str:
-    """ "cpu" or "cuda": where the keys and values of a text are."""
-    read = next(layer for layer in full.layers if isinstance(layer, FullLayer))
-    return "cpu" if held(read)[0].device.type == "cpu" else "cuda"
 
 
 def _ask(

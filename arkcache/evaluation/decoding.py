@@ -40,6 +40,14 @@ class Decoder:
             self.seconds.append(time.perf_counter() - start)
         return logits
 
+    def greedy(self, token: int, num_tokens: int) -> list[int]:
+        """The most likely tokens after one that is given, each given in turn; no end ends it."""
+        said: list[int] = []
+        for _ in range(num_tokens):
+            token = int(self.feed([token]).argmax())
+            said.append(token)
+        return said
+
     def answer(
         self,
         tokenizer: PreTrainedTokenizerBase,

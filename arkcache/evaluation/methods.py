@@ -2,7 +2,7 @@
 
 A method is named by a short spec: "full", "ark" with any settings of `CacheConfig` as in
 "ark:index=tokens,page_size=16", the controls "sinks", "random" and "oracle" (the last two take the
-same settings), and the evictors "h2o", "snapkv" and "pyramidkv".
+same settings), and the evictors "h2o", "scissorhands", "snapkv" and "pyramidkv".
 """
 
 from __future__ import annotations
@@ -19,22 +19,26 @@ from typing import Any
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from arkcache.config import NO_LIMIT, CacheConfig
+from arkcache.config import CacheConfig
 from arkcache.demo.baselines import (
     FullLayer,
     HeavyHitterLayer,
     SinkWindowLayer,
     observing,
 )
-from arkcache.demo.methods import open_arkcache, open_full
+from arkcache.demo.methods import device_of, open_arkcache, open_full, shape_of
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
+from arkcache.evaluation.scissorhands import ScissorhandsLayer
 from arkcache.evaluation.snapkv import SnapLayer, pyramid_budgets
 from arkcache.huggingface import ArkCache, detach
 from arkcache.index import PageIndex
+from arkcache.memory import within_bytes
 
 PAGED = ("ark", "random", "oracle")
-EVICTING = ("sinks", "h2o", "snapkv", "pyramidkv")
+_STEPWISE = ("h2o", "scissorhands")
+"""Evictors that go on looking at what every step attends."""
+EVICTING = ("sinks", *_STEPWISE, "snapkv", "pyramidkv")
 _NUM_SINKS = 4
 """StreamingLLM's."""
 
@@ -70,7 +74,7 @@ class Method:
     @property
     def observes(self) -> bool:
         """Whether reading has to note the attention that tokens receive."""
-        return self.kind in ("h2o", "snapkv", "pyramidkv")
+        return self.kind in EVICTING and self.kind != "sinks"
 
     @property
     def has_own_budget(self) -> bool:
@@ -83,12 +87,42 @@ class Method:
             return self
         return replace(self, settings={"backend": "torch"} | self.settings)
 
-    def config(self, budget: int | None) -> CacheConfig:
+    def config(self, budget: int | str | None) -> CacheConfig:
         """The settings of a paged method. Raises `ConfigError` where they are impossible."""
         settings: dict[str, Any] = {"budget_tokens": budget}
         if self.kind != "ark":  # the kernels rate pages by indexes of their own
             settings["backend"] = "torch"
         return CacheConfig(**(settings | self.settings))
+
+    def within(self, budget: int, reading: Reading, length: int) -> Method:
+        """The method with the bytes on the device that `budget` of `length` tokens take in the full
+        cache, its streaming block as small as can be: questions never need it.
+
+        Raises `ConfigError` where its index and dense layers alone take more, and
+        `UnsupportedModelError` where layers differ in size.
+        """
+        if self.kind not in PAGED:
+            return self  # it keeps tokens and nothing else
+        config = self.config("auto")
+        if config.device_bytes is not None:
+            raise ConfigError(
+                f"device_bytes={config.device_bytes} beside a share of the bytes: expected one of "
+                "them"
+            )
+        shape = shape_of(reading.cache)
+        if config.stream_block_tokens is None:
+            config = replace(config, stream_block_tokens=config.page_size)
+        fitted = within_bytes(
+            config,
+            shape,
+            length,
+            budget * shape.token_bytes,
+            device_of(reading.cache),
+            None if self.kind == "ark" else _control(self.kind, seed=0),
+        )
+        names = ("budget_tokens", "device_bytes", "stream_block_tokens")
+        found = {name: getattr(fitted, name) for name in names}
+        return replace(self, settings=self.settings | found)
 
     @contextmanager
     def cache(
@@ -101,7 +135,7 @@ class Method:
         cache = None
         try:
             cache = self._open(model, reading, budget, seed)
-            with observing(model) if self.kind == "h2o" else nullcontext():
+            with observing(model) if self.kind in _STEPWISE else nullcontext():
                 yield cache
         finally:
             if cache is not None:
@@ -136,7 +170,7 @@ def parse_method(spec: str) -> Method:
         raise InputError(f"method {spec!r}: {kind} takes no settings; {', '.join(PAGED)} do")
     method = Method(spec, kind, settings)
     if kind in PAGED:
-        method.config(NO_LIMIT)  # refuses unknown names now rather than after minutes
+        method.config("auto")  # refuses unknown names now rather than after minutes
     return method
 
 
@@ -160,12 +194,12 @@ def _rate(cache: ArkCache, kind: str, seed: int) -> None:
     if kind == "ark":
         return
     seeds = itertools.count(seed << 16)
-
-    def make() -> PageIndex:
-        return OracleIndex() if kind == "oracle" else RandomIndex(next(seeds))
-
     for manager in cache.managers:
-        manager.rate_with(make)
+        manager.rate_with(lambda: _control(kind, next(seeds)))
+
+
+def _control(kind: str, seed: int) -> PageIndex:
+    return OracleIndex() if kind == "oracle" else RandomIndex(seed)
 
 
 def _open_evicting(
@@ -186,6 +220,8 @@ def _open_evicting(
             raise UnsupportedModelError("the attention of this model cannot be observed")
         elif kind == "h2o":
             cache.layers[number] = HeavyHitterLayer(layer, budget)
+        elif kind == "scissorhands":
+            cache.layers[number] = ScissorhandsLayer(layer, budget)
         else:
             own = budgets[number] if kind == "pyramidkv" else budget
             cache.layers[number] = SnapLayer(layer, own, reading.observed[number])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 from arkcache.errors import InputError
 
@@ -44,7 +48,11 @@ class Asked:
 
 @dataclass(frozen=True)
 class Predicted:
-    """A passage predicted token by token; see `language.Predictions`."""
+    """A passage predicted token by token; see `language.Predictions`.
+
+    Attributes:
+        said: the method's own greedy continuation, as token ids; as many as were predicted.
+    """
 
     case: Case
     passage: int
@@ -52,6 +60,7 @@ class Predicted:
     kl: list[float]
     nll: list[float]
     same: list[bool]
+    said: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -150,10 +159,41 @@ class Result:
         """Plain values, for JSON."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Result:
+        """What `to_dict` gave, whatever else is beside it."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        built: Result = _built(cls, known)
+        return built
+
+
+def _built(kind: Any, value: Any) -> Any:
+    """A value of JSON as what a field of this type holds."""
+    if isinstance(kind, type) and is_dataclass(kind):
+        kinds = get_type_hints(kind)
+        return kind(**{name: _built(kinds[name], own) for name, own in value.items()})
+    if get_origin(kind) is list:
+        return [_built(get_args(kind)[0], own) for own in value]
+    return value
+
+
+def load(path: Path) -> Result:
+    """What an earlier run wrote. Raises `InputError` where it did not."""
+    try:
+        return Result.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path}: expected what `arkcache eval --json` wrote ({type(error).__name__}: {error})"
+        ) from None
+
 
 @dataclass(frozen=True)
 class Budget:
-    """A budget as it is given: "512", "1/8" of the length, or "none".
+    """A budget as it is given: "512", "1/8" of the length, "1/8B" of the bytes, or "none".
+
+    A share of the bytes is of what the full cache takes on the device at the length.
 
     Raises `InputError` for anything else.
     """
@@ -161,16 +201,22 @@ class Budget:
     given: str
 
     def __post_init__(self) -> None:
-        above, found, below = self.given.partition("/")
-        digits = above.isdecimal() and (below.isdecimal() if found else True)
-        if self.given != "none" and not (digits and int(above) > 0 and int(below or 1) > 0):
+        form = re.fullmatch(r"([0-9]+)(?:/([0-9]+)B?)?", self.given)
+        if self.given != "none" and not (form and int(form[1]) > 0 and int(form[2] or 1) > 0):
             raise InputError(
-                f"budget {self.given!r}: expected tokens as in 512, a share as in 1/8, or none"
+                f"budget {self.given!r}: expected tokens as in 512, a share of them as in 1/8, of "
+                "the bytes as in 1/8B, or none"
             )
 
+    @property
+    def is_of_bytes(self) -> bool:
+        """Whether it is a share of the full cache's bytes on the device."""
+        return self.given.endswith("B")
+
     def tokens(self, length: int) -> int | None:
-        """Tokens for a passage of so many; None is all."""
+        """Tokens for a passage of so many; None is all. Of a share of the bytes, what a method
+        holds that keeps tokens and nothing else."""
         if self.given == "none":
             return None
-        above, found, below = self.given.partition("/")
+        above, found, below = self.given.removesuffix("B").partition("/")
         return int(above) * length // int(below) if found else int(above)

@@ -215,14 +215,21 @@ class Bench:
         passage: Continuation,
         expected: Tensor | None,
     ) -> Tensor:
-        """Predict a passage's continuation token by token; the log-probabilities."""
+        """Predict a passage's continuation token by token, then go on freely from where it began.
+
+        The log-probabilities of the former.
+        """
         decoder = Decoder(self._model, cache)
+        mark = Bookmark(cache)
         rows = [decoder.feed([token]) for token in passage.following[:-1]]
         own = torch.stack(rows).float().log_softmax(dim=-1)
         found = language.compare(own, own if expected is None else expected, passage.following[1:])
-        self._result.predicted.append(Predicted(case, number, passage.source, **vars(found)))
         attended = [usage(cache).attended_tokens]
         self._note_cost(case, number, cache, decoder.seconds, attended)
+        mark.restore()
+        said = decoder.greedy(passage.following[0], len(own))
+        record = Predicted(case, number, passage.source, **vars(found), said=said)
+        self._result.predicted.append(record)
         return own
 
     # -- attention itself -------------------------------------------------------------------------
@@ -256,24 +263,27 @@ class Bench:
 
     # -- both -------------------------------------------------------------------------------------
 
-    def _cases(self, task: str, length: int) -> list[tuple[Method, Case, int | None]]:
-        """The full cache first, then every method at every budget, in tokens."""
-        cases: dict[Case, tuple[Method, int | None]] = {}
+    def _cases(self, task: str, length: int) -> list[tuple[Method, Case, Budget]]:
+        """The full cache first, then every method at every budget."""
+        cases: dict[Case, tuple[Method, Budget]] = {}
         for method, budget in product(self._methods, self._budgets):
             own = method.has_own_budget
             case = Case(task, length, method.spec, "-" if own else budget.given)
-            cases.setdefault(case, (method, None if own else budget.tokens(length)))
-        return [(method, case, tokens) for case, (method, tokens) in cases.items()]
+            cases.setdefault(case, (method, Budget("none") if own else budget))
+        return [(method, case, budget) for case, (method, budget) in cases.items()]
 
     @contextmanager
     def _opened(
-        self, method: Method, case: Case, budget: int | None, reading: Reading
+        self, method: Method, case: Case, budget: Budget, reading: Reading
     ) -> Iterator[DynamicCache | None]:
         """A cache of what was read; None, and a note, where the method does not fit."""
         with ExitStack() as stack:
             cache = None
             try:
-                opened = method.cache(self._model, reading, budget, self._settings.seed)
+                tokens = budget.tokens(case.length)
+                if tokens is not None and budget.is_of_bytes:
+                    method = method.within(tokens, reading, case.length)
+                opened = method.cache(self._model, reading, tokens, self._settings.seed)
                 cache = stack.enter_context(opened)
             except (ConfigError, UnsupportedModelError) as error:
                 self._skip(case, error)

@@ -49,13 +49,16 @@ def render(result: Result) -> RenderableType:
 
 
 _TASK_LEGEND = (
-    "Right: questions answered in full, in a greedy answer. Retention: the mean score as a share "
-    "of the full cache's, with a paired bootstrap interval of 95 %. By length, worst task first."
+    "Right: questions answered in full, in a greedy answer. Kept: of those that the full cache "
+    "answers in full, the share that is still answered, with Wilson's interval of 95 %. Retention: "
+    "the mean score as a share of the full cache's, with a paired bootstrap interval of 95 %. By "
+    "length, worst task first."
 )
 _LANGUAGE_LEGEND = (
     "KL: of the next token to the full cache, nats. NLL: how much less likely what really follows "
     "became; after ± half of the bootstrap's interval of 95 %. Top 1: how often the most likely "
-    "token is the full cache's."
+    "token is the full cache's. Free run: for how many tokens the method's own greedy continuation "
+    "is the full cache's, the mean over passages."
 )
 
 
@@ -68,7 +71,7 @@ def remarks(result: Result, rows: list[TaskRow]) -> Iterable[str]:
     )
     if dropped:
         yield (
-            f"Dropped from any claim, because the full cache itself is right less than "
+            "Dropped from any claim on retention, because the full cache itself is right less than "
             f"{CLAIMED_FROM:.0%} of the time: {', '.join(dropped)}."
         )
     for reason, cases in _reasons(result).items():
@@ -96,10 +99,11 @@ def _task_tables(rows: list[TaskRow]) -> Iterator[RenderableType]:
             f"{task}, {length:,} tokens{dropped}: the full cache answers "
             f"{own[0].num_full_right} of {own[0].num_asked}, a score of {own[0].full_accuracy:.0%}"
         )
-        table = _table("right", "retention", *_SPENT)
+        table = _table("right", "kept", "retention", *_SPENT)
         for row in own:
-            right, kept = str(row.num_right), _between(row.retention)
-            table.add_row(row.case.method, row.case.budget, right, kept, *_spent(row.spent))
+            shares = _between(row.kept), _between(row.retention)
+            named = (row.case.method, row.case.budget, str(row.num_right))
+            table.add_row(*named, *shares, *_spent(row.spent))
         yield Padding(Text(title, style="bold" if own[0].claimed else "dim"), (1, 1, 0, 1))
         yield table
 
@@ -109,7 +113,10 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
     for length, group in groupby(rows, lambda row: row.case.length):
         own = list(group)
         title = f"language, {length:,} tokens, {own[0].num_tokens} tokens predicted after them"
-        table = _table("KL", "NLL", "top 1", *_SPENT[::2])  # bytes are the tasks' as well
+        title += f", free runs of {own[0].num_free}" if own[0].num_free else ""
+        table = _table(
+            "KL", "NLL", "top 1", "free\nrun", *_SPENT[::2]
+        )  # bytes are the tasks' as well
         for row in own:
             table.add_row(
                 row.case.method,
@@ -117,6 +124,7 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
                 _give_or_take(row.kl, ".4f"),
                 _give_or_take(row.nll_difference, "+.4f"),
                 f"{row.agreement:.1%}",
+                "-" if math.isnan(row.free_run.value) else f"{row.free_run.value:.1f}",
                 *_spent(row.spent)[::2],
             )
         yield Padding(Text(title, style="bold"), (1, 1, 0, 1))
@@ -125,7 +133,7 @@ def _language_tables(rows: list[LanguageRow]) -> Iterator[RenderableType]:
 
 def _table(*figures: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
-    table.add_column("\nmethod", overflow="fold", min_width=18)
+    table.add_column("\nmethod", overflow="fold", min_width=12)
     for column in ("budget", *figures):
         table.add_column(column, justify="right", no_wrap=True, vertical="bottom")
     return table
@@ -134,7 +142,7 @@ def _table(*figures: str) -> Table:
 def _between(interval: Interval) -> str:
     if math.isnan(interval.value):
         return "-"
-    return f"{interval.value:.0%} [{interval.low:.0%}, {interval.high:.0%}]"
+    return f"{interval.value:.0%} ({100 * interval.low:.0f}-{100 * interval.high:.0f})"
 
 
 def _give_or_take(interval: Interval, form: str) -> str:

@@ -25,7 +25,11 @@ MASS_INDEXES = ("tokens",)
 """Those of `INDEXES` that rate the attention mass of a page; the others bound a logit of it."""
 
 GROUP_REDUCTIONS = ("softmax-mean", "raw-mean")
-"""How the query heads of one KV head agree on pages; "raw-mean" is ArkVale's released code."""
+"""How the query heads of one KV head agree on pages by their scores alone; "raw-mean" is ArkVale's
+released code."""
+
+SHARE_MEAN = "share-mean"
+"""How they agree by the share of all attention that a page holds."""
 
 ROTATIONS = ("none", "keys", "values", "both")
 """What a Hadamard rotation is applied to before it is quantised."""
@@ -92,7 +96,10 @@ class CacheConfig:
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8, packed,
             with scales of 32 bits per channel and page. None: 2 on a GPU; on a CPU, where codes
             are slow to unpack, 8 with a scale of 32 bits per token.
-        group_reduction: one of `GROUP_REDUCTIONS`.
+        group_reduction: how the query heads of a KV head agree on pages: `SHARE_MEAN`, the mean
+            share of all their attention, so that a head which attends the sinks or the window
+            leaves the choice to the others; or one of `GROUP_REDUCTIONS`. An index that rates no
+            mass knows shares among pages only, and takes "softmax-mean" for it.
         estimate_pages: how many of the pages that a step does not attend it estimates, the best
             by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
             logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
@@ -140,7 +147,7 @@ class CacheConfig:
     speculative_recall: bool = True
     index: str = "tokens"
     index_bits: int | None = None
-    group_reduction: str = "softmax-mean"
+    group_reduction: str = SHARE_MEAN
     estimate_pages: int | None = 0
     target_missed_mass: float | None = None
     audit_every: int | None = None
@@ -253,6 +260,18 @@ class CacheConfig:
         return self.estimate_pages != 0
 
     @property
+    def score_reduction(self) -> str:
+        """The one of `GROUP_REDUCTIONS` by which scores are reduced where shares are not known."""
+        return "softmax-mean" if self.group_reduction == SHARE_MEAN else self.group_reduction
+
+    @property
+    def orders_by_share(self) -> bool:
+        """Whether pages are chosen by the share of attention that they hold."""
+        if self.target_missed_mass is not None:
+            return True
+        return self.group_reduction == SHARE_MEAN and self.index in MASS_INDEXES
+
+    @property
     def packed_index_bits(self) -> int:
         """Bits per key element of the token index where its codes are packed."""
         return PACKED_INDEX_BITS if self.index_bits is None else self.index_bits
@@ -346,7 +365,7 @@ class CacheConfig:
             ("speculative_recall", (False, True)),
             ("index_bits", (None, 2, 4, 8)),
             ("index", INDEXES),
-            ("group_reduction", GROUP_REDUCTIONS),
+            ("group_reduction", (SHARE_MEAN, *GROUP_REDUCTIONS)),
         ):
             value = getattr(self, name)
             if not any(type(value) is type(choice) and value == choice for choice in choices):

@@ -186,7 +186,7 @@ class PagedLayer(TieredLayer):
         selectable, num_selected = sealed - sinks, self._num_places
         rating, summaries = None, self._summaries
         if selectable > num_selected and (num_selected > 0 or summaries is not None):
-            rating = self._rate(step, selectable)
+            rating = self._ordering(step, selectable)
         if rating is not None and num_selected > 0:
             self._recall(top_pages(rating, num_selected), None, None)
         elif 0 < selectable <= num_selected:
@@ -222,9 +222,15 @@ class PagedLayer(TieredLayer):
         self._missed = log
 
     def _ordering(self, step: Step, most: int) -> Tensor:
-        """Ratings [rows, pages] or, where a target decides how many, shares of attention."""
-        by_share = self.config.target_missed_mass is not None
-        return self._shares(step, most) if by_share else self._rate(step, most)
+        """What pages are chosen by: ratings [rows, pages], or shares of attention."""
+        if not (self.config.orders_by_share and self._ratings.are_mass):
+            return self._rate(step, most)
+        if self.config.target_missed_mass is not None:
+            return self._shares(step, most)
+        if step.query.shape[1] == self.geometry.num_kv_heads:  # no other query head to agree with
+            return self._rate(step, most)
+        shares = self._shares(step, most)
+        return shares if self.lengths.uniform else self._ratings.rank_last(shares, self.sealed)
 
     def _rate(self, step: Step, most: int) -> Tensor:
         """Rate the first `most` selectable pages of every row [rows, pages]."""

@@ -80,11 +80,11 @@ class PageRatings:
         query, digests = self._inputs(step, most)
         score = self._index.score(query * step.scale, digests)
         if uniform and step.bias is None:
-            return aggregate(score, self._config.group_reduction)
+            return aggregate(score, self._config.score_reduction)
         outside = self._outside(sealed, most, score.device)
         hidden = hidden_pages(step, self._config, self._geometry, most) | outside
         score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
-        rating = aggregate(score, self._config.group_reduction)
+        rating = aggregate(score, self._config.score_reduction)
         # Again, because a share of a page that exists may underflow to 0 too; pages that do not
         # exist come after those that the user's mask hides.
         rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
@@ -103,6 +103,11 @@ class PageRatings:
             outside = self._outside(sealed, most, score.device)
             score = score.masked_fill(outside[:, None], float("-inf"))
         return page_shares(score, fixed)
+
+    def rank_last(self, rating: Tensor, sealed: Ids) -> Tensor:
+        """Rate pages [rows, pages] that a row does not have below all that it has."""
+        outside = self._outside(sealed, rating.shape[1], rating.device)
+        return rating.masked_fill(outside, float("-inf"))
 
     def _inputs(self, step: Step, most: int) -> tuple[Tensor, Tensor]:
         """Queries [rows, group, dim] and digests of the first `most` selectable pages."""

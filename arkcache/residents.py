@@ -70,7 +70,7 @@ class Residents:
             self._counters,
             num_sinks=self._config.num_sink_pages,
             most=self.page_of.shape[1] if speculative else self.most,
-            reduction=self._config.group_reduction,
+            reduction=self._config.score_reduction,
             speculative=speculative,
         )
 

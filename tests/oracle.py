@@ -262,10 +262,13 @@ class Oracle:
                 hidden = self._hidden_pages(layer, sequence, own, how.get("mask"))
                 rated, row = rating_query[sequence, own, 0], (layer, sequence, head)
                 dense = self.config.budget_of(layer, head) is None
-                if self.config.target_missed_mass is None or dense:
-                    choices = self.choices(*row, rated, hidden)
-                else:
+                shares = None
+                if self.config.orders_by_share and not dense:
                     shares = self.shares(states, row, rated, query[sequence, own, 0], how)
+                if self.config.target_missed_mass is None or dense:
+                    choices = self.choices(*row, rated, hidden, shares if group > 1 else None)
+                else:
+                    assert shares is not None
                     choices = self._covering_choices(row, shares)
                 attended += len(choices[0].tokens) / self.num_kv_heads
                 if len(choices) > MAX_CHOICES:
@@ -326,9 +329,18 @@ class Oracle:
         return torch.nonzero(~seen).flatten().tolist()
 
     def choices(
-        self, layer: int, sequence: int, head: int, query: Tensor, hidden: Sequence[int] = ()
+        self,
+        layer: int,
+        sequence: int,
+        head: int,
+        query: Tensor,
+        hidden: Sequence[int] = (),
+        shares: Tensor | None = None,
     ) -> list[Choice]:
-        """What a row may attend and estimate; the first is the likeliest."""
+        """What a row may attend and estimate; the first is the likeliest.
+
+        shares: of attention, by which pages are chosen; None is for their ratings.
+        """
         length = len(self.columns(layer, sequence))
         everything = [Choice(list(range(length)), [])]
         if self.config.budget_of(layer, head) is None:
@@ -343,7 +355,10 @@ class Oracle:
             pages = visible + list(hidden)[: wanted - len(visible)]
             options = iter([(pages, [])])
         else:
-            rating, noise = self.rate(layer, sequence, head, query, visible)
+            if shares is None:
+                rating, noise = self.rate(layer, sequence, head, query, visible)
+            else:
+                rating, noise = shares[visible], 1e-30
             options = (
                 ([visible[page] for page in pages], [visible[page] for page in others])
                 for pages, others in self._page_choices(rating, wanted, noise)
@@ -401,7 +416,9 @@ class Oracle:
         key, value = (plane[sequence, head, columns][None, None] for plane in states)
         if how.get("expand") is not None:
             key, value = how["expand"](key, value)
-        logits = query.float() @ key[0, 0].T * (how.get("scale") or query.shape[1] ** -0.5)
+        # Expanded latents have keys of their own for every query head.
+        logits = (query.float()[:, None] @ key[0].transpose(-1, -2))[:, 0]
+        logits = logits * (how.get("scale") or query.shape[1] ** -0.5)
         logits[:, start:end] = rated @ (codes * scale + zero).flatten(0, 1).T
         if how.get("softcap") is not None:
             logits = how["softcap"] * torch.tanh(logits / how["softcap"])
@@ -459,8 +476,8 @@ class Oracle:
         noise = 1e-5 * float(score.abs().max())
         if score.shape[1] == 1:  # one query head has nobody to agree with
             return score[0, 0], noise
-        rating = reference.aggregate(score, self.config.group_reduction)[0]
-        return rating, 1e-30 if self.config.group_reduction == "softmax-mean" else noise
+        rating = reference.aggregate(score, self.config.score_reduction)[0]
+        return rating, 1e-30 if self.config.score_reduction == "softmax-mean" else noise
 
     def _summaries(
         self, layer: int, sequence: int, head: int, pages: list[int]

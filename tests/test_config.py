@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from arkcache import ArkCacheError, CacheConfig, ConfigError
-from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
 from arkcache.index import make_index
 
 BAD = [
@@ -61,7 +61,7 @@ def test_unknown_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize("index", INDEXES)
-@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("reduction", [SHARE_MEAN, *GROUP_REDUCTIONS])
 def test_known_names_are_accepted(index: str, reduction: str) -> None:
     config = CacheConfig(index=index, group_reduction=reduction)
     assert (config.index, config.group_reduction) == (index, reduction)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arkcache import CacheConfig, ConfigError, KVCacheManager
 from arkcache.backend import choose_backend
-from arkcache.config import GROUP_REDUCTIONS, INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
 from arkcache.pages import Ids
 from arkcache.step import Step
@@ -139,7 +139,7 @@ def test_the_best_pages_are_estimated_first() -> None:
 
 @pytest.mark.parametrize("estimate_pages", [None, 1, 4])
 @pytest.mark.parametrize("index", INDEXES)
-@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("reduction", [SHARE_MEAN, *GROUP_REDUCTIONS])
 def test_decoding(index: str, reduction: str, estimate_pages: int | None) -> None:
     settings = {"index": index, "group_reduction": reduction, "estimate_pages": estimate_pages}
     twins = Twins(small_config(**settings))

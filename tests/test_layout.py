@@ -89,7 +89,6 @@ LAZILY = {
     ("cli", "transformers"),
     ("cli", "huggingface"),
     ("arkcache", "huggingface"),
-    ("evaluation", "matplotlib"),
     ("tiering", "cupy"),
     ("layers", "recalled"),  # they import Triton
     ("layers", "resident"),

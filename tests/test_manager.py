@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, CacheStats, InputError, IntegrityError, KVCacheManager
-from arkcache.config import GROUP_REDUCTIONS, INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
 from tests.marks import needs_interpreter
 from tests.oracle import Oracle
@@ -108,7 +108,7 @@ def test_a_budget_that_holds_all_is_the_full_cache(page_size: int, num_sink_toke
 
 
 @pytest.mark.parametrize("group", [1, 3, 4])
-@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("reduction", [SHARE_MEAN, *GROUP_REDUCTIONS])
 @pytest.mark.parametrize("index", INDEXES)
 def test_decoding(index: str, reduction: str, group: int) -> None:
     twins = Twins(small_config(index=index, group_reduction=reduction), group=group)
@@ -229,7 +229,7 @@ def test_half_precision_is_stored_untouched_and_attended_well(
     assert (output.float() - truth).abs().max() <= 2 * (plain.float() - truth).abs().max()
 
 
-@pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
+@pytest.mark.parametrize("reduction", [SHARE_MEAN, *GROUP_REDUCTIONS])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_sharp_queries_choose_pages_that_exist(factor: float, reduction: str) -> None:
     """Shares of probability underflow to zero; a short sequence must not tie with its padding."""

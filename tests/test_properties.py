@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from arkcache import CacheConfig
-from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES
+from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
 from tests.marks import needs_interpreter
 from tests.twins import Twins
 
@@ -77,7 +77,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         device_pool_factor=draw(st.sampled_from([1, 1.5, 3])),
         index=index,
         index_bits=draw(st.sampled_from([None, None, 2, 4, 8])),
-        group_reduction=draw(st.sampled_from(GROUP_REDUCTIONS)),
+        group_reduction=draw(st.sampled_from((SHARE_MEAN, *GROUP_REDUCTIONS))),
         estimate_pages=0 if backend == "triton" else draw(st.sampled_from([0, 0, None, 1, 3])),
         target_missed_mass=target,
         audit_every=None if backend == "triton" else draw(st.sampled_from([None, None, 1, 2])),

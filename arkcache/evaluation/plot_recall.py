@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from arkcache.errors import InputError
 from arkcache.evaluation.attention_figures import AttentionRow, attention_rows
 from arkcache.evaluation.records import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _PANELS = {
     "recall": "most attention, as a group agrees",
@@ -33,8 +33,6 @@ def plot_recall(result: Result, path: Path) -> None:
 
     The format is that of the file's suffix. Raises `InputError` where nothing was rated.
     """
-    import matplotlib.pyplot as plt
-
     lengths = [
         (length, _by_method(list(own)))
         for length, own in groupby(attention_rows(result), lambda row: row.case.length)

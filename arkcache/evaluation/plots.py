@@ -1,13 +1,14 @@
 """Pictures of an evaluation: what is kept and how far predictions are off, by bytes; by depth.
 
 Colours are those of Okabe and Ito, which colour-blind readers can tell apart; markers and lines
-repeat what colours say. The only module here that needs matplotlib.
+repeat what colours say. This module and `plot_recall` need matplotlib.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator, PercentFormatter
 
 from arkcache.errors import InputError
+from arkcache.evaluation.attention_figures import attention_rows
 from arkcache.evaluation.figures import (
     FULL,
     Interval,
@@ -26,6 +28,7 @@ from arkcache.evaluation.figures import (
     language_rows,
     task_rows,
 )
+from arkcache.evaluation.plot_recall import plot_recall
 from arkcache.evaluation.records import Asked, Case, Result
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F")
@@ -65,19 +68,29 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
     For each length: "kept" and "retention" by bytes on the device, a panel for each task, the worst
     first; "kl" by bytes of real texts; and, for each task, "depth": scores by where in the text the
-    answer is. Raises `InputError` where the folder cannot be written to.
+    answer is. For all together "recall": see `plot_recall`. Raises `InputError` where the folder
+    cannot be written to.
     """
     prepare(folder)
     paths = []
     with matplotlib.rc_context(_STYLE):
         for name, figure in figures(result):
-            path = folder / f"{name}.png"
-            try:
-                figure.savefig(path, dpi=160)
-            except OSError as error:
-                raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-            paths.append(path)
+            paths.append(folder / f"{name}.png")
+            with _writing(paths[-1]):
+                figure.savefig(paths[-1], dpi=160)
+    if any(row.ladder for row in attention_rows(result)):
+        paths.append(folder / "recall.png")
+        with _writing(paths[-1]):
+            plot_recall(result, paths[-1])
     return paths
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def figures(result: Result) -> Iterator[tuple[str, Figure]]:

@@ -187,7 +187,8 @@ def test_the_pool_factor_lasts_and_changes_no_output(monkeypatch: pytest.MonkeyP
 
 def test_it_counts_what_plain_torch_counts() -> None:
     """Selections, hits and recalls of both backends are the same, step for step."""
-    ours, theirs = (make(small_config(backend=backend), seed=7) for backend in ("triton", "torch"))
+    configs = [small_config(backend=backend, index_bits=2) for backend in ("triton", "torch")]
+    ours, theirs = (make(config, seed=7) for config in configs)
     for twins in (ours, theirs):
         twins.append(60)
     for _ in range(5):

@@ -33,6 +33,8 @@ from tests.test_huggingface import SMALL, continued, make_model, prompt
 pytestmark = needs_interpreter
 
 ON_KERNELS = {**SMALL, "backend": "triton"}
+AS_KERNELS = {**SMALL, "index_bits": 2}
+"""The settings of plain torch under which it rates pages as the kernels do."""
 
 
 @pytest.fixture
@@ -86,7 +88,7 @@ def test_a_budget_gives_what_plain_torch_gives(
     model: LlamaForCausalLM, steps: list[tuple[bool, ...]]
 ) -> None:
     ids = prompt(60)
-    plain = ArkCache(model, **SMALL, budget_tokens=32)
+    plain = ArkCache(model, **AS_KERNELS, budget_tokens=32)
     expected = continued(model, plain, ids, max_new_tokens=9)
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=32)
     assert torch.equal(graphed(model, ids, cache), expected)
@@ -98,7 +100,8 @@ def test_a_budget_gives_what_plain_torch_gives(
 
 def test_plain_generate_runs_on_the_kernels_too(model: LlamaForCausalLM) -> None:
     ids = prompt(50)
-    expected = continued(model, ArkCache(model, **SMALL, budget_tokens=32), ids, max_new_tokens=6)
+    plain = ArkCache(model, **AS_KERNELS, budget_tokens=32)
+    expected = continued(model, plain, ids, max_new_tokens=6)
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=32)
     assert torch.equal(continued(model, cache, ids, max_new_tokens=6), expected)
 

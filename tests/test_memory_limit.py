@@ -78,7 +78,7 @@ def test_few_steps_ask_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(allowance, "LEAST_GRANT_BYTES", 64 << 10)
     monkeypatch.setattr(allowance, "available_memory_bytes", lambda: asked.append(0) or (1 << 30))
-    manager = KVCacheManager(2, 2, 8, CacheConfig(budget_tokens=512, num_dense_layers=0))
+    manager = KVCacheManager(2, 2, 8, CacheConfig(page_size=32, budget_tokens=512))
     for _ in range(600):
         for layer in range(2):
             manager.append(layer, *torch.randn(2, 1, 2, 1, 8))

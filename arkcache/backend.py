@@ -73,10 +73,6 @@ def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> s
         return "latents are expanded by the model's own code"
     if config.coarse_format is not None:
         return "pages of two formats move in the host tier"
-    if config.estimates:
-        return "estimate_pages asks for pseudo tokens, which the kernels do not attend"
-    if config.target_missed_mass is not None:
-        return "target_missed_mass asks for as many pages as it takes, which the kernels do not"
     if config.audit_every is not None:
         return "audit_every asks for audits, which read all keys beside the step"
     if config.packed_slots is False and not config.format.is_raw:

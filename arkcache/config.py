@@ -103,13 +103,13 @@ class CacheConfig:
         estimate_pages: how many of the pages that a step does not attend it estimates, the best
             by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
             logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
-            keys and values in the model's dtype. Plain torch only, see `backend`.
+            keys and values in the model's dtype.
         target_missed_mass: the share of its attention that a step may miss, between 0 and 1
             (Twilight's 1 - p). Each KV head then attends the fewest pages without which the index
             misses no more, the mean over its query heads, and at most those of its budget; pages
             are ordered by their share of attention, whatever `group_reduction` says. It needs an
-            index that rates mass, one of `MASS_INDEXES`. None: what the budget holds. Plain torch
-            only, see `backend`; what was missed is in `CacheStats.missed_by_layer`.
+            index that rates mass, one of `MASS_INDEXES`. None: what the budget holds. What was
+            missed is in `CacheStats.missed_by_layer`.
         audit_every: in one step of so many, one layer (they take turns) reads all its keys, to
             count what its attention really missed beside what the index made of it
             (`CacheStats.missed_by_layer`). None is never. Plain torch only, see `backend`.

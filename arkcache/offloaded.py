@@ -169,7 +169,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             layer.counters.bytes_backed_up += number * page_bytes
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
-        books = self._books
+        books, means = self._books, self._table.means
         key, value = self.by_row(self.window)
         seal_newest(
             key[cache_rows],
@@ -182,6 +182,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._residents.may_hold[cache_rows],
             self._newest[cache_rows],
             self._table.digests[cache_rows],
+            None if means is None else means[cache_rows],
             recent=self.config.num_recent_tokens,
             num_sinks=self.config.num_sink_pages,
             layout=self._packer.layout,
@@ -206,6 +207,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         )
         digest_key = rotate(key) if self.config.rotates_keys else key
         digests = self._table.digests.unflatten(0, (-1, heads))
+        means = None if self._table.means is None else self._table.means.unflatten(0, (-1, heads))
         for number, sequence in enumerate(_each(rows)):
             block = self._backups.borrow(count * heads * nbytes)
             packed = block.data.view(count, heads, nbytes).transpose(0, 1)
@@ -215,6 +217,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
                 digest_key[number],
                 packed,
                 digests[sequence],
+                None if means is None else means[sequence],
                 first=first,
                 layout=layout,
                 index=self.config.index,
@@ -280,7 +283,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._residents = self._make_residents(num_selected)
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
-        self._residents.inherit(residents, upload(rows, self.geometry.device))
+        self._residents.inherit(residents, upload(rows, self.geometry.device), heads)
         for plane, other in zip(self.working_set.windows, before.windows, strict=True):
             plane.copy_(other[on_device])
         kept = self._working_set.slots

@@ -1,6 +1,6 @@
-"""The digests of a layer's sealed pages, and where the host tier keeps them, on the device.
+"""What the device knows of a layer's sealed pages: digests, means, where the host tier has them.
 
-Both grow with the context, page by page; what grows changes its address, so `reserve` before a step
+All grow with the context, page by page; what grows changes its address, so `reserve` before a step
 is captured in a graph.
 """
 
@@ -20,7 +20,8 @@ FIRST_PAGES = 64
 
 
 class PageTable:
-    """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages].
+    """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
+    pages are estimated, their mean keys and mean values side by side [..., pages, both dims].
 
     Args:
         config: the cache's settings.
@@ -35,6 +36,15 @@ class PageTable:
         features = digest_features(config, geometry.head_dim)
         self._digests = GrowingTensor((*shape, features), 2, dtype, geometry.device)
         self._located = GrowingTensor(shape, 2, torch.int64, geometry.device)
+        self._means: GrowingTensor | None = None
+        if config.estimates:
+            dims = geometry.head_dim + geometry.value_dim
+            self._means = GrowingTensor((*shape, dims), 2, geometry.dtype, geometry.device)
+
+    @property
+    def _all(self) -> list[GrowingTensor]:
+        means = [] if self._means is None else [self._means]
+        return [self._digests, self._located, *means]
 
     @property
     def num_pages(self) -> int:
@@ -44,17 +54,23 @@ class PageTable:
     @property
     def addresses(self) -> tuple[int, ...]:
         """How many pages there is room for, and where."""
-        return self.num_pages, self._digests.data.data_ptr(), self._located.data.data_ptr()
+        return self.num_pages, *(tensor.data.data_ptr() for tensor in self._all)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return self._digests.nbytes + self._located.nbytes
+        """Bytes of all."""
+        return sum(tensor.nbytes for tensor in self._all)
 
     @property
     def digests(self) -> Tensor:
         """Digests of every row's pages [rows, pages, features]."""
         return self._digests.data.flatten(0, 1)
+
+    @property
+    def means(self) -> Tensor | None:
+        """Mean key and mean value of every row's pages [rows, pages, head_dim + value_dim], as they
+        were sealed, before they were quantised; None where no page is estimated."""
+        return None if self._means is None else self._means.data.flatten(0, 1)
 
     @property
     def located(self) -> Tensor:
@@ -63,16 +79,28 @@ class PageTable:
 
     def reserve(self, num_pages: int) -> None:
         """Make room for so many pages of every sequence."""
-        self._digests.reserve(num_pages)
-        self._located.reserve(num_pages)
+        for tensor in self._all:
+            tensor.reserve(num_pages)
 
     def locate(self, rows: slice, first: int, lines: Ids) -> None:
         """Note where pages from `first` on are: lines [sequences, kv_heads, pages]."""
         self.reserve(first + lines.shape[2])
         self._located.write(rows, first, upload(lines, self._geometry.device))
 
-    def score(self, query: Tensor, sealed: Tensor, scale: float, hidden: Tensor | None) -> Scores:
-        """Rate all pages but the sinks for queries [rows, group, dim]; see `triton_score`."""
+    def score(
+        self,
+        query: Tensor,
+        sealed: Tensor,
+        scale: float,
+        hidden: Tensor | None,
+        softcap: float | None = None,
+        bias: Tensor | None = None,
+    ) -> Scores:
+        """Rate all pages but the sinks for queries [rows, group, dim]; see `triton_score`.
+
+        softcap, bias: of an index that rates mass, where all that attention does is to be part of
+        it; None elsewhere.
+        """
         config = self._config
         if config.index == "tokens":
             return score_tokens(
@@ -84,6 +112,8 @@ class PageTable:
                 bits=config.packed_index_bits,
                 scale=scale,
                 hidden=hidden,
+                softcap=softcap,
+                bias=bias,
             )
         return score_volumes(
             query,
@@ -98,8 +128,8 @@ class PageTable:
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""
         self._geometry = geometry
-        self._digests.keep_sequences(index)
-        self._located.keep_sequences(index)
+        for tensor in self._all:
+            tensor.keep_sequences(index)
 
 
 def digest_features(config: CacheConfig, head_dim: int) -> int:

@@ -1,5 +1,8 @@
 """The decode step on a GPU: score, select, recall and attend by kernels, without waiting for them.
 
+Where pages are chosen by the share of attention that they hold, what is attended anyhow is attended
+once more before them, for its mass.
+
 `RecalledLayer.launch_attend` is the step. What `PagedLayer` decides on the host is decided on the
 device here, by the same rules: which pages are selected, which of them are missing, whose places
 they take. Slots hold pages as the host tier does, byte for byte, so that recall is a copy.
@@ -7,8 +10,12 @@ they take. Slots hold pages as the host tier does, byte for byte, so that recall
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
@@ -19,13 +26,13 @@ from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import Selection
 from arkcache.offloaded import OffloadedLayer
 from arkcache.pages import Ids
-from arkcache.ring import sink_logits, user_bias
-from arkcache.stats import CacheStats
+from arkcache.ring import by_row_and_head, sink_logits, user_bias
+from arkcache.stats import CacheStats, MissedMass
 from arkcache.step import Step
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.lanes import Event, Lanes, lanes_of
-from arkcache.views import hidden_pages
+from arkcache.views import hidden_pages, page_bias
 
 
 class Speculation(NamedTuple):
@@ -33,6 +40,7 @@ class Speculation(NamedTuple):
 
     over: Event
     scores: Scores
+    fixed: Tensor | None
     selections: list[Selection]
 
 
@@ -55,6 +63,15 @@ class RecalledLayer(OffloadedLayer):
         super().__init__(config, num_selected, device_tier, number, host, packer)
         self._speculation: Speculation | None = None
 
+    def _open_lines(self) -> None:
+        super()._open_lines()
+        rows, device = self.geometry.num_rows, self.geometry.device
+        with torch.inference_mode(False):
+            no_list = torch.zeros((rows, 0), dtype=torch.int32, device=device)
+            no_pages = torch.zeros(rows, dtype=torch.int32, device=device)
+        # What is attended anyhow: no page chosen.
+        self._nothing = Selection(no_list, no_list, no_pages, no_list, no_pages)
+
     @property
     def _lanes(self) -> Lanes:
         return lanes_of(self.geometry.device)
@@ -62,45 +79,90 @@ class RecalledLayer(OffloadedLayer):
     # -- one new token: score, select, recall, attend ---------------------------------------------
 
     def launch_attend(self, step: Step) -> Tensor:
-        """Queue the attention of one new token over sinks, selected pages and recent window."""
+        """Queue the attention of one new token over sinks, selected pages and recent window, and
+        over what stands for the other pages where they are estimated."""
         self.join()
-        config, books = self.config, self._books
-        sinks = config.num_sink_pages
-        scores = self._score(step)
-        selection = self._residents.select(scores, books.sealed)
+        bias = user_bias(step, self.geometry, int(self.lengths.of.max()))
+        fixed = self._fixed_mass(step, bias)
+        scores = self._score(step, bias)
+        selection = self._residents.select(scores, self._books.sealed, fixed)
         self._recall(selection)
+        output = self._attend(
+            step,
+            bias,
+            selection,
+            self._residents.page_of,
+            means=self._table.means,
+            estimated=selection.estimated,
+            page_bias=self._page_bias(step),
+        )
+        if self.config.speculative_recall and self._residents.has_spare:
+            self._speculate(scores, fixed)
+        return output.view(self.geometry.batch, -1, 1, output.shape[-1])
+
+    def _attend(
+        self,
+        step: Step,
+        bias: Tensor | None,
+        selection: Selection,
+        page_of: Tensor,
+        **how: Tensor | None,
+    ) -> Tensor:
+        """Attend sinks, selected pages and recent window; `how`: see `paged_attention`."""
         key, value = self.by_row(self.window)
-        output = paged_attention(
+        return paged_attention(
             self.grouped(step.query),
             self._slots,
             selection.chosen,
             selection.num_chosen,
-            self._residents.page_of,
+            page_of,
             key,
             value,
-            books.lengths,
-            books.sealed,
+            self._books.lengths,
+            self._books.sealed,
             layout=self._packer.layout,
-            num_sinks=sinks,
+            num_sinks=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
             sinks=sink_logits(step, self.geometry),
-            bias=user_bias(step, self.geometry, int(self.lengths.of.max())),
-            tickets=books.tickets,
+            bias=bias,
+            tickets=self._books.tickets,
+            **how,
         )
-        if self.config.speculative_recall and self._residents.has_spare:
-            self._speculate(scores)
-        return output.view(self.geometry.batch, -1, 1, output.shape[-1])
 
-    def _score(self, step: Step) -> Scores:
+    def _fixed_mass(self, step: Step, bias: Tensor | None) -> Tensor | None:
+        """Log mass of what the step attends anyhow [rows, group]; None where pages are not chosen
+        by share."""
+        if not self._orders_by_share(step):
+            return None
+        query = self.grouped(step.query)
+        mass = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
+        self._attend(step, bias, self._nothing, self._nothing.chosen, log_mass=mass)
+        return mass
+
+    def _orders_by_share(self, step: Step) -> bool:
+        """Whether pages are chosen by share: scores say the same of a KV head's only query head."""
+        if self.config.target_missed_mass is not None:
+            return True
+        return self.config.orders_by_share and step.query.shape[1] > self.geometry.num_kv_heads
+
+    def _score(self, step: Step, bias: Tensor | None) -> Scores:
+        query, sealed = self.grouped(step.index_query), self._books.sealed
+        if self._orders_by_share(step):  # all that attention does is part of it
+            return self._table.score(query, sealed, step.scale, None, step.softcap, bias)
         most = self._table.num_pages - self.config.num_sink_pages
         hidden = hidden_pages(step, self.config, self.geometry, most)
-        return self._table.score(
-            self.grouped(step.index_query),
-            self._books.sealed,
-            step.scale,
-            hidden if isinstance(hidden, Tensor) else None,
-        )
+        mask = hidden if isinstance(hidden, Tensor) else None
+        return self._table.score(query, sealed, step.scale, mask)
+
+    def _page_bias(self, step: Step) -> Tensor | None:
+        """The user's mask over estimates by page number [rows, group, pages]; None without one."""
+        num_pages = int(self.sealed.max())
+        if step.bias is None or not self.config.estimates or num_pages == 0:
+            return None
+        numbers = np.arange(num_pages)
+        pages = np.broadcast_to(numbers, (self.geometry.batch, 1, len(numbers)))
+        return by_row_and_head(page_bias(step, self.config, pages), step, self.geometry)
 
     def _recall(self, selection: Selection) -> None:
         """Copy what is missing from the host tier into its places."""
@@ -116,7 +178,7 @@ class RecalledLayer(OffloadedLayer):
 
     # -- speculative recall -----------------------------------------------------------------------
 
-    def _speculate(self, scores: Scores) -> None:
+    def _speculate(self, scores: Scores, fixed: Tensor | None) -> None:
         """Recall what the present query rates next into the spare places, beside the main lane.
 
         The next step selects afresh: it only finds fewer pages missing.
@@ -126,13 +188,14 @@ class RecalledLayer(OffloadedLayer):
         chosen: list[Selection] = []
 
         def choose() -> None:
-            chosen.append(self._residents.select(scores, self._books.sealed, speculative=True))
+            sealed = self._books.sealed
+            chosen.append(self._residents.select(scores, sealed, fixed, speculative=True))
 
         try:
             lanes.side.run(choose)
             lanes.side.run(lambda: self._recall(chosen[0]))
         finally:  # interrupted, too: what was queued is under way
-            self._speculation = Speculation(lanes.side.record(), scores, chosen)
+            self._speculation = Speculation(lanes.side.record(), scores, fixed, chosen)
 
     def join(self) -> None:
         """Have the main lane wait for the speculative recall and for the newest backup."""
@@ -145,11 +208,23 @@ class RecalledLayer(OffloadedLayer):
         """Forget a speculative recall that was recorded and never done."""
         self._speculation = None
 
+    # -- several new tokens, and what was done ----------------------------------------------------
+
+    def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        self._residents.forget_spared()
+        return super()._page_blocks()
+
     def stats(self) -> CacheStats:
         """Counters and sizes; waits for the device, which counts hits and recalls."""
         self.join()
+        heads, counted = self.geometry.num_kv_heads, replace(self.counters)
+        missed: tuple[tuple[MissedMass, ...], ...] = ()
+        if self.config.target_missed_mass is not None:
+            missed = (tuple(self._residents.missed_by_head(heads)),)
+            spared = self._residents.num_spared * self.config.page_size
+            counted.attended_tokens -= round(spared / heads)
         return (
-            self.counters.stats(int(self.lengths.of.sum()))
+            counted.stats(int(self.lengths.of.sum()))
             + self._residents.stats(self._packer.layout.nbytes)
-            + CacheStats(digest_bytes=self._table.nbytes)
+            + CacheStats(digest_bytes=self._table.nbytes, missed_by_layer=missed)
         )

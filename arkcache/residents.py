@@ -9,10 +9,13 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_score import Scores
-from arkcache.kernels.triton_select import NUM_COUNTERS, Selection, select
+from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, Selection, select
 from arkcache.pages import Ids
-from arkcache.stats import CacheStats
+from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
+
+WORST, SPARED = 2, 4
+"""Columns of `Residents.missed`."""
 
 
 class Residents:
@@ -34,6 +37,8 @@ class Residents:
         page_of: int32 [rows, places], -1 where a place is empty.
         may_hold: int32 [rows], places that a row may use.
         has_spare: whether a row may hold more pages than it selects.
+        missed: float64 [rows, 5], what steps missed by the index (see `triton_select.NUM_MISSED`);
+            None without a target.
     """
 
     def __init__(
@@ -54,10 +59,21 @@ class Residents:
             self.page_of = torch.full((rows, num_places), -1, dtype=torch.int32, device=device)
             self._speculated = torch.zeros_like(self.page_of, dtype=torch.int8)
             self._counters = torch.zeros((rows, NUM_COUNTERS), dtype=torch.int64, device=device)
+            self.missed: Tensor | None = None
+            if config.target_missed_mass is not None:
+                self.missed = torch.zeros((rows, NUM_MISSED), dtype=torch.float64, device=device)
 
-    def select(self, scores: Scores, sealed: Tensor, *, speculative: bool = False) -> Selection:
+    def select(
+        self,
+        scores: Scores,
+        sealed: Tensor,
+        fixed: Tensor | None = None,
+        *,
+        speculative: bool = False,
+    ) -> Selection:
         """Choose pages, and places for those that are missing.
 
+        fixed: log mass of what is attended anyhow [rows, group], where pages are chosen by share.
         speculative: as many as there are places for, after the step attended what it chose.
         """
         return select(
@@ -72,6 +88,10 @@ class Residents:
             most=self.page_of.shape[1] if speculative else self.most,
             reduction=self._config.score_reduction,
             speculative=speculative,
+            num_estimated=0 if speculative else self._config.estimate_pages,
+            fixed=fixed,
+            target=None if speculative else self._config.target_missed_mass,
+            missed=None if speculative else self.missed,
         )
 
     def place(self, rows: slice, first: int, last: int) -> None:
@@ -90,13 +110,47 @@ class Residents:
         held = self.page_of[rows]
         held.masked_fill_(held >= page, -1)
 
-    def inherit(self, before: Residents, rows: Tensor) -> None:
-        """Hold in row i what row `rows[i]` of another held, in as many places as both have."""
+    def inherit(self, before: Residents, rows: Tensor, num_heads: int) -> None:
+        """Hold in row i what row `rows[i]` of another held, in as many places as both have.
+
+        What was counted goes on; of each of `num_heads` KV heads by itself, where that matters.
+        """
         shared = min(before.page_of.shape[1], self.page_of.shape[1])
         held = before.page_of[rows, :shared]
         fits = torch.arange(shared, device=held.device) < self.may_hold[:, None]
         self.page_of[:, :shared] = torch.where(fits, held, -1)
         self._counters[0] = before._counters.sum(dim=0)
+        if self.missed is not None and before.missed is not None:
+            log = before.missed.unflatten(0, (-1, num_heads))
+            self.missed[:num_heads] = log.sum(dim=0)
+            self.missed[:num_heads, WORST] = log[:, :, WORST].amax(dim=0)
+
+    def forget_spared(self) -> None:
+        """Note that a step attended everything, whatever there are places for."""
+        if self.missed is not None:
+            self.missed[:, SPARED] = 0
+
+    def missed_by_head(self, num_heads: int) -> list[MissedMass]:
+        """What steps missed by the index, of each KV head; waits for the device."""
+        assert self.missed is not None
+        log = self.missed.unflatten(0, (-1, num_heads))
+        worst = log[:, :, WORST].amax(dim=0)
+        heads = torch.cat((log.sum(dim=0), worst[:, None]), dim=1).tolist()
+        return [
+            MissedMass(
+                num_estimates=int(steps),
+                estimated_sum=total,
+                estimated_worst=most,
+                num_capped=int(capped),
+            )
+            for steps, total, _, capped, _, most in heads
+        ]
+
+    @property
+    def num_spared(self) -> int:
+        """Pages, of all rows, that the latest step did without though it had places for them, as it
+        met its target; waits for the device."""
+        return 0 if self.missed is None else int(self.missed[:, SPARED].sum())
 
     def stats(self, page_bytes: int) -> CacheStats:
         """What was selected and copied; waits for the device, which counts it."""

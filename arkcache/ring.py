@@ -174,10 +174,14 @@ def user_bias(step: Step, geometry: Geometry, num_tokens: int) -> Tensor | None:
     if step.bias is None:
         return None
     tokens = np.broadcast_to(np.arange(num_tokens), (geometry.batch, 1, num_tokens))
+    return by_row_and_head(step.bias(tokens)[:, :, :, 0], step, geometry)
+
+
+def by_row_and_head(bias: Tensor, step: Step, geometry: Geometry) -> Tensor:
+    """[batch, kv_heads or 1, group or 1, count] to [rows, group, count] in fp32."""
     group = step.query.shape[1] // geometry.num_kv_heads
-    shape = (geometry.batch, geometry.num_kv_heads, group, num_tokens)
-    bias = step.bias(tokens)[:, :, :, 0].float().expand(shape)
-    return bias.reshape(geometry.num_rows, group, num_tokens)
+    shape = (geometry.batch, geometry.num_kv_heads, group, bias.shape[3])
+    return bias.float().expand(shape).reshape(geometry.num_rows, group, bias.shape[3])
 
 
 def sink_logits(step: Step, geometry: Geometry) -> Tensor | None:

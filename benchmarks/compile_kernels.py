@@ -51,9 +51,13 @@ MAX_SHARED_BYTES = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942"
 """What a block can have; what is compiled for sm_80 also runs on sm_86 and sm_89, the least."""
 
 MUST_NOT_SPILL = ("attention", "score")
-LEAST_BUFFERS = {"partial_kernel": (2, 3), "score_tokens_kernel": (2,)}
-"""Of the loops of a kernel, last to first, whose loads must be under way before they are needed."""
-LATE = ("K4V2 bf16 d96 g4",)
+LEAST_BUFFERS = {
+    "partial_kernel": ((2,), (3, 2), (3, 2, 2)),
+    "score_tokens_kernel": ((2,),),
+}
+"""Of the loops of a kernel, by how many it has, whose loads must be under way before they are
+needed: of pages, of the window, of estimates."""
+LATE = ("K4V2 bf16 d96 g4", "K4V2 bf16 d96 g4, estimates")
 """Variants whose pages are read when they are needed: of a width that is no power of two, channels
 and planes of codes do not lie in the same order."""
 
@@ -235,10 +239,11 @@ def unfit(found: list[Figures]) -> list[str]:
         name = f"{each.kernel} ({each.family} {each.variant}) on {each.target}"
         if each.spills and each.family in MUST_NOT_SPILL:
             lines.append(f"{name} spills: {each.spills}")
-        least = () if each.variant in LATE else LEAST_BUFFERS.get(each.kernel, ())
-        counts = [*map(int, each.buffers.split())][::-1]
+        options = () if each.variant in LATE else LEAST_BUFFERS.get(each.kernel, ())
+        counts = [*map(int, each.buffers.split())]
+        least = next((one for one in options if len(one) == len(counts)), ())
         if any(count < want for count, want in zip(counts, least, strict=False)):
-            wanted = " ".join(map(str, least[::-1]))
+            wanted = " ".join(map(str, least))
             lines.append(f"{name} has {each.buffers} buffers in its loops, of {wanted} or more")
         most = MAX_SHARED_BYTES[each.target]
         if each.shared_bytes > most:

@@ -70,6 +70,9 @@ class _Shape:
             return torch.zeros((ROWS, capacity, nbytes), dtype=torch.uint8)
         return self.states(ROWS, capacity, 2)[..., : 1 + index.startswith("cuboid"), :].flatten(2)
 
+    def means(self) -> Tensor:
+        return self.states(ROWS, CAPACITY, 2).flatten(2)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -103,8 +106,9 @@ def _append(shape: _Shape) -> None:
     )
 
 
-def _seal(shape: _Shape, index: str) -> None:
+def _seal(shape: _Shape, index: str, means: bool = False) -> None:
     how: dict[str, Any] = {"layout": shape.layout, "index": index}
+    how |= {"means": shape.means()} if means else {}
     states, digests = shape.states(ROWS, 64, PAGE_SIZE), shape.digests(index)
     triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), digests, first=0, **how)
     _seal_newest(shape, _int32(ROWS, NUM_PLACES), _int32(ROWS), digests, **how)
@@ -138,7 +142,14 @@ def _seal_newest(shape: _Shape, *index: Tensor | None, **how: Any) -> None:
     )
 
 
-def _score(shape: _Shape, index: str, masked: bool = False, capacity: int = CAPACITY) -> None:
+def _score(
+    shape: _Shape,
+    index: str,
+    masked: bool = False,
+    capacity: int = CAPACITY,
+    softcap: float | None = None,
+    biased: bool = False,
+) -> None:
     query, sealed = shape.states(ROWS, shape.group), _int32(ROWS)
     digests = shape.digests(index, capacity)
     hidden = torch.zeros((ROWS, capacity - NUM_SINKS), dtype=torch.uint8) if masked else None
@@ -148,16 +159,16 @@ def _score(shape: _Shape, index: str, masked: bool = False, capacity: int = CAPA
         "hidden": hidden,
     }
     if index == "tokens":
-        triton_score.score_tokens(
-            query, digests, sealed, page_size=PAGE_SIZE, bits=INDEX_BITS, **how
-        )
+        how |= {"page_size": PAGE_SIZE, "bits": INDEX_BITS, "softcap": softcap}
+        if biased:
+            how["bias"] = torch.zeros(ROWS, shape.group, capacity * PAGE_SIZE)
+        triton_score.score_tokens(query, digests, sealed, **how)
     else:
         triton_score.score_volumes(query, digests, sealed, kind=index, **how)
 
 
-def _select(
-    shape: _Shape, reduction: str, capacity: int = CAPACITY, speculative: bool = False
-) -> None:
+def _select(shape: _Shape, reduction: str, capacity: int = CAPACITY, **options: Any) -> None:
+    """options: as `triton_select.select` takes them."""
     pages = capacity - NUM_SINKS
     blocks = torch.zeros(ROWS, shape.group, -(-pages // triton_score.PAGES_PER_BLOCK))
     limits = _int32(ROWS)
@@ -172,16 +183,22 @@ def _select(
         num_sinks=NUM_SINKS,
         most=NUM_PLACES,
         reduction=reduction,
-        speculative=speculative,
+        **options,
     )
 
 
 def _attention(
-    shape: _Shape, pages: str = "chosen", extras: bool = False, apart: bool = False
+    shape: _Shape,
+    pages: str = "chosen",
+    extras: bool = False,
+    apart: bool = False,
+    estimates: bool = False,
+    mass: bool = False,
 ) -> None:
     """`pages` are those chosen, all of them, or none: only the window is attended.
 
-    apart: splits are merged by a launch of their own.
+    apart: splits are merged by a launch of their own. estimates: of the pages that are not chosen.
+    mass: the log mass of all is wanted.
     """
     chosen, num_chosen, page_of = (
         (_int32(ROWS, NUM_PLACES), _int32(ROWS), _int32(ROWS, NUM_PLACES))
@@ -205,6 +222,10 @@ def _attention(
         softcap=30.0 if extras else None,
         sinks=torch.zeros(ROWS, shape.group) if extras else None,
         bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
+        means=shape.means() if estimates else None,
+        estimated=_int32(ROWS, CAPACITY - NUM_SINKS) if estimates else None,
+        page_bias=torch.zeros(ROWS, shape.group, CAPACITY) if estimates and extras else None,
+        log_mass=torch.zeros(ROWS, shape.group) if mass else None,
         tickets=None if apart else _int32(ROWS),
     )
 
@@ -225,6 +246,7 @@ def variants() -> Iterator[Variant]:
         for index in ("cuboid-mean", "tokens"):
             yield Variant("seal", f"{index} {shape}", partial(_seal, shape, index))
         yield Variant("seal", f"dense {shape}", partial(_seal_dense, shape))
+        yield Variant("seal", f"means, tokens {shape}", partial(_seal, shape, "tokens", means=True))
     for shape in (plain, *sizes):
         yield Variant("append", shape.model, partial(_append, shape))
     for shape in (plain, *quantised):
@@ -237,12 +259,18 @@ def _attention_variants(
     packed = [_Shape(head_dim=head_dim, preset="K4V2") for head_dim in (96, 256)]
     for shape in (plain, *quantised, *sizes, *packed):
         yield Variant("attention", str(shape), partial(_attention, shape))
+        estimating = partial(_attention, shape, estimates=True)
+        yield Variant("attention", f"{shape}, estimates", estimating)
+    for shape in (plain, *quantised):
+        mass = partial(_attention, shape, mass=True)
+        yield Variant("attention", f"{shape}, mass", mass)
     yield Variant("attention", f"{plain}, all", partial(_attention, plain, "all"))
     yield Variant("attention", f"{plain}, window", partial(_attention, plain, "none"))
     for apart in (False, True):
-        name = f"{plain}, extras{', merged apart' * apart}"
-        extras = partial(_attention, plain, extras=True, apart=apart)
-        yield Variant("attention", name, extras)
+        for estimates in (False, True):
+            name = f"{plain}, extras{', estimates' * estimates}{', merged apart' * apart}"
+            how = {"extras": True, "apart": apart, "estimates": estimates}
+            yield Variant("attention", name, partial(_attention, plain, **how))
     yield Variant("attention", f"{plain}, merged apart", partial(_attention, plain, apart=True))
 
 
@@ -251,6 +279,13 @@ def _index_variants(plain: _Shape, sizes: list[_Shape]) -> Iterator[Variant]:
         for shape in (plain, *sizes):
             yield Variant("score", f"{index} {shape.model}", partial(_score, shape, index))
         yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
+    for shape in (plain, *sizes):
+        for capacity in (CAPACITY, 2 * CAPACITY):
+            name = f"tokens {shape.model}, {capacity} pages, softcap"
+            how: dict[str, Any] = {"capacity": capacity, "softcap": 30.0}
+            yield Variant("score", name, partial(_score, shape, "tokens", **how))
+    biased = partial(_score, plain, "tokens", softcap=30.0, biased=True)
+    yield Variant("score", "tokens, softcap and bias", biased)
     for shape in (plain, *sizes):  # so many blocks that one warp each does, where it can
         many = partial(_score, shape, "tokens", capacity=2 * CAPACITY)
         yield Variant("score", f"tokens {shape.model}, many blocks", many)
@@ -261,3 +296,12 @@ def _index_variants(plain: _Shape, sizes: list[_Shape]) -> Iterator[Variant]:
     for capacity in (128, 4096, 16384):
         many = partial(_select, plain, "softmax-mean", capacity)
         yield Variant("select", f"{capacity} pages", many)
+        estimating = partial(_select, plain, "softmax-mean", capacity, num_estimated=None)
+        yield Variant("select", f"{capacity} pages, estimates", estimating)
+        target: dict[str, Any] = {
+            "fixed": torch.zeros(ROWS, plain.group),
+            "target": 0.1,
+            "missed": torch.zeros((ROWS, triton_select.NUM_MISSED), dtype=torch.float64),
+        }
+        aiming = partial(_select, plain, "softmax-mean", capacity, **target)
+        yield Variant("select", f"{capacity} pages, target", aiming)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -26,6 +28,10 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    means: Tensor | None = None,
+    estimated: Tensor | None = None,
+    page_bias: Tensor | None = None,
+    log_mass: Tensor | None = None,
 ) -> Tensor:
     """Attend one token over sinks, chosen pages and the recent window, by one softmax.
 
@@ -48,6 +54,13 @@ def paged_attention(
         softcap: where given, logits become softcap * tanh(logits / softcap).
         sinks: fp32 [R, G], logits that take probability and give nothing.
         bias: fp32 [R, G, tokens], by token number, added after the softcap.
+        means: [R, capacity, head_dim + value_dim], mean key and mean value of every page: one token
+            with ln(page_size) added to its logit after the softcap.
+        estimated: int32 [R, capacity - num_sinks], 1 for each page from `num_sinks` on that is to
+            be attended so; looked at as far as pages are sealed. None together with `means`.
+        page_bias: fp32 [R, G, pages], by page number: `bias` for these tokens.
+        log_mass: fp32 [R, G], written: the logarithm of what the exponentials of all logits add up
+            to, those of `sinks` included.
 
     Returns [R, G, value_dim] in fp32, zeros where nothing may be attended.
     """
@@ -67,18 +80,51 @@ def paged_attention(
             keys.append(window_key[row, token % window_key.shape[1]])
             values.append(window_value[row, token % window_key.shape[1]])
             tokens.append(token)
+        mask = torch.zeros(query.shape[1], len(tokens), device=query.device)
+        if bias is not None:
+            mask = bias[row][:, tokens]
+        if means is not None and estimated is not None and layout is not None:
+            pages = estimated[row, : max(0, int(sealed[row]) - num_sinks)].nonzero()[:, 0]
+            pages = pages + num_sinks
+            weight = mask.new_full((query.shape[1], len(pages)), log(layout.page_size))
+            weight = weight if page_bias is None else weight + page_bias[row][:, pages]
+            keys += [*means[row, pages, : layout.head_dim]]
+            values += [*means[row, pages, layout.head_dim :]]
+            mask = torch.cat((mask, weight), dim=1)
+        states = [window_key[row, :0], window_value[row, :0]]
+        if keys:
+            states = [torch.stack(keys), torch.stack(values)]
+        own = None if sinks is None else sinks[row]
         outputs.append(
             reference.attention(
                 query[row, None, :, None],
-                torch.stack(keys)[None, None] if keys else window_key[None, None, row, :0],
-                torch.stack(values)[None, None] if keys else window_value[None, None, row, :0],
+                *(plane[None, None] for plane in states),
                 scale=scale,
                 softcap=softcap,
-                sinks=None if sinks is None else sinks[row],
-                mask=None if bias is None else bias[row][None, :, None, tokens],
+                sinks=own,
+                mask=mask[None, :, None],
             )[0, :, 0]
         )
+        if log_mass is not None:
+            log_mass[row] = _log_mass(query[row], states[0], mask, scale, softcap, own)
     return torch.stack(outputs)
+
+
+def _log_mass(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Of queries [G, head_dim] over keys [tokens, head_dim], mask [G, tokens] and sinks [G]."""
+    logits = query.float() @ key.float().T * scale
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    logits = logits + mask
+    if sinks is not None:
+        logits = torch.cat((logits, sinks[:, None]), dim=1)
+    return logits.logsumexp(dim=1)
 
 
 def _attended(

@@ -38,11 +38,33 @@ def score_tokens(
     bits: int,
     scale: float,
     hidden: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Scores:
     """Rate pages by the token index; what the kernel does not write is NaN."""
     digests = digests[:, num_sinks:].contiguous()
-    score = token_score(query.float() * scale, *unpack_tokens(digests, query.shape[-1], bits))
+    codes = unpack_tokens(digests, query.shape[-1], bits)
+    score = token_score(query.float() * scale, *codes)
+    if softcap is not None or bias is not None:
+        logits = torch.einsum(
+            "rgd,rptd->rgpt", query.float() * scale, codes[0] * codes[1] + codes[2]
+        )
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        score = _masked(logits, sealed, num_sinks, page_size, bias).logsumexp(dim=-1)
     return _scores(score, sealed, num_sinks, hidden)
+
+
+def _masked(
+    logits: Tensor, sealed: Tensor, num_sinks: int, page_size: int, bias: Tensor | None
+) -> Tensor:
+    """Logits of tokens [rows, group, pages, page_size] with a mask by token number added."""
+    if bias is not None:
+        for row, count in enumerate(sealed.tolist()):
+            own = bias[row, :, num_sinks * page_size : max(count, num_sinks) * page_size]
+            own = own.unflatten(1, (-1, page_size)) if own.numel() else own[:, None]
+            logits[row, :, : own.shape[1]] += own if count > num_sinks else 0.0
+    return logits
 
 
 def unpack_tokens(digests: Tensor, head_dim: int, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,18 +115,30 @@ def select(
     most: int,
     reduction: str,
     speculative: bool = False,
+    num_estimated: int | None = 0,
+    fixed: Tensor | None = None,
+    target: float | None = None,
+    missed: Tensor | None = None,
 ) -> Selection:
     """Choose pages and the places of those that are missing; the lists' unused ends are -1."""
-    rows = page_of.shape[0]
+    rows, num_pages = page_of.shape[0], scores.score.shape[-1]
+    estimated = None if num_estimated == 0 else torch.zeros(rows, num_pages, dtype=torch.int32)
     lists = [torch.full((rows, most), -1, dtype=torch.int32) for _ in range(3)]
     counts = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
     for row in range(rows):
         selectable = max(0, int(sealed[row]) - num_sinks)
         places = range(min(int(num_places[row]), page_of.shape[1]))
         rating = _ratings(scores.score[row, :, :selectable], reduction)
+        if fixed is not None:
+            rating = _shares(scores.score[row, :, :selectable], fixed[row])
         count = min(int(num_selected[row]), selectable, len(places), most)
         best = sorted(range(selectable), key=lambda page: (rating[page], -page), reverse=True)
+        if target is not None and missed is not None:
+            count = _cover([rating[page][1] for page in best], count, target, missed[row])
         wanted = {num_sinks + page for page in best[:count]}
+        if estimated is not None:
+            limit = num_pages if num_estimated is None else num_estimated
+            estimated[row, best[count : count + limit]] = 1
 
         held = page_of[row].tolist()
         kept = [place for place in places if held[place] in wanted]
@@ -125,10 +159,10 @@ def select(
         speculated[row, victims] = int(speculative)
         page_of[row, victims] = torch.tensor(missing, dtype=torch.int32)
         chosen = sorted(kept + victims)
-        for target, values in zip(lists, (missing, victims, chosen), strict=True):
-            target[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
+        for entries, values in zip(lists, (missing, victims, chosen), strict=True):
+            entries[row, : len(values)] = torch.tensor(values, dtype=torch.int32)
         counts[0][row], counts[1][row] = len(missing), len(chosen)
-    return Selection(lists[0], lists[1], counts[0], lists[2], counts[1])
+    return Selection(lists[0], lists[1], counts[0], lists[2], counts[1], estimated)
 
 
 def _ratings(score: Tensor, reduction: str) -> list[tuple[bool, float]]:
@@ -137,6 +171,25 @@ def _ratings(score: Tensor, reduction: str) -> list[tuple[bool, float]]:
     if reduction == "softmax-mean" and len(score) > 1:
         score = torch.nan_to_num(score.masked_fill(~visible, float("-inf")).softmax(dim=-1))
     return list(zip(visible.tolist(), score.sum(dim=0).tolist(), strict=True))
+
+
+def _shares(score: Tensor, fixed: Tensor) -> list[tuple[bool, float]]:
+    """Whether a page is visible, and which share of all attention it holds, by the mean."""
+    visible = score[0] != HIDDEN
+    logits = torch.cat((score.masked_fill(~visible, float("-inf")), fixed[:, None]), dim=1)
+    share = logits.softmax(dim=1).nan_to_num()[:, :-1].mean(dim=0)
+    return list(zip(visible.tolist(), share.tolist(), strict=True))
+
+
+def _cover(shares: list[float], most: int, target: float, missed: Tensor) -> int:
+    """How many of these shares, largest first, a row takes so as to miss no more than a target."""
+    needed = next(count for count in range(len(shares) + 1) if sum(shares[count:]) <= target)
+    count = min(needed, most)
+    own = sum(shares[count:])
+    log = missed.tolist()
+    steps, total, worst, capped = log[0] + 1, log[1] + own, max(log[2], own), log[3]
+    missed.copy_(torch.tensor([steps, total, worst, capped + (needed > most), most - count]))
+    return count
 
 
 def _worth(

@@ -36,6 +36,7 @@ def seal_pages(
     digest_key: Tensor,
     packed: Tensor,
     digests: Tensor | None,
+    means: Tensor | None = None,
     *,
     first: int,
     layout: PageLayout,
@@ -49,6 +50,8 @@ def seal_pages(
             if digests is not None:
                 digest = _digest(digest_key[row, page], index, index_bits)
                 digests[row, first + page] = digest.to(digests)
+            if means is not None:
+                means[row, first + page] = _means(key[row, page], value[row, page])
 
 
 def seal_newest(
@@ -62,6 +65,7 @@ def seal_newest(
     num_places: Tensor | None,
     packed: Tensor,
     digests: Tensor | None,
+    means: Tensor | None = None,
     *,
     recent: int,
     num_sinks: int,
@@ -80,6 +84,8 @@ def seal_newest(
         if digests is not None:
             digest = _digest(digest_window[row, positions], index, index_bits)
             digests[row, page] = digest.to(digests)
+        if means is not None:
+            means[row, page] = _means(window_key[row, positions], window_value[row, positions])
         if page_of is None or num_places is None or page < num_sinks:
             slots[row, page] = packed[row]
         elif page < num_sinks + int(num_places[row]):
@@ -90,6 +96,11 @@ def seal_newest(
 def _packed(key: Tensor, value: Tensor, layout: PageLayout) -> Tensor:
     data = reference.pack_page(key.cpu(), value.cpu(), layout, key.dtype)
     return torch.tensor(list(data), dtype=torch.uint8, device=key.device)
+
+
+def _means(key: Tensor, value: Tensor) -> Tensor:
+    """Mean key and mean value of a page, side by side."""
+    return torch.cat([states.float().mean(dim=0) for states in (key, value)]).to(key.dtype)
 
 
 def _digest(key: Tensor, index: str, bits: int) -> Tensor:

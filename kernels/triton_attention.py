@@ -8,6 +8,7 @@ so that a captured step is good for any length.
 from __future__ import annotations
 
 from functools import lru_cache
+from math import log
 
 import torch
 from torch import Tensor
@@ -23,10 +24,11 @@ PAGE_SPLIT = 128
 """Fewest tokens of pages per program: 2048 tokens of 8 KV heads are then 128 programs."""
 
 WINDOW_SPLIT = 256
-"""Fewest tokens of a window per program."""
+"""Fewest tokens of a window, and fewest estimates of pages, per program."""
 
 MAX_SPLITS = 128
-"""Most programs per row for the pages, and for the window; their runs are longer beyond."""
+"""Most programs per row for the pages, for the window and for estimates; their runs are longer
+beyond."""
 
 MOST_MERGED = 32
 """Most splits of a row that its last program merges; more are shared out among programs, one for
@@ -70,11 +72,15 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    means: Tensor | None = None,
+    estimated: Tensor | None = None,
+    page_bias: Tensor | None = None,
+    log_mass: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
     """`reference_attention.paged_attention` in the query's dtype: [R, G, value_dim], contiguous.
 
-    query in any strides but the last, sinks and bias in any, all else contiguous. Nothing waits
+    query in any strides but the last, sinks and biases in any, all else contiguous. Nothing waits
     for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype, a
     device or strides that the kernels do not read.
 
@@ -88,11 +94,11 @@ def paged_attention(
         layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
     tensors = (
         query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
-        bias, tickets,
+        bias, means, estimated, page_bias, log_mass, tickets,
     )  # fmt: skip
-    key = (signature(*tensors), layout)
+    key = (signature(*tensors), layout, num_sinks)
     if key not in _checked:
-        _check_all(*tensors, layout)
+        _check_all(*tensors, layout, num_sinks)
         _checked.add(key)
     (rows, group, _), ring, value_dim = query.shape, window_key.shape[1], layout.value_dim
     output = torch.empty((rows, group, value_dim), dtype=query.dtype, device=query.device)
@@ -102,7 +108,9 @@ def paged_attention(
     num_slots, most, num_places = (0 if x is None else x.shape[1] for x in (slots, chosen, page_of))
     num_pages = num_slots if chosen is None else min(num_slots, num_sinks + most)
     page_splits = min(MAX_SPLITS, cdiv(num_pages, sizes["PAGES_PER_SPLIT"]))
-    num_splits = page_splits + min(MAX_SPLITS, cdiv(ring, WINDOW_SPLIT))
+    num_means = 0 if means is None else means.shape[1]
+    mean_splits = min(MAX_SPLITS, cdiv(num_means, WINDOW_SPLIT))
+    num_splits = page_splits + min(MAX_SPLITS, cdiv(ring, WINDOW_SPLIT)) + mean_splits
     views: tuple[Tensor | None, ...] = (None, None, None)
     if slots is not None and num_pages > 0:
         views = (slots.view(query.dtype), slots.view(meta_dtype(query.dtype)), slots)
@@ -110,22 +118,25 @@ def paged_attention(
     nelements = 2 * aligned(num_lines) + num_lines * value_dim  # as `_parts_of` divides them
     parts = torch.empty(nelements, dtype=torch.float32, device=query.device)
     sinks_strides = (0, 0) if sinks is None else sinks.stride()
-    merged: tuple[Tensor | None, ...] = (None, None, None)
+    merged: tuple[Tensor | None, ...] = (None, None, None, None)
     is_small = num_splits <= MOST_MERGED and value_dim <= WIDEST_MERGED and group <= BLOCK_HEADS
     # On AMD a barrier does not wait for stores: one thread could not vouch for those of others.
     if tickets is not None and is_small and torch.version.hip is None:
-        merged = (tickets, sinks, output)
+        merged = (tickets, sinks, output, log_mass)
     with torch.cuda.device_of(query):
         partial_kernel[(rows, num_splits, cdiv(group, BLOCK_HEADS))](
             query, *views, chosen, num_chosen, page_of, window_key, window_value,
-            lengths, sealed, bias, parts, *merged,
+            lengths, sealed, bias, means if mean_splits else None, estimated, page_bias,
+            parts, *merged,
             scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
-            *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()), *sinks_strides,
-            **sizes,
+            mean_splits, num_means,
+            *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
+            *((0, 0, 0) if page_bias is None else page_bias.stride()), *sinks_strides,
+            LOG_SIZE=log(layout.page_size), **sizes,
         )  # fmt: skip
         if merged[0] is None:
             merge_kernel[(rows, group)](
-                parts, sinks, output, num_splits, *sinks_strides, value_dim,
+                parts, sinks, output, log_mass, num_splits, *sinks_strides, value_dim,
                 BLOCK_TILE=16, BLOCK_VALUE=sizes["MERGE_VALUE"],
             )  # fmt: skip
     return output
@@ -192,8 +203,13 @@ def _check_all(
     sealed: Tensor,
     sinks: Tensor | None,
     bias: Tensor | None,
+    means: Tensor | None,
+    estimated: Tensor | None,
+    page_bias: Tensor | None,
+    log_mass: Tensor | None,
     tickets: Tensor | None,
     layout: PageLayout,
+    num_sinks: int,
 ) -> None:
     """Raise `InputError` for what the kernels do not read."""
     (rows, group, _), ring = query.shape, window_key.shape[1]
@@ -208,7 +224,14 @@ def _check_all(
     _check("sealed", sealed, torch.int32, (rows,), query)
     _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
     _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
+    _check("log_mass", log_mass, torch.float32, (rows, group), query)
     _check("tickets", tickets, torch.int32, (rows,), query)
+    _check("means", means, query.dtype, (rows, -1, layout.head_dim + layout.value_dim), query)
+    _check("page_bias", page_bias, torch.float32, (rows, group, -1), query, whole=False)
+    num_means = 0 if means is None else means.shape[1]
+    _check("estimated", estimated, torch.int32, (rows, num_means - num_sinks), query)
+    if (means is None) != (estimated is None):
+        raise InputError("one of means and estimated is given: expected both or neither")
     if chosen is not None and (slots is None or num_chosen is None or page_of is None):
         raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
     if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:

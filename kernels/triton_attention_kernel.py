@@ -1,8 +1,9 @@
-"""The kernels of attention: runs of pages and of the window, and what merges them.
+"""The kernels of attention: runs of pages, of the window and of estimates, and what merges them.
 
 Every program attends a run and leaves the peak, the mass and the weighted sum of its values. They
 are combined by log-sum-exp: by the program of a row that is the last to be done, which it learns
-from a ticket, or by the merge kernel. Packed pages are unpacked in registers.
+from a ticket, or by the merge kernel. Packed pages are unpacked in registers. A page that is
+estimated is one token: mean key, mean value, ln(page_size) added to its logit.
 """
 
 # Triton reads annotations of kernels as its own: parameters of a kernel can have none.
@@ -18,23 +19,32 @@ from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to,
 
 SIZES = [
     *("group", "num_slots", "num_sinks", "most", "num_places", "ring", "page_splits"),
-    *("stride_bias_row", "stride_bias_head"),
+    *("stride_bias_row", "stride_bias_head", "mean_splits", "num_means"),
+    *("stride_page_bias_row", "stride_page_bias_head"),
 ]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
 
 
 @triton.jit
 def _fold_tile(
-    query, key, value, bias_ptrs, stride_bias, token, valid, scale, softcap, peak, mass, total
-):
-    """Fold keys and values [tokens, channels] into the running peak, mass and total."""
+    query, key, value, bias_ptrs, stride_bias, token, there, valid, scale, softcap,
+    peak, mass, total,
+    LOG_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Fold keys and values [tokens, channels] into the running peak, mass and total.
+
+    Each that is `valid` counts exp(LOG_SIZE) times. A bias is read where a token is `there`: what
+    is valid may be on its way from memory itself.
+    """
     none = tl.zeros((query.shape[0], key.shape[0]), dtype=tl.float32)
     logits = dot(query, tl.trans(key), none) * scale
     if softcap is not None:
         logits = softcap * tanh(logits / softcap)
+    if LOG_SIZE != 0.0:
+        logits += LOG_SIZE
     if bias_ptrs is not None:
         bias_ptrs += token.to(tl.int64)[None, :] * stride_bias
-        logits += tl.load(bias_ptrs, valid[None, :], other=0.0)
+        logits += tl.load(bias_ptrs, there[None, :], other=0.0)
     logits = tl.where(valid[None, :], logits, float("-inf"))
     new_peak = tl.maximum(peak, tl.max(logits, axis=1))
     # A head that may attend nothing yet has a peak of -inf; 0 keeps its exponents finite.
@@ -47,6 +57,46 @@ def _fold_tile(
 
 
 @triton.jit
+def _fold_means(
+    query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
+    value_channel, in_value, split, num_splits, sealed, num_sinks, num_means,
+    stride_bias_row, stride_bias_head, stride_bias_page,
+    scale, softcap, peak, mass, total,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, LOG_SIZE: tl.constexpr,
+    PAGES_PER_SPLIT: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """Fold a run of estimates into the running peak, mass and total.
+
+    None where `split` is negative, and where there are no means.
+    """
+    if means_ptr is not None:
+        bias_ptrs = None
+        if page_bias_ptr is not None:
+            bias_ptrs = page_bias_ptr + row * stride_bias_row + head[:, None] * stride_bias_head
+        # A bias takes registers: 16 is the least that a matrix instruction takes.
+        BLOCK_MEANS: tl.constexpr = BLOCK if page_bias_ptr is None else 16
+        share = tl.cdiv(sealed - num_sinks, num_splits)
+        share = tl.maximum(tl.cdiv(share, BLOCK_MEANS) * BLOCK_MEANS, PAGES_PER_SPLIT)
+        start = num_sinks + split * share
+        stop = tl.where(split < 0, start, tl.minimum(start + share, sealed))
+        for begin in tl.range(start, stop, BLOCK_MEANS, num_stages=AHEAD + 1):
+            page = begin + tl.arange(0, BLOCK_MEANS)
+            there = page < stop
+            flag = row * (num_means - num_sinks) + page - num_sinks
+            estimated = tl.load(estimated_ptr + flag, there, other=0)
+            line = (row * num_means + page)[:, None] * (HEAD_DIM + VALUE_DIM)
+            key_ptrs = means_ptr + line + channel[None, :]
+            key = tl.load(key_ptrs, there[:, None] & in_key[None, :], other=0.0)
+            value_ptrs = means_ptr + line + HEAD_DIM + value_channel[None, :]
+            value = tl.load(value_ptrs, there[:, None] & in_value[None, :], other=0.0)
+            peak, mass, total = _fold_tile(
+                query, key, value, bias_ptrs, stride_bias_page, page, there, estimated != 0,
+                scale, softcap, peak, mass, total, LOG_SIZE,
+            )  # fmt: skip
+    return peak, mass, total
+
+
+@triton.jit
 def _parts_of(parts_ptr, num_lines):
     """Where the peaks, the masses and the totals of all splits begin, each aligned for vectors."""
     room = tl.cdiv(num_lines, 16) * 16
@@ -55,12 +105,12 @@ def _parts_of(parts_ptr, num_lines):
 
 @triton.jit
 def _merge(
-    parts_ptr, sinks_ptr, output_ptr, row, first_head, group, num_splits,
+    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, first_head, group, num_splits,
     stride_sinks_row, stride_sinks_head,
     VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_TILE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of HEADS heads of a row, and their sinks."""
+    """Merge the splits of HEADS heads of a row, and their sinks; note the mass of all of them."""
     num_lines = tl.num_programs(0) * group * num_splits
     peak_ptr, mass_ptr, total_ptr = _parts_of(parts_ptr, num_lines)
     first = row * group * num_splits
@@ -100,27 +150,34 @@ def _merge(
     output_ptrs = output_ptr + head[:, None] * VALUE_DIM + channel[None, :]
     mask = in_group[:, None] & in_value[None, :]
     tl.store(output_ptrs, round_to(output, output_ptr.dtype.element_ty), mask)
+    if log_mass_ptr is not None:
+        log_mass = peak + tl.log(tl.where(mass == 0, 1.0, mass))
+        tl.store(log_mass_ptr + row * group + head, log_mass, in_group)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def partial_kernel(
     query_ptr, elements_ptr, meta_ptr, codes_ptr,  # the last three: slots, in three dtypes
     chosen_ptr, num_chosen_ptr, page_of_ptr, window_key_ptr, window_value_ptr,
-    lengths_ptr, sealed_ptr, bias_ptr, parts_ptr, tickets_ptr, sinks_ptr, output_ptr,
+    lengths_ptr, sealed_ptr, bias_ptr, means_ptr, estimated_ptr, page_bias_ptr,
+    parts_ptr, tickets_ptr, sinks_ptr, output_ptr, log_mass_ptr,
     scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
+    mean_splits, num_means,
     stride_query_row, stride_query_head, stride_bias_row, stride_bias_head, stride_bias_token,
+    stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
     stride_sinks_row, stride_sinks_head,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BITS: tl.constexpr, KEY_PLANE: tl.constexpr, KEY_BYTES: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_PLANE: tl.constexpr, PAGE_BYTES: tl.constexpr,
     ELEMENT_BYTES: tl.constexpr, GROUP_SIZE: tl.constexpr, NUM_SCALES: tl.constexpr,
-    PAGES_PER_SPLIT: tl.constexpr, TOKENS_PER_SPLIT: tl.constexpr,
+    PAGES_PER_SPLIT: tl.constexpr, TOKENS_PER_SPLIT: tl.constexpr, LOG_SIZE: tl.constexpr,
     BLOCK_HEADS: tl.constexpr, BLOCK_KEY: tl.constexpr, BLOCK_SCALES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_PAGE: tl.constexpr, BLOCK_WINDOW: tl.constexpr,
     PAGES_AHEAD: tl.constexpr, WINDOW_AHEAD: tl.constexpr,
     MERGE_HEADS: tl.constexpr, MERGE_TILE: tl.constexpr, MERGE_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, split, block of heads) attends a run of pages, or of the window's tokens.
+    """Program (row, split, block of heads) attends a run of pages, of the window's tokens or of
+    estimates.
 
     With tickets, the last program of a row merges what all left; there is one block of heads then.
     """
@@ -144,7 +201,7 @@ def partial_kernel(
     mass = tl.zeros((BLOCK_HEADS,), dtype=tl.float32)
     total = tl.zeros((BLOCK_HEADS, BLOCK_SCALES * BLOCK_SIZE), dtype=tl.float32)
 
-    # Both loops are empty where a program has nothing to do in them.
+    # Each loop is empty where a program has nothing to do in it.
     if codes_ptr is not None:
         num_first, num_pages = sealed, sealed
         if chosen_ptr is not None:
@@ -182,12 +239,15 @@ def partial_kernel(
             )  # fmt: skip
             peak, mass, total = _fold_tile(
                 query, key, value, bias_ptrs, stride_bias_token, page * PAGE_SIZE + index, valid,
-                scale, softcap, peak, mass, total,
+                valid, scale, softcap, peak, mass, total, 0.0,
             )  # fmt: skip
 
+    window_splits = tl.num_programs(1) - page_splits
+    if means_ptr is not None:
+        window_splits -= mean_splits
     first = sealed * PAGE_SIZE
     count = tl.load(lengths_ptr + row) - first
-    share = tl.cdiv(count, tl.num_programs(1) - page_splits)
+    share = tl.cdiv(count, window_splits)
     share = tl.maximum(tl.cdiv(share, BLOCK_WINDOW) * BLOCK_WINDOW, TOKENS_PER_SPLIT)
     start = (split - page_splits) * share
     stop = tl.where(split < page_splits, start, tl.minimum(start + share, count))
@@ -201,9 +261,18 @@ def partial_kernel(
         value_ptrs = window_value_ptr + line[:, None] * VALUE_DIM + value_channel[None, :]
         value = tl.load(value_ptrs, valid[:, None] & in_value[None, :], other=0.0)
         peak, mass, total = _fold_tile(
-            query, key, value, bias_ptrs, stride_bias_token, first + index, valid,
-            scale, softcap, peak, mass, total,
+            query, key, value, bias_ptrs, stride_bias_token, first + index, valid, valid,
+            scale, softcap, peak, mass, total, 0.0,
         )  # fmt: skip
+
+    peak, mass, total = _fold_means(
+        query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
+        value_channel, in_value, split - page_splits - window_splits, mean_splits,
+        sealed, num_sinks, num_means,
+        stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
+        scale, softcap, peak, mass, total,
+        HEAD_DIM, VALUE_DIM, LOG_SIZE, TOKENS_PER_SPLIT, BLOCK_WINDOW, WINDOW_AHEAD,
+    )  # fmt: skip
 
     num_splits = tl.num_programs(1)
     num_lines = tl.num_programs(0) * group * num_splits
@@ -221,7 +290,7 @@ def partial_kernel(
         if ticket == num_splits - 1:
             tl.store(tickets_ptr + row, 0)  # for the next launch
             _merge(
-                parts_ptr, sinks_ptr, output_ptr, row, 0, group, num_splits,
+                parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, 0, group, num_splits,
                 stride_sinks_row, stride_sinks_head,
                 VALUE_DIM, MERGE_HEADS, MERGE_TILE, MERGE_VALUE,
             )  # fmt: skip
@@ -229,12 +298,13 @@ def partial_kernel(
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    parts_ptr, sinks_ptr, output_ptr, num_splits, stride_sinks_row, stride_sinks_head,
+    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, num_splits,
+    stride_sinks_row, stride_sinks_head,
     VALUE_DIM: tl.constexpr, BLOCK_TILE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
     """Program (row, head) merges the splits and the sink."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _merge(
-        parts_ptr, sinks_ptr, output_ptr, row, head, tl.num_programs(1), num_splits,
+        parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, head, tl.num_programs(1), num_splits,
         stride_sinks_row, stride_sinks_head, VALUE_DIM, 1, BLOCK_TILE, BLOCK_VALUE,
     )  # fmt: skip

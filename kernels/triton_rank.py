@@ -22,16 +22,20 @@ HIGHEST_KEY: tl.constexpr = tl.constexpr(2**31 - 1)
 def sum_of_masses(
     peak_ptr: tl.tensor,
     mass_ptr: tl.tensor,
+    fixed_ptr: tl.tensor,  # None, or the log mass [rows, GROUP] of what there is beside the pages
     row: tl.tensor,
     num_blocks: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     BLOCKS: tl.constexpr,  # read together
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Peak and mass [HEADS] over all pages, from those of the blocks."""
+    """Peak and mass [HEADS] over all pages, from those of the blocks, and what is fixed."""
     head = tl.arange(0, HEADS)
     peak = tl.full([HEADS], -float("inf"), tl.float32)
     mass = tl.zeros([HEADS], tl.float32)
+    if fixed_ptr is not None:
+        peak = tl.load(fixed_ptr + row * GROUP + head, mask=head < GROUP, other=-float("inf"))
+        mass = tl.where(peak == -float("inf"), 0.0, 1.0)
     start = tl.full([], 0, tl.int32)
     while start < num_blocks:
         block = start + tl.arange(0, BLOCKS)
@@ -159,9 +163,97 @@ def kth_largest(
 
 
 @triton.jit
+def share_of(key: tl.tensor) -> tl.tensor:
+    """What `rate` rated, for shares: never negative, nothing where a page is hidden or is none."""
+    return tl.where(key > 0, key, 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fewest(
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    num_keys: tl.tensor,
+    bound: tl.tensor,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> tl.tensor:
+    """How many of the largest keys to take at least so that the shares of all others add up to no
+    more than `bound`; all keys stand for shares and are eligible.
+
+    The range of keys is halved, always so that what is below its lowest key fits, and what is below
+    or in it does not, until one key is left in it, or equal ones.
+    """
+    low = tl.full([], HIGHEST_KEY, tl.int32)
+    high = tl.full([], LOWEST_KEY, tl.int32)
+    everything = tl.full([], 0.0, tl.float32)
+    for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+        key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+        low = tl.minimum(low, tl.min(tl.where(key == LOWEST_KEY, HIGHEST_KEY, key)))
+        high = tl.maximum(high, tl.max(key))
+        everything += tl.sum(share_of(key))
+    rest = tl.full([], 0.0, tl.float32)  # of keys below the range
+    reached = num_keys  # keys in the range and above
+    above = tl.full([], 0, tl.int32)
+    while (everything > bound) & (low < high) & (reached - above > 1):
+        half = (high.to(tl.uint32, bitcast=True) - low.to(tl.uint32, bitcast=True)) >> 1
+        middle = high - half.to(tl.int32, bitcast=True)
+        below = tl.full([], 0.0, tl.float32)
+        number = tl.full([], 0, tl.int32)
+        for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+            key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+            below += tl.sum(tl.where(key < middle, share_of(key), 0.0))
+            number += tl.sum((key >= middle).to(tl.int32))
+        fits = below <= bound
+        rest = tl.where(fits, below, rest)
+        reached = tl.where(fits, number, reached)
+        above = tl.where(fits, above, number)
+        low = tl.where(fits, middle, low)
+        high = tl.where(fits, high, middle - 1)
+    ties = reached - above
+    left = tl.minimum((bound - rest) / tl.maximum(share_of(low), 1e-38), ties.to(tl.float32))
+    taken = tl.minimum(tl.maximum(ties - tl.maximum(left, 0.0).to(tl.int32), 1), ties)
+    return tl.where(everything > bound, above + taken, 0)
+
+
+@triton.jit
 def is_top(key: tl.tensor, entry: tl.tensor, kth: tl.tensor, last: tl.tensor) -> tl.tensor:
     """Whether keys are among the k largest, as `kth_largest` says it."""
     return (key > kth) | ((key == kth) & (entry <= last))
+
+
+@triton.jit
+def note_missed(
+    missed_ptr: tl.tensor,
+    row: tl.tensor,
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    num_keys: tl.tensor,
+    kth: tl.tensor,
+    last: tl.tensor,
+    is_capped: tl.tensor,
+    num_spared: tl.tensor,
+    GROUP: tl.constexpr,
+    CHUNK: tl.constexpr,
+    WHOLE: tl.constexpr,
+) -> None:
+    """Add a step to a row's log: steps, missed in all, worst, capped; and pages spared by this one.
+
+    Missed is what pages hold that are not among the largest, the mean over the query heads.
+    """
+    missed = tl.full([], 0.0, tl.float32)
+    for start in range(0, CHUNK if WHOLE else num_keys, CHUNK):
+        key = keys_at(keys_ptr, keys, start, num_keys, CHUNK, WHOLE)
+        taken = is_top(key, start + tl.arange(0, CHUNK), kth, last)
+        missed += tl.sum(tl.where(taken, 0.0, share_of(key)))
+    missed = (missed / GROUP).to(tl.float64)
+    which = tl.arange(0, 8)
+    missed_ptr += row * 5 + which
+    before = tl.load(missed_ptr, mask=which < 5, other=0.0)
+    after = tl.where(which == 0, before + 1, before + missed)
+    after = tl.where(which == 2, tl.maximum(before, missed), after)
+    after = tl.where(which == 3, before + is_capped.to(tl.float64), after)
+    after = tl.where(which == 4, num_spared.to(tl.float64), after)
+    tl.store(missed_ptr, after, mask=which < 5)
 
 
 @triton.jit

@@ -134,6 +134,8 @@ def score_tokens(
     bits: int,
     scale: float,
     hidden: Tensor | None = None,
+    softcap: float | None = None,
+    bias: Tensor | None = None,
 ) -> Scores:
     """Rate pages by the token index: the log of each page's softmax mass, in fp32.
 
@@ -142,6 +144,9 @@ def score_tokens(
         digests: uint8 [rows, capacity, bytes] as `TokenIndex` makes them, the last stride 1.
         page_size: tokens per page.
         bits: bits per code, 2, 4 or 8.
+        softcap: where given, logits become softcap * tanh(logits / softcap).
+        bias: fp32 [rows, group, tokens] in any strides, by token number, added after the softcap;
+            of all tokens of the pages that are rated. Where it hides a page the score is -inf.
 
     With 16-bit queries, q * (scale of a channel) is rounded to fp16 once; everything else is exact
     or in fp32. Raises `InputError` where a shape, a dtype or a stride is another.
@@ -157,6 +162,10 @@ def score_tokens(
         raise InputError(
             f"digests {tuple(digests.shape)} of {digests.dtype}: expected {nbytes} bytes for "
             f"{page_size} keys of {head_dim} at {bits} bits"
+        )
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape[:-1] != (rows, group)):
+        raise InputError(
+            f"bias {tuple(bias.shape)} of {bias.dtype}: expected float32 [{rows}, {group}, tokens]"
         )
     scores = _empty(query, digests, num_sinks)
     if not scores.peak.numel():
@@ -174,12 +183,15 @@ def score_tokens(
         digests,
         sealed,
         sealed if hidden is None else hidden.view(torch.uint8),
+        bias,
         *scores,
         *query.stride()[:2],
         *digests.stride()[:2],
+        *((0, 0, 0) if bias is None else bias.stride()),
         scores.score.shape[-1],
         num_sinks,
         scale,
+        softcap,
         HEAD_DIM=head_dim,
         GROUP=group,
         PAGE_SIZE=page_size,

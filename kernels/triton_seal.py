@@ -1,8 +1,9 @@
-"""Seals pages on the device: packs them and digests their keys, one program per page and row.
+"""Seals pages on the device: packs and digests them, one program per page and row.
 
 The bytes are those of `kernels/torch_pages.py` on a CPU (formats.PageLayout says where they lie),
 token digests those of `kernels/torch_tokens.py`, bounding volumes those of
-`kernels/torch_digest.py`, computed in fp32 and rounded once. A NaN is lost in a quantised page.
+`kernels/torch_digest.py`, computed in fp32 and rounded once, as means are. A NaN is lost in a
+quantised page.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def seal_pages(
     digest_key: Tensor,
     packed: Tensor,
     digests: Tensor | None,
+    means: Tensor | None = None,
     *,
     first: int,
     layout: PageLayout,
@@ -45,6 +47,8 @@ def seal_pages(
         digests: [rows, capacity, features], the last stride 1, in the dtype of the keys; uint8
             [rows, capacity, bytes] for the token index. Lines from `first` on are written. None
             for a layer without an index.
+        means: mean key and mean value side by side [rows, capacity, head_dim + value_dim], the last
+            stride 1, in the dtype of the keys, lines as for digests; None where none are kept.
         first: number of the first page.
         layout: of a page.
         index, index_bits: as in `CacheConfig`.
@@ -56,9 +60,12 @@ def seal_pages(
     _check_packed(packed, (rows, num_pages, layout.nbytes), key.dtype)
     if digests is not None:
         _check_digests(digests, rows, key.dtype, layout, index, index_bits)
-        if not 0 <= first <= digests.shape[1] - num_pages:
+    if means is not None:
+        _check_means(means, rows, key.dtype, layout)
+    for what, lines in (("digests", digests), ("means", means)):
+        if lines is not None and not 0 <= first <= lines.shape[1] - num_pages:
             raise InputError(
-                f"pages {first} to {first + num_pages - 1} and digests of {digests.shape[1]} "
+                f"pages {first} to {first + num_pages - 1} and {what} of {lines.shape[1]} "
                 "pages: expected room for all"
             )
     if rows * num_pages == 0:
@@ -67,7 +74,7 @@ def seal_pages(
         rows * num_pages,
         (key, value, digest_key),
         (packed, packed.stride(0), packed.stride(1)),
-        digests,
+        (digests, means),
         (None, None, None, None, None, num_pages, first, 0, 0, 0, 0),
         _constants(layout, key.dtype, index if digests is not None else "", index_bits),
     )
@@ -84,6 +91,7 @@ def seal_newest(
     num_places: Tensor | None,
     packed: Tensor,
     digests: Tensor | None,
+    means: Tensor | None = None,
     *,
     recent: int,
     num_sinks: int,
@@ -103,7 +111,7 @@ def seal_newest(
         page_of: int32 [rows, places], contiguous, becomes p where p went into a place.
         num_places: int32 [rows], contiguous; None together with `page_of`.
         packed: uint8 [rows, nbytes], the last stride 1, aligned as in `seal_pages`.
-        digests: as in `seal_pages`; line p is written.
+        digests, means: as in `seal_pages`; line p is written.
         recent: tokens that stay unsealed.
         num_sinks: slots of the first pages.
         layout, index, index_bits: as in `seal_pages`.
@@ -127,6 +135,8 @@ def seal_newest(
         _check_counts(rows, page_of=page_of, num_places=num_places)
     if digests is not None:
         _check_digests(digests, rows, window_key.dtype, layout, index, index_bits)
+    if means is not None:
+        _check_means(means, rows, window_key.dtype, layout)
     if not rows:
         return
     places = 0 if page_of is None else page_of.shape[1]
@@ -135,7 +145,7 @@ def seal_newest(
         rows,
         (key, value, digest_key),
         (packed, packed.stride(0), 0),
-        digests,
+        (digests, means),
         (lengths, sealed, slots, page_of, num_places, *counts),
         _constants(layout, window_key.dtype, index if digests is not None else "", index_bits),
     )
@@ -145,12 +155,12 @@ def _launch(
     programs: int,
     states: tuple[Tensor, ...],
     packed: tuple[Tensor, int, int],
-    digests: Tensor | None,
+    summaries: tuple[Tensor | None, ...],
     newest: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
     """Queue `seal_kernel`; `newest` is what its arguments between the strides and constants are."""
-    digest_strides = (0, 0) if digests is None else digests.stride()[:2]
+    strides = [(0, 0) if lines is None else lines.stride()[:2] for lines in summaries]
     places = [tensor for tensor in (packed[0], newest[2]) if tensor is not None]
     wide = all(
         number % 8 == 0
@@ -160,10 +170,10 @@ def _launch(
     seal_kernel[(programs,)](
         *states,
         packed[0],
-        digests,
+        *summaries,
         *(stride for tensor in states for stride in tensor.stride()[:3]),
         *packed[1:],
-        *digest_strides,
+        *(stride for pair in strides for stride in pair),
         *newest,
         WORD=tl.int64 if wide else tl.uint8,
         **constants,
@@ -184,10 +194,10 @@ def _constants(
     value_planes = max(1, layout.value.num_planes)
     value_block = power(-(-layout.value_dim // value_planes))
 
-    def channels(planes: int) -> int:
+    def channels(planes: int, dim: int = layout.head_dim) -> int:
         """Columns of bytes whose codes, of all tokens, are one tile."""
         planes = max(1, planes)
-        block = int(power(-(-layout.head_dim // planes)))
+        block = int(power(-(-dim // planes)))
         return min(block, max(1, TILE // (tokens * planes)))
 
     return {
@@ -206,6 +216,8 @@ def _constants(
         "BLOCK_T": tokens,
         "KEY_BLOCK": channels(planes["key"]),
         "INDEX_BLOCK": channels(planes["index"] if index == "tokens" else 1),
+        "KEY_MEANS": channels(1),
+        "VALUE_MEANS": channels(1, layout.value_dim),
         "GROUPS_BLOCK": min(power(layout.page_size * num_groups), max(1, TILE // group_block)),
         "GROUP_BLOCK": group_block,
         "VALUE_TOKENS": min(tokens, max(1, TILE // (value_block * value_planes))),
@@ -272,4 +284,13 @@ def _check_digests(
         raise InputError(
             f"digests of {digests.dtype} {list(digests.shape)}, strides {digests.stride()}: "
             f"expected {dtype} {list(expected)}, the last stride 1"
+        )
+
+
+def _check_means(means: Tensor, rows: int, dtype: torch.dtype, layout: PageLayout) -> None:
+    expected = (rows, means.shape[1], layout.head_dim + layout.value_dim)
+    if means.dtype != dtype or means.shape != expected or means.stride(-1) != 1:
+        raise InputError(
+            f"means of {means.dtype} {list(means.shape)}, strides {means.stride()}: expected "
+            f"{dtype} {list(expected)}, the last stride 1"
         )

@@ -1,4 +1,4 @@
-"""Seals one page per program: packs it, digests its keys, puts the newest page into its slot.
+"""Seals one page per program: packs it, digests it, puts the newest page into its slot.
 
 `kernels/triton_seal.py` launches it for the pages of a prompt and for that of the newest token.
 """
@@ -161,6 +161,7 @@ def seal_kernel(
     digest_key_ptr: tl.tensor,  # [R, num_pages, T, KEY_DIM]
     packed_ptr: tl.tensor,  # [R, num_pages, NBYTES], of the newest page [R, NBYTES]
     digests_ptr: tl.tensor,  # [R, capacity, features]
+    means_ptr: tl.tensor,  # [R, capacity, KEY_DIM + VALUE_DIM]
     key_stride_row: tl.tensor,
     key_stride_page: tl.tensor,
     key_stride: tl.tensor,
@@ -174,6 +175,8 @@ def seal_kernel(
     packed_stride_page: tl.tensor,
     digests_stride_row: tl.tensor,
     digests_stride_page: tl.tensor,
+    means_stride_row: tl.tensor,
+    means_stride_page: tl.tensor,
     lengths_ptr: tl.tensor,  # [R], None unless the newest page is sealed; so the next four
     sealed_ptr: tl.tensor,  # [R]
     slots_ptr: tl.tensor,  # [R, num_slots, NBYTES]
@@ -201,6 +204,8 @@ def seal_kernel(
     BLOCK_T: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     INDEX_BLOCK: tl.constexpr,
+    KEY_MEANS: tl.constexpr,
+    VALUE_MEANS: tl.constexpr,
     GROUPS_BLOCK: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
     VALUE_TOKENS: tl.constexpr,
@@ -221,9 +226,11 @@ def seal_kernel(
         number = first + page
         row = row // num_pages
     packed_ptr += row * packed_stride_row + page * packed_stride_page
+    key_ptr += row * key_stride_row + page * key_stride_page
+    value_ptr += row * value_stride_row + page * value_stride_page
     _pack_page(
-        key_ptr + row * key_stride_row + page * key_stride_page,
-        value_ptr + row * value_stride_row + page * value_stride_page,
+        key_ptr,
+        value_ptr,
         packed_ptr,
         key_stride,
         value_stride,
@@ -265,6 +272,15 @@ def seal_kernel(
             digest_volume(
                 digest_key_ptr, stride, digests_ptr, T, KEY_DIM, SHAPE, RADIUS, BLOCK_T, INDEX_BLOCK
             )
+    if means_ptr is not None:
+        means_ptr += row * means_stride_row + number * means_stride_page
+        digest_volume(
+            key_ptr, key_stride, means_ptr, T, KEY_DIM, "centroid", "", BLOCK_T, KEY_MEANS
+        )
+        means_ptr += KEY_DIM
+        digest_volume(
+            value_ptr, value_stride, means_ptr, T, VALUE_DIM, "centroid", "", BLOCK_T, VALUE_MEANS
+        )
     if slots_ptr is not None:
         _place(
             packed_ptr,

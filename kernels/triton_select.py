@@ -20,8 +20,15 @@ CHUNK_WARPS = {256: 1, 1024: 4, 4096: 8}
 """Pages or places that a program looks at together, and its warps; few sizes, as each is compiled
 for itself. The smallest that holds all is used, else the largest over and over."""
 
+EVERYTHING = 1 << 30
+"""As pages to estimate: more than any row has."""
+
 NUM_COUNTERS = 5
 """Of a row: hits, recalled, evicted, speculative hits, speculated."""
+
+NUM_MISSED = 5
+"""Of a row that has a target: steps, what they missed in all, the worst of them, how many ended for
+want of places; and how many pages the last one did without that it had places for."""
 
 
 class Selection(NamedTuple):
@@ -29,6 +36,8 @@ class Selection(NamedTuple):
 
     The first `num_missing` entries of `pages` (ascending) go into those of `places` (ascending).
     The first `num_chosen` entries of `chosen` are the places that hold the selection then.
+    `estimated`, int32 [rows, pages], is 1 for each page that is not selected and is to be
+    estimated; written as far as there are pages to select from; None where none was asked for.
     """
 
     pages: Tensor
@@ -36,6 +45,7 @@ class Selection(NamedTuple):
     num_missing: Tensor
     chosen: Tensor
     num_chosen: Tensor
+    estimated: Tensor | None = None
 
 
 def select(
@@ -51,6 +61,10 @@ def select(
     most: int,
     reduction: str,
     speculative: bool = False,
+    num_estimated: int | None = 0,
+    fixed: Tensor | None = None,
+    target: float | None = None,
+    missed: Tensor | None = None,
 ) -> Selection:
     """Choose each row's best pages and give the missing ones a place.
 
@@ -73,14 +87,25 @@ def select(
         most: the most pages that a row chooses, the width of the lists.
         reduction: "softmax-mean" or "raw-mean" (see `GROUP_REDUCTIONS`).
         speculative: the choice is a guess: pages that get a place are flagged in `speculated`.
+        num_estimated: how many of the pages that a row does not choose are to be estimated, the
+            best; None is all.
+        fixed: fp32 [rows, group], the log mass of what is attended beside these pages. With it they
+            are rated by the share of all attention that they hold, the mean over the query heads;
+            `reduction` plays no part. The scores must be log masses then.
+        target: with `fixed`, the share that a row may miss: it chooses no more pages than it takes
+            for that (see `policy.fewest_pages`), and `num_selected[r]` at most.
+        missed: float64 [rows, 5], with `target`: what was missed is added, see `NUM_MISSED`.
 
     All contiguous. Raises `InputError` where a shape, a dtype or a stride is another.
     """
     rows, group, num_pages = scores.score.shape
-    if reduction not in GROUP_REDUCTIONS or most < 0 or num_sinks < 0:
+    if num_estimated is None:
+        num_estimated = EVERYTHING
+    if reduction not in GROUP_REDUCTIONS or min(most, num_sinks, num_estimated) < 0:
         raise InputError(
-            f"reduction={reduction!r}, most={most}, num_sinks={num_sinks}: expected one of "
-            f"{', '.join(GROUP_REDUCTIONS)} and sizes from 0 on"
+            f"reduction={reduction!r}, most={most}, num_sinks={num_sinks}, "
+            f"num_estimated={num_estimated}: expected one of {', '.join(GROUP_REDUCTIONS)} and "
+            "sizes from 0 on"
         )
     if page_of.ndim != 2:
         raise InputError(f"page_of {tuple(page_of.shape)}: expected [{rows}, places]")
@@ -94,9 +119,13 @@ def select(
     _check("page_of", page_of, (rows, max_places), torch.int32)
     _check("speculated", speculated, (rows, max_places), torch.int8)
     _check("counters", counters, (rows, NUM_COUNTERS), torch.int64)
+    _check_target(target, fixed, missed, (rows, group))
     lists = aligned(rows * most)
     made = torch.empty(3 * lists + 2 * aligned(rows), dtype=torch.int32, device=page_of.device)
-    selection = _carve(made, rows, most)
+    estimated = None
+    if num_estimated:
+        estimated = torch.empty((rows, num_pages), dtype=torch.int32, device=page_of.device)
+    selection = _carve(made, rows, most)._replace(estimated=estimated)
     if not rows:
         return selection
     # Apart from the lists, which speculation keeps.
@@ -109,12 +138,16 @@ def select(
     num_warps = CHUNK_WARPS[max(pages, places)]
     select_kernel[(rows,)](
         *scores,
+        fixed,
         sealed,
         page_of,
         num_selected,
         num_places,
         speculated,
         counters,
+        estimated,
+        missed,
+        0.0 if target is None else target,
         scratch,
         made,
         num_pages,
@@ -122,9 +155,10 @@ def select(
         max_places,
         num_sinks,
         most,
+        min(num_estimated, EVERYTHING),
         GROUP=group,
         HEADS=power_of_two(group),
-        SHARES=reduction == "softmax-mean" and group > 1,
+        SHARES=fixed is not None or (reduction == "softmax-mean" and group > 1),
         SPECULATIVE=speculative,
         HIDDEN=HIDDEN,
         # A lane each, so that what the heads of a block sum up to needs no other lane.
@@ -136,6 +170,19 @@ def select(
         num_warps=num_warps,
     )
     return selection
+
+
+def _check_target(
+    target: float | None, fixed: Tensor | None, missed: Tensor | None, shape: tuple[int, int]
+) -> None:
+    if (target is None) != (missed is None) or (target is not None and fixed is None):
+        raise InputError(
+            f"target={target}: expected fixed and missed beside it, and else no missed"
+        )
+    if fixed is not None:
+        _check("fixed", fixed, shape, torch.float32)
+    if missed is not None:
+        _check("missed", missed, (shape[0], NUM_MISSED), torch.float64)
 
 
 def _carve(made: Tensor, rows: int, most: int) -> Selection:

@@ -17,14 +17,16 @@ from arkcache.kernels.triton_rank import (
     HIGHEST_KEY,
     LOWEST_KEY,
     add_counts,
+    fewest,
     is_top,
     keys_at,
     kth_largest,
+    note_missed,
     rate,
     sum_of_masses,
 )
 
-SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
+SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most", "num_estimated"]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
 
 
@@ -32,6 +34,57 @@ SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most"]
 def _aligned(number: tl.tensor) -> tl.tensor:
     """As `triton_sizes.aligned`, and the compiler knows it."""
     return tl.cdiv(number, 16) * 16
+
+
+@triton.jit
+def _choose(
+    missed_ptr: tl.tensor,
+    row: tl.tensor,
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    selectable: tl.tensor,
+    most: tl.tensor,
+    target: tl.tensor,
+    GROUP: tl.constexpr,
+    PAGES: tl.constexpr,
+    ALL_PAGES: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """How many pages a row chooses, `most` or less where a target says so, and the least of them:
+    see `kth_largest`."""
+    count = most
+    if missed_ptr is not None:
+        needed = fewest(keys_ptr, keys, selectable, target * GROUP, PAGES, ALL_PAGES)
+        count = tl.minimum(needed, most)
+    kth, last = kth_largest(keys_ptr, keys, selectable, selectable, count, PAGES, ALL_PAGES)
+    if missed_ptr is not None:
+        note_missed(
+            missed_ptr, row, keys_ptr, keys, selectable, kth, last, needed > most,
+            most - count, GROUP, PAGES, ALL_PAGES,
+        )  # fmt: skip
+    return count, kth, last
+
+
+@triton.jit
+def _flag_estimated(
+    estimated_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    keys: tl.tensor,
+    selectable: tl.tensor,
+    count: tl.tensor,
+    num_estimated: tl.tensor,
+    kth: tl.tensor,
+    last: tl.tensor,
+    PAGES: tl.constexpr,
+    ALL_PAGES: tl.constexpr,
+) -> None:
+    """Flag the `num_estimated` best of the pages that are not among the `count` best."""
+    k = tl.minimum(count + num_estimated, selectable)
+    least, end = kth_largest(keys_ptr, keys, selectable, selectable, k, PAGES, ALL_PAGES)
+    for start in range(0, PAGES if ALL_PAGES else selectable, PAGES):
+        page = start + tl.arange(0, PAGES)
+        key = keys_at(keys_ptr, keys, start, selectable, PAGES, ALL_PAGES)
+        flag = is_top(key, page, least, end) & (is_top(key, page, kth, last) == 0)
+        tl.store(estimated_ptr + page, flag.to(tl.int32), mask=page < selectable)
 
 
 @triton.jit
@@ -104,12 +157,16 @@ def select_kernel(
     score_ptr: tl.tensor,
     peak_ptr: tl.tensor,
     mass_ptr: tl.tensor,
+    fixed_ptr: tl.tensor,  # [rows, GROUP], None where pages are rated beside each other alone
     sealed_ptr: tl.tensor,
     page_of_ptr: tl.tensor,
     num_selected_ptr: tl.tensor,
     num_places_ptr: tl.tensor,
     speculated_ptr: tl.tensor,
     counters_ptr: tl.tensor,
+    estimated_ptr: tl.tensor,  # [rows, num_pages]; None where nothing is estimated
+    missed_ptr: tl.tensor,  # [rows, 5]; None where the number of pages does not depend on a target
+    target: tl.tensor,
     scratch_ptr: tl.tensor,
     made_ptr: tl.tensor,
     num_pages: tl.tensor,
@@ -117,6 +174,7 @@ def select_kernel(
     max_places: tl.tensor,
     num_sinks: tl.tensor,
     most: tl.tensor,
+    num_estimated: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,  # GROUP padded
     SHARES: tl.constexpr,
@@ -153,7 +211,9 @@ def select_kernel(
 
     peak, mass = 0.0, 1.0
     if SHARES:
-        peak, mass = sum_of_masses(peak_ptr, mass_ptr, row, num_blocks, GROUP, HEADS, BLOCKS)
+        peak, mass = sum_of_masses(
+            peak_ptr, mass_ptr, fixed_ptr, row, num_blocks, GROUP, HEADS, BLOCKS
+        )
     keys = tl.full([PAGES], LOWEST_KEY, tl.int32)
     for start in range(0, PAGES if ALL_PAGES else selectable, PAGES):
         page = start + tl.arange(0, PAGES)
@@ -182,7 +242,14 @@ def select_kernel(
     if ALL_PAGES:
         every = tl.arange(0, PAGES)
         resident = tl.load(resident_ptr + every, mask=every < selectable, other=1)
-    kth, last = kth_largest(keys_ptr, keys, selectable, selectable, count, PAGES, ALL_PAGES)
+    count, kth, last = _choose(
+        missed_ptr, row, keys_ptr, keys, selectable, count, target, GROUP, PAGES, ALL_PAGES
+    )
+    if estimated_ptr is not None:
+        _flag_estimated(
+            estimated_ptr + row * num_pages, keys_ptr, keys, selectable, count, num_estimated,
+            kth, last, PAGES, ALL_PAGES,
+        )  # fmt: skip
 
     hits = tl.full([], 0, tl.int32)  # and, 2**16 times as much, those that were foreseen
     num_hits = tl.full([], 0, tl.int32)

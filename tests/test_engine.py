@@ -1,6 +1,7 @@
 """The GPU engine in Triton's interpreter: the same tokens as plain torch and the dense oracle."""
 
 import copy
+import dataclasses
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from tests.twins import Twins, small_config
 
 pytestmark = needs_interpreter
 
+TARGET: dict[str, Any] = {"index": "tokens", "target_missed_mass": 0.1}
 LEFT_PADDED = torch.arange(43) >= torch.tensor([[0], [17]])
 
 
@@ -65,6 +67,21 @@ def stepped(twins: Twins, steps: int, **how: Any) -> Twins:
         {"key_bits": 8, "value_bits": 4, "group_size": 4, "rotation": "both"},
         {"key_bits": 4, "value_bits": 4, "group_size": 8, "budget_tokens": None},
         {"key_bits": 4, "group_size": 8, "num_dense_layers": 1},
+        {"estimate_pages": None},
+        {"estimate_pages": None, "budget_tokens": 12, "num_sink_tokens": 0},
+        {"estimate_pages": 2, "group_reduction": "raw-mean", "device_pool_factor": 2.0},
+        {"estimate_pages": None, "index": "tokens", "key_bits": 4, "group_size": 8},
+        {
+            "estimate_pages": None,
+            "key_bits": 4,
+            "value_bits": 2,
+            "group_size": 8,
+            "rotation": "both",
+        },
+        TARGET,
+        TARGET | {"target_missed_mass": 0.3, "estimate_pages": None, "device_pool_factor": 2.0},
+        TARGET | {"key_bits": 8, "value_bits": 4, "group_size": 4, "num_sink_tokens": 0},
+        TARGET | {"budget_tokens": ((16, 40),)},
         {"page_size": 1, "stream_block_tokens": 8},
         {"page_size": 5, "budget_tokens": 40, "stream_block_tokens": 10},
     ],
@@ -79,14 +96,16 @@ def test_decoding(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(dtype: torch.dtype, group: int) -> None:
-    twins = make(on_kernels(), dtype=dtype, group=group)
+@pytest.mark.parametrize("estimate_pages", [0, None])
+def test_half_precision(estimate_pages: int | None, dtype: torch.dtype, group: int) -> None:
+    twins = make(on_kernels(estimate_pages=estimate_pages), dtype=dtype, group=group)
     twins.append(40)
     stepped(twins, 2)
 
 
-def test_left_padding() -> None:
-    twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
+@pytest.mark.parametrize("settings", [{}, {"estimate_pages": None}, TARGET], ids=str)
+def test_left_padding(settings: dict[str, Any]) -> None:
+    twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
     twins.append(43, LEFT_PADDED)
     stepped(twins, 4)
 
@@ -106,12 +125,35 @@ def test_many_sinks(num_sink_tokens: int) -> None:
     stepped(twins, 2)
 
 
-def test_softcap_sinks_and_masks() -> None:
-    twins = Twins(on_kernels(num_dense_layers=1), num_layers=2)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"estimate_pages": None},
+        {"estimate_pages": 2},
+        TARGET,
+        TARGET | {"estimate_pages": None},
+    ],
+    ids=str,
+)
+def test_softcap_sinks_and_masks(settings: dict[str, Any]) -> None:
+    """Of the pages that are left out some are hidden, in part or for one query head."""
+    twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
     twins.append(50)
     mask = twins.randn(2, 4, 1, 50)
-    for how in ({"softcap": 2.0, "sinks": twins.randn(4)}, {"mask": mask}, {"mask": mask > -0.5}):
+    hides = mask > -1.0
+    hides[:, :, :, 20:24] = False
+    most_negative = mask.masked_fill(~hides, torch.finfo(mask.dtype).min)
+    hows = ({"softcap": 2.0, "sinks": twins.randn(4)}, {"mask": mask}, {"mask": hides})
+    for how in (*hows, {"mask": most_negative}):
         twins.attend(**how)
+
+
+def test_a_mask_before_any_page_is_sealed() -> None:
+    twins = make(on_kernels(estimate_pages=None))
+    twins.append(5)
+    twins.attend(mask=(torch.arange(5) != 2)[None, None, None])
+    assert int(twins.manager._layers[0].sealed.max()) == 0
 
 
 def test_several_tokens_attend_everything() -> None:
@@ -122,8 +164,10 @@ def test_several_tokens_attend_everything() -> None:
     twins.check()
 
 
-def test_crop_and_continue() -> None:
-    twins = make(on_kernels(device_pool_factor=1.5), num_kv_heads=1)
+@pytest.mark.parametrize("estimate_pages", [0, None])
+def test_crop_and_continue(estimate_pages: int | None) -> None:
+    config = on_kernels(device_pool_factor=1.5, estimate_pages=estimate_pages)
+    twins = make(config, num_kv_heads=1)
     twins.append(70)
     stepped(twins, 2)
     for columns in (66, 33, 9):
@@ -132,9 +176,11 @@ def test_crop_and_continue() -> None:
         stepped(twins, 5)
 
 
+@pytest.mark.parametrize("estimate_pages", [0, None])
 @pytest.mark.parametrize("index", [[1, 1, 0], [1]])
-def test_keep_sequences(index: list[int]) -> None:
-    config = on_kernels(num_dense_layers=1, key_bits=4, group_size=8)
+def test_keep_sequences(index: list[int], estimate_pages: int | None) -> None:
+    how = {"key_bits": 4, "group_size": 8, "estimate_pages": estimate_pages}
+    config = on_kernels(num_dense_layers=1, **how)
     twins = Twins(config, num_layers=2, num_kv_heads=1)
     twins.append(40)
     stepped(twins, 1)
@@ -145,7 +191,7 @@ def test_keep_sequences(index: list[int]) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_lives_its_own_life(duplicate: Any) -> None:
-    twins = make(on_kernels(device_pool_factor=2.0))
+    twins = make(on_kernels(device_pool_factor=2.0, estimate_pages=None))
     twins.append(40)
     stepped(twins, 2)
     clone = duplicate(twins)
@@ -203,6 +249,67 @@ def test_it_counts_what_plain_torch_counts() -> None:
             assert getattr(mine, name) == getattr(other, name), name
         assert mine.host_bytes == other.host_bytes
         assert mine.bytes_backed_up == other.bytes_backed_up
+
+
+@pytest.mark.parametrize("columns", [4, 30])
+def test_all_selected_is_bit_equal_to_no_estimates(columns: int) -> None:
+    """Whatever programs have nothing to estimate."""
+    outputs = []
+    for estimate_pages in (0, None, 2):
+        twins = make(on_kernels(estimate_pages=estimate_pages), seed=5)
+        twins.append(columns)
+        twins.manager.reserve(4000)
+        outputs.append(twins.manager.attend(0, twins.query()))
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])
+
+
+def test_estimating_changes_nothing_but_outputs() -> None:
+    """What is selected and recalled stays; means count as digests."""
+    plain, estimating = (
+        make(on_kernels(estimate_pages=n, device_pool_factor=2.0), seed=7) for n in (0, None)
+    )
+    for twins in (plain, estimating):
+        twins.append(60)
+        stepped(twins, 3)
+    mine, other = estimating.manager.stats(), plain.manager.stats()
+    means = 2 * 64 * (8 + 8) * 4  # KV heads, pages that there is room for, dims, bytes
+    assert mine.digest_bytes == other.digest_bytes + means
+    assert dataclasses.replace(mine, digest_bytes=other.digest_bytes) == other
+
+
+@pytest.mark.parametrize("target", [0.02, 0.3])
+def test_what_is_missed_is_what_plain_torch_misses(target: float) -> None:
+    """Of each KV head, and how much a step attends, whatever is done in between."""
+    settings = {"index": "tokens", "target_missed_mass": target, "budget_tokens": 40}
+    ours, theirs = (
+        Twins(small_config(backend=backend, **settings), seed=7) for backend in ("triton", "torch")
+    )
+    changes = (
+        lambda twins: twins.append(60),
+        lambda twins: twins.append(1),
+        lambda twins: twins.keep_sequences([1, 1, 0]),
+        lambda twins: twins.crop(50),
+        lambda twins: twins.append(1),
+    )
+    for change in changes:
+        for twins in (ours, theirs):
+            change(twins)
+        query = 2 * ours.query()
+        theirs.seed = ours.seed
+        outputs = [twins.manager.attend(0, query) for twins in (ours, theirs)]
+        torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-5)
+        mine, other = ours.manager.stats(), theirs.manager.stats()
+        assert mine.attended_tokens == other.attended_tokens
+        assert len(mine.missed_by_layer) == len(other.missed_by_layer) == 1
+        heads = zip(mine.missed_by_layer[0], other.missed_by_layer[0], strict=True)
+        for own, expected in heads:
+            assert dataclasses.asdict(own) == pytest.approx(dataclasses.asdict(expected), rel=1e-4)
+    for twins in (ours, theirs):
+        twins.append(3)
+        twins.attend(3)
+    assert ours.manager.stats().attended_tokens == theirs.manager.stats().attended_tokens
+    ours.check()
 
 
 def test_speculation_spares_recalls_and_changes_no_output() -> None:
@@ -315,7 +422,7 @@ def test_books_kept_together_are_those_of_each_layer(bits: int) -> None:
 
 
 def test_addresses_say_what_moved() -> None:
-    config = on_kernels(num_dense_layers=1)
+    config = on_kernels(num_dense_layers=1, estimate_pages=None)
     twins = Twins(config, num_layers=2, num_kv_heads=1)
     twins.append(20)
     manager = twins.manager
@@ -384,7 +491,7 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:
     """Recorded once and replayed, they must not depend on what the host counts."""
-    twins = make(on_kernels())
+    twins = make(on_kernels(estimate_pages=None, **TARGET))
     twins.append(50)
     (layer,) = twins.manager._layers
     assert isinstance(layer, RecalledLayer)
@@ -467,6 +574,7 @@ def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="float64"):
         KVCacheManager(1, 2, 8, on_kernels(), dtype=torch.float64)
     assert "two formats" in reason(coarse_value_bits=4)
+    assert "audit_every" in reason(audit_every=5)
     assert "packed_slots" in reason(value_bits=4, packed_slots=False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "TRITON_INTERPRET" in reason()

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache import CacheConfig, ConfigError, KVCacheManager
-from arkcache.backend import choose_backend
+from arkcache import CacheConfig, KVCacheManager
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
 from arkcache.pages import Ids
@@ -253,7 +252,7 @@ def test_estimates_are_no_pages_to_importance() -> None:
     torch.testing.assert_close(mass, received, rtol=0.05, atol=1e-3)
 
 
-# -- what it takes, and what serves it ------------------------------------------------------------
+# -- what it takes ---------------------------------------------------------------------------------
 
 
 def test_means_count_as_digests() -> None:
@@ -265,13 +264,3 @@ def test_means_count_as_digests() -> None:
     assert means == layer._summaries.nbytes
     per_page = 2 * 2 * (8 + 4) * 4  # sequences, heads, dims, bytes
     assert 499 * per_page <= means <= 1.5 * 499 * per_page
-
-
-def test_the_kernels_refuse_it_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    cuda = torch.device("cuda")
-    with caplog.at_level("INFO", logger="arkcache"):
-        config = CacheConfig(estimate_pages=4)
-        assert choose_backend(config, cuda, torch.half, latent=False) == "torch"
-    assert "estimate_pages" in caplog.text
-    with pytest.raises(ConfigError, match=r"estimate_pages.*backend='auto'"):
-        KVCacheManager(4, 2, 8, CacheConfig(estimate_pages=None, backend="triton"))

@@ -15,7 +15,9 @@ REAL = {"page_size": 32, "num_sink_tokens": 32, "num_recent_tokens": 64, "budget
 REAL_SHAPE = {"head_dim": 128, "group": 4, "batch": 1}
 DECODE = (("append", 45), ("step", 9))
 
-SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any], Sequence[tuple[str, Any]]]] = {
+Scenario = tuple[dict[str, Any], dict[str, Any], Sequence[tuple[str, Any]]]
+
+SCENARIOS: dict[str, Scenario] = {
     # settings beside those of `tests.twins.SMALL`, shapes, and what is done
     "decode": ({}, {}, DECODE),
     "several prompts": (
@@ -51,13 +53,53 @@ SCENARIOS: dict[str, tuple[dict[str, Any], dict[str, Any], Sequence[tuple[str, A
     ),
 }
 
+ESTIMATES: dict[str, Scenario] = {
+    "few": ({"estimate_pages": None}, {"batch": 1}, (("append", 60), ("step", 2))),
+    "the best": (
+        {"estimate_pages": 3, "device_pool_factor": 2.0, **QUANTISED},
+        {"group": 3},
+        (("append", 90), ("step", 5), ("crop", 70), ("step", 5), ("keep", [1, 0, 0]), ("step", 4)),
+    ),
+    "real sizes, bf16": (
+        REAL | {"estimate_pages": None, "key_bits": 8, "value_bits": 4},
+        REAL_SHAPE | {"dtype": torch.bfloat16},
+        (("append", 2900), ("step", 40)),
+    ),
+}
+
+AIM: dict[str, Any] = {"index": "tokens", "target_missed_mass": 0.1}
+TARGETS: dict[str, Scenario] = {
+    "few": (AIM, {"batch": 1}, (("append", 60), ("step", 2))),
+    "estimated": (
+        AIM | {"estimate_pages": None, "device_pool_factor": 2.0, **QUANTISED},
+        {"group": 3},
+        (("append", 90), ("step", 5), ("crop", 70), ("step", 5), ("keep", [1, 0, 0]), ("step", 4)),
+    ),
+    "real sizes": (REAL | AIM, REAL_SHAPE, (("append", 2900), ("step", 40))),
+}
+
 
 def test_oracle(card: Card) -> None:
     """Every scenario, every output against the oracle; the books and the tiers afterwards."""
+    play(card, SCENARIOS, ["several prompts", "left padding"])
+
+
+def test_estimates(card: Card) -> None:
+    """The same of scenarios in which pages that are not attended are estimated."""
+    play(card, ESTIMATES, ["few"])
+
+
+def test_target(card: Card) -> None:
+    """The same of scenarios with a target of missed mass instead of a budget."""
+    play(card, TARGETS, ["few"])
+
+
+def play(card: Card, scenarios: dict[str, Scenario], rehearsed: Sequence[str]) -> None:
+    """All of them, or in a rehearsal those."""
     failures = []
-    names = card.pick(list(SCENARIOS), ["several prompts", "left padding"])
+    names = card.pick(list(scenarios), rehearsed)
     for name in names:
-        settings, shapes, script = SCENARIOS[name]
+        settings, shapes, script = scenarios[name]
         try:
             config = small_config(backend="triton", **settings)
             _play(Twins(config, device=card.device, **shapes), script)

@@ -87,6 +87,28 @@ def inputs(
     return given | {"layout": layout, "num_sinks": num_sinks, "scale": dims[0] ** -0.5}
 
 
+def estimates_of(given: Inputs, spare: int = 3, bias: bool = False) -> Inputs:
+    """Means of all pages, and what is not chosen to be estimated; NaN and ones beyond what counts.
+
+    spare: pages that there is room for beyond the sealed ones.
+    """
+    rows, group, head_dim = given["query"].shape
+    num_sinks, layout = given["num_sinks"], given["layout"]
+    capacity = max(num_sinks, int(given["sealed"].max())) + spare
+    dims = head_dim + layout.value_dim
+    means = torch.full((rows, capacity, dims), math.nan, dtype=given["query"].dtype)
+    estimated = torch.ones(rows, capacity - num_sinks, dtype=torch.int32)
+    numbers = torch.full((rows, group, capacity), math.nan)
+    for row, sealed in enumerate(given["sealed"].tolist()):
+        means[row, :sealed] = torch.randn(sealed, dims).to(means)
+        places = given["chosen"][row, : int(given["num_chosen"][row])].long()
+        estimated[row, given["page_of"][row, places].long() - num_sinks] = 0
+        numbers[row, :, :sealed] = torch.randn(group, sealed)
+    numbers = numbers.masked_fill(torch.rand(numbers.shape) < 0.3, -math.inf)
+    estimates: Inputs = {"means": means, "estimated": estimated}
+    return given | estimates | ({"page_bias": numbers} if bias else {})
+
+
 def run(given: Inputs) -> Tensor:
     """The kernels, on the device."""
     moved = {
@@ -101,7 +123,7 @@ def run(given: Inputs) -> Tensor:
 
 
 def expected_of(given: Inputs) -> Tensor:
-    how = {name: value for name, value in given.items() if name != "tickets"}
+    how = {name: value for name, value in given.items() if name not in ("tickets", "log_mass")}
     positional = [how.pop(name) for name in NAMES]
     return reference_attention.paged_attention(*positional, **how)
 
@@ -385,6 +407,82 @@ def test_what_one_program_is_not_to_merge(monkeypatch: pytest.MonkeyPatch, why: 
     assert given["tickets"].tolist() == [7]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dims", "bits"),
+    [
+        (torch.float32, (24, 16, 16), (16, 16)),
+        (torch.bfloat16, (33, 22, 11), (4, 2)),
+        (torch.float16, (64, 96, 32), (16, 8)),
+    ],
+)
+@pytest.mark.parametrize("group", [1, 5])
+def test_estimates(
+    group: int, dtype: torch.dtype, dims: tuple[int, int, int], bits: tuple[int, int]
+) -> None:
+    """Of rows that leave out most pages, some, and none; with all else that attention may have."""
+    counts: Inputs = {"sealed": (9, 3, 0), "num_chosen": (2, 2, 0), "newest": (12, 1, 5)}
+    given = inputs(dtype, bits, dims, group, **counts)
+    assert_as_good(estimates_of(given))
+    assert_as_good(estimates_of(extras_of(given), bias=True))
+    assert not torch.equal(run(estimates_of(given))[0], run(given)[0])
+
+
+@pytest.mark.parametrize(("num_sinks", "page_size"), [(0, 1), (3, 5), (1, 33)])
+def test_estimates_and_sinks(num_sinks: int, page_size: int) -> None:
+    """Fewer pages than sinks, as many, and one more."""
+    sealed = (8, 4, 3, 1, 0)
+    num_chosen = tuple(min(2, max(0, pages - num_sinks)) for pages in sealed)
+    given = inputs(
+        num_sinks=num_sinks,
+        sealed=sealed,
+        num_chosen=num_chosen,
+        newest=(3,) * 5,
+        page_size=page_size,
+    )
+    assert_as_good(estimates_of(given))
+
+
+@pytest.mark.parametrize("most_splits", [128, 2])
+def test_many_estimates(monkeypatch: pytest.MonkeyPatch, most_splits: int) -> None:
+    """600 pages are three splits, or two longer ones; another row has one, and room for all."""
+    monkeypatch.setattr(triton_attention, "MAX_SPLITS", most_splits)
+    counts: Inputs = {"sealed": (600, 4), "num_chosen": (3, 1), "newest": (2, 2)}
+    given = estimates_of(inputs(page_size=1, dims=(16, 16, 16), **counts), bias=True)
+    assert_as_good(given)
+    assert_as_good(given | {"tickets": ints(0, 0).to(DEVICE)})
+
+
+@pytest.mark.parametrize("with_tickets", [False, True])
+def test_nothing_left_out_is_bit_equal_to_no_estimates(with_tickets: bool) -> None:
+    """However many programs find nothing to estimate."""
+    counts: Inputs = {"sealed": (9, 3, 1), "num_chosen": (8, 2, 0), "newest": (12, 1, 5)}
+    given = inputs(torch.bfloat16, (8, 4), **counts)
+    if with_tickets:
+        given |= {"tickets": ints(0, 0, 0).to(DEVICE)}
+    for each in (given, extras_of(given)):
+        expected = run(each)
+        for spare in (3, 4000):
+            assert torch.equal(run(estimates_of(each, spare)), expected)
+
+
+@pytest.mark.parametrize("with_tickets", [False, True])
+def test_log_mass(with_tickets: bool) -> None:
+    """Of all that is attended, sink logits included; -inf where that is nothing."""
+    given = extras_of(inputs(sealed=(9, 3, 0), num_chosen=(4, 1, 0), newest=(37, 1, 0)))
+    tickets = {"tickets": ints(0, 0, 0).to(DEVICE)} if with_tickets else {}
+    for each in (given, given | {"sinks": None, "bias": None}, estimates_of(given)):
+        own, expected = (torch.full((3, 3), math.nan) for _ in range(2))
+        output = run(each | tickets)
+        held = own.to(DEVICE)
+        assert torch.equal(run(each | tickets | {"log_mass": held}), output)
+        positional = [each[name] for name in NAMES]
+        how = {name: value for name, value in each.items() if name not in NAMES}
+        reference_attention.paged_attention(*positional, **how, log_mass=expected)
+        torch.testing.assert_close(held.cpu(), expected, rtol=1e-5, atol=1e-5)
+        nothing = torch.full((3,), -math.inf) if each["sinks"] is None else each["sinks"][2]
+        assert torch.equal(held[2].cpu(), nothing)
+
+
 REFUSED: dict[str, Inputs] = {
     "query": {"query": torch.zeros(3, 3, 25)},
     "stride": {"query": torch.zeros(3, 24, 3).transpose(1, 2)},
@@ -403,6 +501,17 @@ REFUSED: dict[str, Inputs] = {
     "tickets": {"tickets": torch.zeros(3, 3, dtype=torch.int32)},
     "layout": {"layout": PageLayout(PageFormat(), 5, 24, 16, 2)},
     "slots without a layout": {"layout": None},
+    "means": {
+        "means": torch.zeros(3, 9, 24),
+        "estimated": torch.zeros(3, 8, dtype=torch.int32),
+    },
+    "estimated": {
+        "means": torch.zeros(3, 9, 40),
+        "estimated": torch.zeros(3, 9, dtype=torch.int32),
+    },
+    "half estimated": {"means": torch.zeros(3, 9, 40)},
+    "page_bias": {"page_bias": torch.zeros(3, 1, 9)},
+    "log_mass": {"log_mass": torch.zeros(3)},
 }
 
 

@@ -209,6 +209,54 @@ def test_constant_pages_and_queries_of_nothing(bits: int) -> None:
         check_tokens(query.to(dtype), tokens(key.to(dtype), bits), ints(5), 8, bits)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "page_size", "bits"),
+    [
+        (torch.float32, 33, 5, 5, 8),
+        (torch.bfloat16, 128, 4, 32, 2),
+        (torch.float16, 96, 1, 33, 4),
+        (torch.float16, 16, 20, 2, 2),
+    ],
+)
+@pytest.mark.parametrize("extra", ["softcap", "bias", "both"])
+def test_tokens_under_a_softcap_and_a_mask(
+    dtype: torch.dtype, head_dim: int, group: int, page_size: int, bits: int, extra: str
+) -> None:
+    """Of each token: pages of which all, some or no tokens are hidden; NaN where nobody reads."""
+    pages, sealed = 37, ints(38, 20, 1)
+    key = keys(3, pages + 1, page_size, head_dim).to(dtype)
+    query, digests = torch.randn(3, group, head_dim).to(dtype), tokens(key, bits)
+    bias = torch.randn(group, 3, (pages + 2) * page_size).transpose(0, 1)
+    bias = bias.masked_fill(torch.rand(bias.shape) < 0.3, -float("inf"))
+    bias[:, :, 5 * page_size : 7 * page_size] = -float("inf")
+    for row, count in enumerate(sealed.tolist()):
+        bias[row, :, count * page_size :] = float("nan")
+    options: dict[str, Any] = {"num_sinks": 1, "page_size": page_size, "bits": bits, "scale": 0.2}
+    options |= {} if extra == "bias" else {"softcap": 1.5}
+    options |= {} if extra == "softcap" else {"bias": bias}
+    expected = reference_paged.score_tokens(query, digests, sealed, **options)
+    on_device = [tensor.to(device) for tensor in (query, digests, sealed)]
+    if extra != "softcap":
+        options["bias"] = bias.to(device)
+    own = triton_score.score_tokens(*on_device, **options)
+    for row, count in enumerate(sealed.tolist()):
+        mine, truth = (scores.score[row, :, : count - 1].cpu() for scores in (own, expected))
+        # What the fp16 of a query's products with scales rounds, as without softcap and mask.
+        torch.testing.assert_close(
+            mine, truth, rtol=1e-3, atol=1e-5 if dtype.itemsize > 2 else 0.02
+        )
+    total = [scores.peak + scores.mass.log() for scores in (own, expected)]
+    torch.testing.assert_close(total[0].cpu(), total[1], rtol=1e-3, atol=0.02)
+
+
+def test_a_bias_of_another_shape_is_refused() -> None:
+    key, query = keys(2, 3, 4, 16), torch.randn(2, 3, 16)
+    how: dict[str, Any] = {"num_sinks": 0, "page_size": 4, "bits": 2, "scale": 1.0}
+    for bias in (torch.zeros(2, 1, 12), torch.zeros(2, 3, 12).half()):
+        with pytest.raises(InputError, match="bias"):
+            triton_score.score_tokens(query, tokens(key, 2), ints(3, 3), bias=bias, **how)
+
+
 def test_hidden_pages() -> None:
     """Alone, whole blocks, everything; beyond the last page they are not looked at."""
     key, query = keys(3, 70, 4, 32), torch.randn(3, 3, 32)

@@ -270,6 +270,26 @@ def test_token_digests(bits: int, dtype: torch.dtype, page_size: int, head_dim: 
     assert (digests[:, [0, 3]] == 255).all()
 
 
+@pytest.mark.parametrize(
+    ("page_size", "shape"), [(1, (20, 7, 7)), (5, (33, 64, 8)), (32, (80, 16, 16))]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_means(dtype: torch.dtype, page_size: int, shape: tuple[int, int, int]) -> None:
+    """Of what is packed, not of what is digested; rounded once, lines of other pages untouched."""
+    layout = layout_of(4, 2, dtype, shape, page_size)
+    key, value = random_pages(layout, dtype, 2, 3)
+    means = torch.full((2, 6, shape[0] + shape[1] + 3), math.nan, dtype=dtype, device=DEVICE)
+    own, packed = means[:, :, 1:-2], empty_bytes(2, 3, layout.nbytes)
+    how = {"first": 2, "layout": layout, "index": "centroid"}
+    seal_pages(key, value, key + 1, packed, None, own, **how)
+    truth = torch.cat((key.double().mean(dim=2), value.double().mean(dim=2)), dim=-1)
+    eps = torch.finfo(dtype).eps
+    bound = truth.abs() * eps + torch.finfo(torch.float32).eps * float(truth.abs().max())
+    assert ((own[:, 2:5].double() - truth).abs() <= bound).all()
+    assert own[:, [0, 1, 5]].isnan().all()
+    assert means[:, :, [0, -2, -1]].isnan().all()
+
+
 @dataclass
 class State:
     """What `seal_newest` reads and writes, in the order of its arguments."""
@@ -284,6 +304,7 @@ class State:
     num_places: Tensor | None
     packed: Tensor
     digests: Tensor | None
+    means: Tensor | None
 
     def clone(self) -> "State":
         values = vars(self).items()
@@ -295,6 +316,14 @@ class State:
             if held is not None:
                 # As bytes: NaN marks what nobody has written.
                 assert torch.equal(held.view(torch.uint8), expected.view(torch.uint8)), name
+
+
+def compare_means(state: State, expected: State) -> None:
+    """To rounding: the order of a sum is its own affair. What was not written is NaN in both."""
+    assert state.means is not None
+    eps = 4 * torch.finfo(state.means.dtype).eps
+    torch.testing.assert_close(state.means, expected.means, rtol=eps, atol=eps, equal_nan=True)
+    state.means = expected.means = None
 
 
 def ints(*numbers: int) -> Tensor:
@@ -326,6 +355,12 @@ def state_of(layout: PageLayout, dtype: torch.dtype, index: str, lengths: Tensor
         ints(*[PLACES] * (rows - 1), 1),
         empty_bytes(rows, layout.nbytes),
         digests,
+        torch.full(
+            (rows, CAPACITY, layout.head_dim + layout.value_dim),
+            math.nan,
+            dtype=dtype,
+            device=DEVICE,
+        ),
     )
 
 
@@ -352,6 +387,7 @@ def test_seal_newest(
     arguments = {"recent": RECENT, "num_sinks": SINKS, "layout": layout, "index": index}
     seal_newest(*vars(state).values(), **arguments)
     reference_seal.seal_newest(*vars(expected).values(), **arguments)
+    compare_means(state, expected)
     state.assert_equal(expected)
     assert (state.packed[[5, 6, 8, 9]] == 255).all()
     assert (state.packed[[0, 1, 2, 3, 4, 7]] != 255).any(dim=-1).all()
@@ -362,7 +398,7 @@ def test_seal_newest_of_what_attends_everything(bits: tuple[int, int]) -> None:
     layout = layout_of(*bits, torch.bfloat16, (20, 12, 4), page_size=5)
     state = state_of(layout, torch.bfloat16, "cuboid-max", ints(6, 11, 16, 51, 52))
     state.slots = empty_bytes(5, CAPACITY, layout.nbytes)
-    state.page_of = state.num_places = state.digests = None
+    state.page_of = state.num_places = state.digests = state.means = None
     expected = state.clone()
     arguments = {"recent": RECENT, "num_sinks": 0, "layout": layout, "index": "cuboid-max"}
     seal_newest(*vars(state).values(), **arguments)
@@ -395,10 +431,12 @@ def test_token_by_token_is_the_prompt(index: str) -> None:
     assert state.lengths.tolist() == [25, 25]
     assert state.sealed.tolist() == [3, 3]
     packed, digests = empty_bytes(2, 5, layout.nbytes), torch.empty_like(state.digests)
-    seal_pages(key, value, key, packed, digests, first=0, layout=layout, index=index)
+    means = torch.empty_like(state.means)
+    seal_pages(key, value, key, packed, digests, means, first=0, layout=layout, index=index)
     assert torch.equal(state.slots[:, :3], packed[:, :3])
     assert torch.equal(state.packed, packed[:, 2])
     assert torch.equal(state.digests[:, :3], digests[:, :3])
+    assert torch.equal(state.means[:, :3], means[:, :3])
     assert state.page_of.tolist() == [[1, 2, -1]] * 2
 
 
@@ -461,6 +499,9 @@ def test_seal_pages_says_what_does_not_fit() -> None:
         ((key, value, key, packed, digests), 0, "sphere-max", "expected torch.float32 \\[2, 6, 9"),
         ((key, value, key, packed, digests), 0, "tokens", "expected torch.uint8 \\[2, 6, 42"),
         ((key, value, key, packed, digests), 0, "cubes", "one of cuboid-mean"),
+        ((key, value, key, packed, None, digests), 0, "", "means of .* expected .*2, 6, 12"),
+        ((key, value, key, packed, None, digests[..., :12].half()), 0, "", "expected torch.float"),
+        ((key, value, key, packed, None, digests[..., :12]), 4, "", "means of 6 pages"),
     ]
     for arguments, first, index, message in wrong:
         with pytest.raises(InputError, match=message):
@@ -483,6 +524,7 @@ def test_seal_newest_says_what_does_not_fit() -> None:
         ({"packed": state.packed[:1]}, "packed pages of"),
         ({"slots": spread}, "contiguous slots"),
         ({"digests": state.digests[:1]}, "digests of"),
+        ({"means": state.means[:, :, 1:]}, "means of"),
     ]
     for changed, message in wrong:
         with pytest.raises(InputError, match=message):

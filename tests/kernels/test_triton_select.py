@@ -97,6 +97,10 @@ def check(
         for name, count in (("pages", missing), ("places", missing), ("chosen", chosen)):
             entries = getattr(own, name)[row, :count].cpu()
             assert torch.equal(entries, getattr(expected, name)[row, :count]), name
+        count = max(0, int(sealed[row]) - options["num_sinks"])
+        if expected.estimated is not None:
+            assert own.estimated is not None
+            assert torch.equal(own.estimated[row, :count].cpu(), expected.estimated[row, :count])
     for name, tensor in mine._asdict().items():
         assert torch.equal(tensor.cpu(), getattr(theirs, name)), name
     for held in theirs.page_of.tolist():
@@ -114,9 +118,10 @@ def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
     scores = score_volumes(query, digests, sealed, num_sinks=1, kind="cuboid-max", scale=1.0)
     books, most = empty_books(rows, 7).clone(device), 5
     how: dict[str, Any] = {"num_sinks": 1, "most": most, "reduction": "raw-mean"}
+    how |= {"num_estimated": None}
     selection = select(scores, sealed, books.page_of, limit, limit, *books[1:], **how)
     shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, most)] * 2, (rows,)]
-    shapes += [(rows, most), (rows,)]
+    shapes += [(rows, most), (rows,), (rows, 35)]
     for tensor, shape in zip((*scores, *selection), shapes, strict=True):
         assert tensor.shape == shape
         assert tensor.is_contiguous()
@@ -132,6 +137,99 @@ def test_sizes_are_those_of_triton() -> None:
         for divisor in (1, 3, 32):
             assert cdiv(number, divisor) == triton.cdiv(number, divisor)
     assert [aligned(number) for number in (0, 1, 16, 17)] == [0, 16, 16, 32]
+
+
+@pytest.mark.parametrize("num_estimated", [None, 1, 7])
+@pytest.mark.parametrize("chunk", [4096, 16])
+def test_estimated_pages(
+    chunk: int, num_estimated: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best of those not chosen, of equals the lowest; all, some or none are left out."""
+    monkeypatch.setattr(triton_select, "CHUNK_WARPS", {chunk: 1})
+    score = torch.randint(-4, 4, (4, 2, 60)).float()
+    score[:, :, 10:20] = HIDDEN
+    scores, counts = make_scores(score, [60, 33, 5, -1]), ints(20, 3, 9, 4)
+    books, sealed = empty_books(4, 20), ints(62, 35, 7, 1)
+    how: dict[str, Any] = {"num_sinks": 2, "num_estimated": num_estimated}
+    for reduction in GROUP_REDUCTIONS:
+        _, selection = check(scores, books, sealed, counts, counts, reduction=reduction, **how)
+        assert selection.estimated is not None
+        limit = 60 if num_estimated is None else num_estimated
+        expected = [min(limit, 40), min(limit, 30), 0]
+        flags = selection.estimated[:3] == 1
+        assert [int(flags[row, : int(sealed[row]) - 2].sum()) for row in range(3)] == expected
+
+
+def aim(
+    score: Tensor, fixed: Tensor, target: float, counts: list[int], num_sinks: int = 1
+) -> tuple[Tensor, Selection]:
+    """Aim with both, compare everything; what was missed, and the reference's lists."""
+    rows, _, pages = score.shape
+    missed = [torch.zeros(rows, 5, dtype=torch.float64, device=where) for where in (device, "cpu")]
+    limits, places = ints(*counts), max(counts)
+    how: dict[str, Any] = {"num_sinks": num_sinks, "most": max(counts), "reduction": "raw-mean"}
+    how |= {"target": target, "num_estimated": 2}
+    scores, sealed = make_scores(score, [pages] * rows), ints(*[pages + num_sinks] * rows)
+    books = empty_books(rows, places)
+    selections = []
+    for kernel, log, where in (
+        (select, missed[0], device),
+        (reference_paged.select, missed[1], "cpu"),
+    ):
+        page_of, *rest = books.clone(where)
+        on_device = [tensor.to(where) for tensor in (sealed, page_of, limits, limits)]
+        given = Scores(*(tensor.to(where) for tensor in scores))
+        chosen = kernel(given, *on_device, *rest, fixed=fixed.to(where), missed=log, **how)
+        assert torch.equal(chosen.num_missing, chosen.num_chosen)
+        selections.append(chosen)
+    own, expected = selections
+    assert torch.equal(own.num_chosen.cpu(), expected.num_chosen)
+    for row, count in enumerate(expected.num_chosen.tolist()):
+        assert torch.equal(own.chosen[row, :count].cpu(), expected.chosen[row, :count])
+    assert own.estimated is not None
+    assert expected.estimated is not None
+    assert torch.equal(own.estimated.cpu(), expected.estimated)
+    torch.testing.assert_close(missed[0].cpu(), missed[1], rtol=1e-4, atol=1e-7)
+    return missed[0].cpu(), expected
+
+
+@pytest.mark.parametrize(
+    ("target", "group", "chunk"), [(1e-4, 1, 4096), (0.05, 3, 4096), (0.3, 3, 16), (0.9, 1, 16)]
+)
+def test_a_target(target: float, group: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fewest pages that meet it, or all that there are places for; one row has few of these."""
+    monkeypatch.setattr(triton_select, "CHUNK_WARPS", {chunk: 1})
+    score = 3 * torch.randn(4, group, 35)
+    score[:, :, 7] = -float("inf")
+    score[1, :, 10:20] = score[1, :, 10:11]  # equal ones
+    fixed = torch.tensor([1.0, -2.0, 4.0, -float("inf")])[:, None].expand(4, group).contiguous()
+    missed, selection = aim(score, fixed, target, [35, 35, 4, 20])
+    log = missed.tolist()
+    for (steps, total, worst, capped, spared), count, most in zip(
+        log, selection.num_chosen.tolist(), (35, 35, 4, 20), strict=True
+    ):
+        assert steps == 1
+        assert total == worst
+        assert capped == (worst > target)
+        assert spared == most - count
+        assert worst <= target or count == most
+
+
+def test_a_target_by_hand() -> None:
+    """Shares .5 .3 .1 .06 .04, all of them to be selected: .85 takes three, of equals the first."""
+    share = torch.tensor([0.06, 0.5, 0.1, 0.04, 0.3])
+    nothing = torch.full((1, 1), -float("inf"))
+    for target, count in {0.15: 3, 0.35: 2, 0.07: 4, 0.99: 1, 0.03: 5}.items():
+        missed, selection = aim(share.log()[None, None], nothing, target, [5], num_sinks=0)
+        assert selection.num_chosen.tolist() == [count]
+        rest = float(share.sort(descending=True).values[count:].sum())
+        assert missed[0, 2] == pytest.approx(rest, abs=1e-6)
+    _, selection = aim(torch.zeros(1, 1, 8), nothing, 0.3, [8], num_sinks=0)
+    assert selection.chosen[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
+    for fixed, scores in ((torch.zeros(1, 1), -20.0), (nothing, -float("inf"))):
+        missed, selection = aim(torch.full((1, 1, 6), scores), fixed, 0.1, [5])
+        assert selection.num_chosen.tolist() == [0]
+        assert missed[0, 3:].tolist() == [0, 5]
 
 
 def test_by_hand() -> None:

@@ -280,10 +280,8 @@ def _index_variants(plain: _Shape, sizes: list[_Shape]) -> Iterator[Variant]:
             yield Variant("score", f"{index} {shape.model}", partial(_score, shape, index))
         yield Variant("score", f"{index}, masked", partial(_score, plain, index, masked=True))
     for shape in (plain, *sizes):
-        for capacity in (CAPACITY, 2 * CAPACITY):
-            name = f"tokens {shape.model}, {capacity} pages, softcap"
-            how: dict[str, Any] = {"capacity": capacity, "softcap": 30.0}
-            yield Variant("score", name, partial(_score, shape, "tokens", **how))
+        capped = partial(_score, shape, "tokens", softcap=30.0)
+        yield Variant("score", f"tokens {shape.model}, softcap", capped)
     biased = partial(_score, plain, "tokens", softcap=30.0, biased=True)
     yield Variant("score", "tokens, softcap and bias", biased)
     for shape in (plain, *sizes):  # so many blocks that one warp each does, where it can

@@ -178,6 +178,7 @@ def score_tokens(
     channels = max(16, min(64, power_of_two(plane_dim)))
     small = channels * columns * tokens <= 4096 and page_size <= tokens and not exact
     alone = small and columns * heads >= 16 and rows * blocks >= MANY_PROGRAMS
+    alone = alone and softcap is None and bias is None  # they take registers
     score_tokens_kernel[(rows, blocks)](
         query,
         digests,

@@ -80,14 +80,14 @@ def methods(chunk: int, num_dense_layers: int) -> list[Method]:
 
     config = CacheConfig(num_dense_layers=num_dense_layers)
     packed = CacheConfig.preset("K4V4", num_dense_layers=num_dense_layers)
-    tokens = CacheConfig(num_dense_layers=num_dense_layers, index="tokens")
+    boxes = CacheConfig(num_dense_layers=num_dense_layers, index="cuboid-mean", page_size=32)
     return [
         Method("DynamicCache", full, None),
         Method(f"DynamicCache, chunks of {chunk}", full, chunk),
         Method("ArkCache", ark(config), None),
         Method(f"ArkCache, chunks of {chunk}", ark(config), chunk),
         Method(f"ArkCache K4V4, chunks of {chunk}", ark(packed), chunk),
-        Method(f"ArkCache token index, chunks of {chunk}", ark(tokens), chunk),
+        Method(f"ArkCache boxes, chunks of {chunk}", ark(boxes), chunk),
     ]
 
 

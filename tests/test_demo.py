@@ -30,7 +30,7 @@ from arkcache.demo.models import SHIPPED, load_model, pick_device
 from arkcache.demo.table import render, sentences
 from arkcache.errors import ConfigError, InputError
 
-METHODS = ["full", "arkcache-boxes", "arkcache-tokens", "sinks-and-window", "heavy-hitters"]
+METHODS = ["full", "arkcache-tokens", "arkcache-boxes", "sinks-and-window", "heavy-hitters"]
 BUDGET, NUM_SINKS = 24, 4
 
 
@@ -74,7 +74,7 @@ def test_recall_answers_what_eviction_forgets(result: demo.Result) -> None:
 
 
 def test_budgets_are_kept_and_used(result: demo.Result) -> None:
-    full, boxes, tokens, window, heavy = result.rows
+    full, tokens, boxes, window, heavy = result.rows
     assert full.attended_tokens > 1024
     assert window.attended_tokens == heavy.attended_tokens == 256  # the mean, so in every step
     assert 256 - 32 < boxes.attended_tokens <= 256

@@ -84,14 +84,14 @@ def methods(config: CacheConfig) -> list[Method]:
     return [
         Method("full", "full cache", open_full),
         Method(
-            "arkcache-boxes",
-            "ArkCache, boxes",
-            partial(open_arkcache, config=config, index="cuboid-mean"),
-        ),
-        Method(
             "arkcache-tokens",
             "ArkCache, token index",
             partial(open_arkcache, config=config, index="tokens"),
+        ),
+        Method(
+            "arkcache-boxes",
+            "ArkCache, boxes",
+            partial(open_arkcache, config=config, index="cuboid-mean"),
         ),
         Method(
             "sinks-and-window",

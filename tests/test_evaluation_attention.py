@@ -370,8 +370,8 @@ def test_tables_and_json(result: Result) -> None:
     assert "…" not in text
     assert "Not run" not in text
     figures = json.loads(json.dumps(to_dict(result)))["attention"]
-    assert [row["ladder"] for row in figures[:2]] == [[1, 2, 4, 8, 10, 16]] * 2
-    assert len(figures[0]["recall"]) == 6
+    assert [row["ladder"] for row in figures[:2]] == [[1, 2, 4, 8, 10, 16, 32, 40, 64]] * 2
+    assert len(figures[0]["recall"]) == 9
 
 
 def test_two_runs_agree_to_the_digit(result: Result) -> None:

@@ -279,7 +279,7 @@ def test_estimating_changes_nothing_but_outputs() -> None:
     assert dataclasses.replace(mine, digest_bytes=other.digest_bytes) == other
 
 
-@pytest.mark.parametrize("target", [0.02, 0.3])
+@pytest.mark.parametrize("target", [0.02, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_what_is_missed_is_what_plain_torch_misses(target: float) -> None:
     """Of each KV head, and how much a step attends, whatever is done in between."""
     settings = {"index_bits": 2, "target_missed_mass": target, "budget_tokens": 40}

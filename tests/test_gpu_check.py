@@ -180,7 +180,14 @@ def test_a_check_that_fails_is_recorded() -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", ["step-8b-32k-b1", "profile-32k", "tokens-per-second"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "step-8b-32k-b1",
+        pytest.param("profile-32k", marks=pytest.mark.slow),
+        pytest.param("tokens-per-second", marks=pytest.mark.slow),
+    ],
+)
 def test_a_step_that_is_not_replayed_fails_its_check(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

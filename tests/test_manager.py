@@ -690,7 +690,7 @@ def test_the_oracle_notices_a_page_too_few() -> None:
         {"num_dense_layers": 1},
         {"key_bits": 4, "value_bits": 4},
         {"key_bits": 8, "value_bits": 4, "coarse_key_bits": 4, "coarse_value_bits": 2},
-        pytest.param({"backend": "triton"}, marks=needs_interpreter),
+        pytest.param({"backend": "triton", "index": "cuboid-mean"}, marks=needs_interpreter),
     ],
 )
 def test_one_token_attends_all_when_told_to_be_exact(settings: dict[str, Any]) -> None:

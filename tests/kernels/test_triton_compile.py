@@ -51,16 +51,24 @@ def compile_kernels(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
 def test_copies_and_attention_compile_without_a_gpu(tmp_path: Path) -> None:
     few = ["--kernels", "copy", "attention", "--only", "K4V2 bf16 d128", "4096 bytes"]
     found = compile_kernels(tmp_path, "--target", "sm_90", *few)
+    plain = "K4V2 bf16 d128 g4"
     assert {(figures["family"], figures["variant"]) for figures in found} == {
-        ("attention", "K4V2 bf16 d128 g4"),
+        ("attention", plain),
+        ("attention", f"{plain}, estimates"),
+        ("attention", f"{plain}, mass"),
         ("copy", "4096 bytes"),
     }
     kernels = {figures["kernel"] for figures in found}
     assert {"gather_kernel", "scatter_kernel", "gather_lines_kernel"} < kernels
     assert all(figures["spills"] == 0 for figures in found)
     # Pages through a list, of packed formats too, and the window are fetched ahead.
-    (attention,) = (figures for figures in found if figures["kernel"] == "partial_kernel")
-    assert attention["buffers"] == "3 2"
+    attention = {
+        figures["variant"]: figures["buffers"]
+        for figures in found
+        if figures["kernel"] == "partial_kernel"
+    }
+    assert attention[plain] == "3 2"
+    assert attention[f"{plain}, estimates"] == "3 2 2"
     assert all(0 < figures["registers"] < 256 for figures in found)
 
 

@@ -211,14 +211,15 @@ def expected_of(case: Case, number: int, *, estimates: bool) -> tuple[list[float
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("kind", ["sinks", "h2o", "snapkv"])
+@pytest.mark.parametrize("kind", ["sinks", "h2o", "scissorhands", "snapkv"])
 def test_evictors_miss_what_they_evicted(case: Case, kind: str) -> None:
     if kind != "sinks":
         received = [torch.rand(len(steps.key), TEXT_TOKENS) for steps in case.recorded.values()]
         text = copy.copy(case.reading.cache)
         text.layers = [copy.copy(layer) for layer in text.layers]
-        for layer, own in zip(text.layers, received, strict=True):
-            layer.received = own
+        steps = case.recorded.values()
+        for layer, own, step in zip(text.layers, received, steps, strict=True):
+            layer.received, layer.queries, layer.scale = own, step.query[None], step.scale
         reading = Reading(text, dict(enumerate(received)))
         case = dataclasses.replace(case, reading=reading)
     seen = case.seen(kind)

@@ -91,6 +91,9 @@ class EvictingLayer(DynamicLayer):
         """Length and offset of what the next query attends: what is kept then."""
         return min(self.num_kept + query_length, self.budget), 0
 
+    def see(self, query: Tensor, key: Tensor, scale: float) -> None:
+        """Told what a query [1, heads, 1, head_dim] attends, by which some decide what to keep."""
+
     @property
     def state_bytes(self) -> int:
         """Bytes of what it decides by, beside keys and values."""

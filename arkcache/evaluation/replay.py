@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
-from arkcache.demo.baselines import EvictingLayer, HeavyHitterLayer, attention_received
+from arkcache.demo.baselines import EvictingLayer
 from arkcache.evaluation.attention import LayerSteps, Recorded, Truth
 from arkcache.evaluation.records import AttendedLayer
 from arkcache.huggingface.cache import PagedCacheLayer
@@ -143,8 +143,7 @@ class EvictedView:
         query, *new = self._steps.at(number)
         key, value = self._layer.update(*new)
         scale, truth = self._steps.scale, self._steps.truth.get(number)
-        if isinstance(self._layer, HeavyHitterLayer):
-            self._layer.observe(attention_received(query, key, scale))
+        self._layer.see(query, key, scale)
         if truth is None:
             return None
         output = scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)

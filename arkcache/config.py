@@ -265,13 +265,6 @@ class CacheConfig:
         return "softmax-mean" if self.group_reduction == SHARE_MEAN else self.group_reduction
 
     @property
-    def orders_by_share(self) -> bool:
-        """Whether pages are chosen by the share of attention that they hold."""
-        if self.target_missed_mass is not None:
-            return True
-        return self.group_reduction == SHARE_MEAN and self.index in MASS_INDEXES
-
-    @property
     def packed_index_bits(self) -> int:
         """Bits per key element of the token index where its codes are packed."""
         return PACKED_INDEX_BITS if self.index_bits is None else self.index_bits
@@ -280,6 +273,15 @@ class CacheConfig:
     def window_tokens(self) -> int:
         """Capacity of the recent window: it seals a page when it holds this many tokens."""
         return self.num_recent_tokens + self.page_size
+
+    def orders_by_share(self, group: int) -> bool:
+        """Whether pages are chosen by the share of attention that they hold.
+
+        group: query heads of a KV head. Scores put pages in the same order for a single one.
+        """
+        if self.target_missed_mass is not None:
+            return True
+        return group > 1 and self.group_reduction == SHARE_MEAN and self.index in MASS_INDEXES
 
     def budget_of(self, layer: int, kv_head: int = 0) -> int | None:
         """Tokens that this KV head of this layer attends in a step; None is all of them."""

@@ -223,14 +223,13 @@ class PagedLayer(TieredLayer):
 
     def _ordering(self, step: Step, most: int) -> Tensor:
         """What pages are chosen by: ratings [rows, pages], or shares of attention."""
-        if not (self.config.orders_by_share and self._ratings.are_mass):
-            return self._rate(step, most)
-        if self.config.target_missed_mass is not None:
-            return self._shares(step, most)
-        if step.query.shape[1] == self.geometry.num_kv_heads:  # no other query head to agree with
+        group = step.query.shape[1] // self.geometry.num_kv_heads
+        if not (self.config.orders_by_share(group) and self._ratings.are_mass):
             return self._rate(step, most)
         shares = self._shares(step, most)
-        return shares if self.lengths.uniform else self._ratings.rank_last(shares, self.sealed)
+        if self.lengths.uniform or self.config.target_missed_mass is not None:
+            return shares  # to meet a target they are added up
+        return self._ratings.rank_last(shares, self.sealed)
 
     def _rate(self, step: Step, most: int) -> Tensor:
         """Rate the first `most` selectable pages of every row [rows, pages]."""

@@ -133,22 +133,16 @@ class RecalledLayer(OffloadedLayer):
     def _fixed_mass(self, step: Step, bias: Tensor | None) -> Tensor | None:
         """Log mass of what the step attends anyhow [rows, group]; None where pages are not chosen
         by share."""
-        if not self._orders_by_share(step):
-            return None
         query = self.grouped(step.query)
+        if not self.config.orders_by_share(query.shape[1]):
+            return None
         mass = torch.empty(query.shape[:2], dtype=torch.float32, device=query.device)
         self._attend(step, bias, self._nothing, self._nothing.chosen, log_mass=mass)
         return mass
 
-    def _orders_by_share(self, step: Step) -> bool:
-        """Whether pages are chosen by share: scores say the same of a KV head's only query head."""
-        if self.config.target_missed_mass is not None:
-            return True
-        return self.config.orders_by_share and step.query.shape[1] > self.geometry.num_kv_heads
-
     def _score(self, step: Step, bias: Tensor | None) -> Scores:
         query, sealed = self.grouped(step.index_query), self._books.sealed
-        if self._orders_by_share(step):  # all that attention does is part of it
+        if self.config.orders_by_share(query.shape[1]):  # all that attention does is part of it
             return self._table.score(query, sealed, step.scale, None, step.softcap, bias)
         most = self._table.num_pages - self.config.num_sink_pages
         hidden = hidden_pages(step, self.config, self.geometry, most)

@@ -263,10 +263,10 @@ class Oracle:
                 rated, row = rating_query[sequence, own, 0], (layer, sequence, head)
                 dense = self.config.budget_of(layer, head) is None
                 shares = None
-                if self.config.orders_by_share and not dense:
+                if self.config.orders_by_share(group) and not dense:
                     shares = self.shares(states, row, rated, query[sequence, own, 0], how)
                 if self.config.target_missed_mass is None or dense:
-                    choices = self.choices(*row, rated, hidden, shares if group > 1 else None)
+                    choices = self.choices(*row, rated, hidden, shares)
                 else:
                     assert shares is not None
                     choices = self._covering_choices(row, shares)

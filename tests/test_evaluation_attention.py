@@ -19,13 +19,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from arkcache.demo import run as demo
 from arkcache.demo.baselines import FullLayer, held
 from arkcache.demo.methods import reading_cache
-from arkcache.errors import InputError, UnsupportedModelError
+from arkcache.errors import UnsupportedModelError
 from arkcache.evaluation import run as evaluation
 from arkcache.evaluation.attention import LOOK_EVERY, Recorded, record
 from arkcache.evaluation.attention_figures import attention_rows
 from arkcache.evaluation.figures import to_dict
 from arkcache.evaluation.methods import Reading, parse_method
-from arkcache.evaluation.plot_recall import plot_recall
 from arkcache.evaluation.records import AttendedLayer, Result
 from arkcache.evaluation.replay import Seen, ladder_of, recall_at, replay
 from arkcache.evaluation.run import Settings
@@ -398,12 +397,27 @@ def test_what_cannot_be_observed_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_recall_is_drawn(result: Result, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
-    plot_recall(result, tmp_path / "recall.png")
+    pytest.importorskip("matplotlib")
+    from arkcache.evaluation.plots import draw
+
+    assert tmp_path / "recall.png" in draw(result, tmp_path)
     assert (tmp_path / "recall.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib").use("Agg")
-    with pytest.raises(InputError, match="no page was rated"):
-        plot_recall(Result({}, {}, {}), tmp_path / "recall.png")
+def test_every_method_that_rates_pages_has_a_line(result: Result) -> None:
+    pytest.importorskip("matplotlib")
+    from arkcache.evaluation.plot_recall import rated_methods, recall
+
+    rated = rated_methods(attention_rows(result))
+    methods = {row.case.method for row in attention_rows(result) if row.ladder}
+    panels = recall(rated).axes
+    assert len(panels) == 3 * len(rated)
+    for panel in panels:
+        assert set(panel.get_legend_handles_labels()[1]) == methods
+
+
+def test_where_no_page_was_rated_nothing_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from arkcache.evaluation.plots import draw
+
+    assert draw(Result({}, {}, {}), tmp_path) == []

@@ -14,7 +14,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from arkcache.errors import InputError
-from arkcache.evaluation import plots
+from arkcache.evaluation import plot_depth, plot_style, plots
 from arkcache.evaluation.records import Asked, Case, Cost, Predicted, Result, Skipped, load
 
 MIB = 2**20
@@ -75,7 +75,7 @@ def test_the_full_cache_does_not_diverge_from_itself() -> None:
 
 
 def test_methods_differ_in_more_than_colour() -> None:
-    styles = plots._styles(["full", *(f"ark:page_size={2**i}" for i in range(12))])
+    styles = plot_style.styles(["full", *(f"ark:page_size={2**i}" for i in range(12))])
     ways = {(style["marker"], style["linestyle"]) for style in styles.values()}
     assert len(ways) == len(styles) == 13
 
@@ -95,7 +95,7 @@ def test_depth_is_binned() -> None:
 def test_where_no_question_is_there_is_no_score() -> None:
     case = Case("magic", 1024, "full", "-")
     asked = [Asked(case, 0, "?", ["7"], "7", 1.0, depth) for depth in (0.0, 1.0)]
-    scores, counts = plots._binned(asked, [case], 3)
+    scores, counts = plot_depth.binned(asked, [case], 3)
     assert counts == [1, 0, 1]
     assert (scores[0, 0], scores[0, 2]) == (1, 1)
     assert math.isnan(scores[0, 1])

@@ -2,98 +2,66 @@
 
 from __future__ import annotations
 
-from itertools import groupby
-from pathlib import Path
-from typing import Any
-
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from arkcache.errors import InputError
-from arkcache.evaluation.attention_figures import AttentionRow, attention_rows
-from arkcache.evaluation.records import Result
+from arkcache.evaluation.attention_figures import AttentionRow
+from arkcache.evaluation.plot_style import styles
 
 _PANELS = {
     "recall": "most attention, as a group agrees",
     "recall_alone": "most attention, each query head",
     "recall_peak": "highest logit, each query head",
 }
-_MARKERS = "osD^v<>Px*"
-_STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-}
+
+Rated = dict[int, dict[str, AttentionRow]]
+"""By length, one row for each method with ratings: they do not depend on the budget."""
 
 
-def plot_recall(result: Result, path: Path) -> None:
-    """Draw a row of panels for each length, a line for each method that rates pages.
-
-    The format is that of the file's suffix. Raises `InputError` where nothing was rated.
-    """
-    lengths = [
-        (length, _by_method(list(own)))
-        for length, own in groupby(attention_rows(result), lambda row: row.case.length)
-    ]
-    lengths = [(length, rows) for length, rows in lengths if rows]
-    if not lengths:
-        raise InputError("no page was rated: expected a result of the task attention")
-    with plt.rc_context(_STYLE):
-        figure, axes = plt.subplots(
-            len(lengths),
-            len(_PANELS),
-            figsize=(9.6, 0.8 + 2.9 * len(lengths)),
-            squeeze=False,
-            sharey=True,
-            layout="constrained",
-        )
-        for panels, (length, rows) in zip(axes, lengths, strict=True):
-            for panel, (kind, title) in zip(panels, _PANELS.items(), strict=True):
-                _draw(panel, rows, kind)
-                panel.set_title(title)
-            panels[0].set_ylabel(f"page recall, {length:,} tokens")
-        named = {str(line.get_label()): line for panel in axes[:, 0] for line in panel.get_lines()}
-        figure.legend(
-            list(named.values()),
-            list(named),
-            loc="outside lower center",
-            ncols=3,
-            frameon=False,
-            fontsize=8,
-        )
-        figure.savefig(path, dpi=160)
-        plt.close(figure)
-
-
-def _by_method(rows: list[AttentionRow]) -> list[AttentionRow]:
-    """One row for each method with ratings, which do not depend on the budget."""
-    found: dict[str, AttentionRow] = {}
+def rated_methods(rows: list[AttentionRow]) -> Rated:
+    """What there is to draw of an evaluation's rows; nothing where no page was rated."""
+    found: Rated = {}
     for row in rows:
         if row.ladder:
-            found.setdefault(row.case.method, row)
-    return list(found.values())
+            found.setdefault(row.case.length, {}).setdefault(row.case.method, row)
+    return found
 
 
-def _draw(axes: Axes, rows: list[AttentionRow], kind: str) -> None:
-    for number, row in enumerate(rows):
-        recalls = [spread.value for spread in getattr(row, kind)]
-        marker = _MARKERS[number % len(_MARKERS)]
-        # Colours come back after ten, line styles tell what then looks alike.
-        line = ("-", "--", ":")[number // 10 % 3]
-        style: dict[str, Any] = {
-            "marker": marker,
-            "markersize": 4,
-            "linewidth": 1,
-            "linestyle": line,
-        }
-        axes.plot(row.ladder, recalls, label=row.case.method, color=f"C{number % 10}", **style)
-    ladder = sorted({k for row in rows for k in row.ladder})
+def recall(rated: Rated) -> Figure:
+    """A row of panels for each length, a line for each method."""
+    methods = [method for rows in rated.values() for method in rows]
+    looks = styles(methods)
+    figure = Figure(figsize=(9.6, 0.8 + 2.9 * len(rated)), layout="constrained")
+    axes = figure.subplots(len(rated), len(_PANELS), squeeze=False, sharey=True)
+    for panels, (length, rows) in zip(axes, rated.items(), strict=True):
+        for panel, (kind, title) in zip(panels, _PANELS.items(), strict=True):
+            for method, row in rows.items():
+                values = [spread.value for spread in getattr(row, kind)]
+                panel.errorbar(row.ladder, values, label=method, **looks[method])
+            panel.set_title(title, loc="left")
+            _scale(panel, sorted({k for row in rows.values() for k in row.ladder}))
+        panels[0].set_ylabel(f"page recall, {length:,} tokens")
+    named = {
+        label: handle
+        for panel in axes[:, 0]
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(named.values()),
+        list(named),
+        loc="outside lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=8,
+        handlelength=3.5,
+    )
+    return figure
+
+
+def _scale(axes: Axes, ladder: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ladder, [str(k) for k in ladder], fontsize=7)
     axes.minorticks_off()
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("k")
-    axes.grid(axis="y", color="#e5e5e5", linewidth=0.7)
-    axes.set_axisbelow(True)
+    axes.grid(visible=False, axis="x")

@@ -193,11 +193,8 @@ class Bench:
 
     def _language(self, length: int) -> Iterator[None]:
         """Predict what follows each passage."""
-        settings = self._settings
-        for number in range(settings.num_passages):
-            lots = self._lots(LANGUAGE, length, number)
-            passage = language.draw(self._tokenizer, number, length, settings.num_steps, lots)
-            reading = self.read(passage.context, f"{LANGUAGE} {length}")
+        for number in range(self._settings.num_passages):
+            passage, reading = self._read_text(LANGUAGE, length, number)
             expected: Tensor | None = None
             for done, (method, case, budget) in enumerate(cases := self._cases(LANGUAGE, length)):
                 self._tell(case, done, len(cases))
@@ -206,6 +203,13 @@ class Bench:
                         own = self._predict(case, number, cache, passage, expected)
                         expected = own if expected is None else expected
                 yield
+
+    def _read_text(self, task: str, length: int, number: int) -> tuple[Continuation, Reading]:
+        """Passage `number` of real text, which is the same for all tasks, and what was read."""
+        lots = self._lots(LANGUAGE, length, number)
+        steps = self._settings.num_steps
+        passage = language.draw(self._tokenizer, number, length, steps, lots)
+        return passage, self.read(passage.context, f"{task} {length}")
 
     def _predict(
         self,
@@ -236,16 +240,13 @@ class Bench:
 
     def _attention(self, length: int) -> Iterator[None]:
         """Put the decode steps of the full cache on the passages of `_language` to every method."""
-        settings = self._settings
         cases = [
             (method.on_torch(), case, budget)
             for method, case, budget in self._cases(ATTENTION, length)
             if method.kind != FULL
         ]
-        for number in range(settings.num_passages if cases else 0):
-            lots = self._lots(LANGUAGE, length, number)
-            passage = language.draw(self._tokenizer, number, length, settings.num_steps, lots)
-            reading = self.read(passage.context, f"{ATTENTION} {length}")
+        for number in range(self._settings.num_passages if cases else 0):
+            passage, reading = self._read_text(ATTENTION, length, number)
             try:
                 recorded = record(self._model, reading.cache, passage.following[:-1])
             except UnsupportedModelError as error:

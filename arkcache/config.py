@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any
 
@@ -37,9 +37,11 @@ ROTATIONS = ("none", "keys", "values", "both")
 BACKENDS = ("auto", "torch", "triton")
 """What a decode step may run on."""
 
+TINY_PAGE = 4
 SMALL_PAGE = 8
 GROUP_PAGE = 32
-"""Tokens of a page where its keys share no scales, and KIVI's group of keys that do."""
+"""Tokens of a page where its keys share no scales at all; where their copies in the index do; and
+KIVI's group, where the keys themselves do."""
 
 DEFAULT_BUDGET = 2048
 PACKED_INDEX_BITS = 2
@@ -59,7 +61,9 @@ class CacheConfig:
 
     Args:
         page_size: tokens per page, the unit of selection, recall and eviction (ArkVale uses 32).
-            None: 8; where keys are quantised 32, because a page's keys share scales per channel.
+            None: 32 where keys are quantised, because a page's keys share scales per channel.
+            Otherwise what `on` makes of it when the device is known: 4 on a CPU, whose token index
+            has a scale for every token, 8 elsewhere.
         budget_tokens: tokens that each KV head attends in a decode step, sinks and recent window
             included. None is unlimited: everything is attended and stays in the device tier. A
             tuple gives one budget per layer; a tuple of tuples one per layer and KV head. "auto" is
@@ -128,7 +132,7 @@ class CacheConfig:
             than an eighth of `device_bytes`.
     """
 
-    page_size: int = None  # type: ignore[assignment]  # an int once built
+    page_size: int = None  # type: ignore[assignment]  # an int once the device is known
     budget_tokens: Budget = "auto"
     num_sink_tokens: int = 4
     num_recent_tokens: int = 32
@@ -165,11 +169,8 @@ class CacheConfig:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        if vars(self)["page_size"] is None:
-            size = (
-                SMALL_PAGE if self.key_bits == 16 and self.coarse_key_bits is None else GROUP_PAGE
-            )
-            object.__setattr__(self, "page_size", size)
+        if not self._knows_page_size and (self.key_bits != 16 or self.coarse_key_bits is not None):
+            object.__setattr__(self, "page_size", GROUP_PAGE)
         self._check_integers()
         self._check_choices()
         self._check_formats()
@@ -221,6 +222,30 @@ class CacheConfig:
             }
         return cls(**settings)
 
+    def on(self, device_type: str) -> CacheConfig:
+        """The settings with a page size, on a device of this type: "cpu", "cuda" ..."""
+        if self._knows_page_size:
+            return self
+        rows = self.has_token_rows(device_type)
+        return replace(self, page_size=TINY_PAGE if rows else SMALL_PAGE)
+
+    def has_token_rows(self, device_type: str) -> bool:
+        """Whether the page index on such a device is the token index with a scale per token."""
+        return self.index == "tokens" and self.index_bits is None and device_type == "cpu"
+
+    @property
+    def _knows_page_size(self) -> bool:
+        return vars(self)["page_size"] is not None
+
+    @property
+    def _known_page_size(self) -> int:
+        if not self._knows_page_size:
+            raise ConfigError(
+                "page_size=None: it depends on the device; ask config.on('cpu') or on('cuda'), or "
+                "give a page_size"
+            )
+        return self.page_size
+
     @property
     def format(self) -> PageFormat:
         """The format in which pages are sealed."""
@@ -252,7 +277,7 @@ class CacheConfig:
     @property
     def num_sink_pages(self) -> int:
         """Pages that hold the sinks: `num_sink_tokens` rounded up to whole pages."""
-        return -(-self.num_sink_tokens // self.page_size)
+        return -(-self.num_sink_tokens // self._known_page_size)
 
     @property
     def estimates(self) -> bool:
@@ -272,7 +297,7 @@ class CacheConfig:
     @property
     def window_tokens(self) -> int:
         """Capacity of the recent window: it seals a page when it holds this many tokens."""
-        return self.num_recent_tokens + self.page_size
+        return self.num_recent_tokens + self._known_page_size
 
     def orders_by_share(self, group: int) -> bool:
         """Whether pages are chosen by the share of attention that they hold.
@@ -331,7 +356,7 @@ class CacheConfig:
             "num_sink_tokens": 0,
             "num_recent_tokens": 1,
             "num_dense_layers": 0,
-            "stream_block_tokens": self.page_size if isinstance(self.page_size, int) else 1,
+            "stream_block_tokens": self.page_size if _is_int(self.page_size) else TINY_PAGE,
             "group_size": 1,
             "demote_after": 0,
             "estimate_pages": 0,
@@ -340,7 +365,7 @@ class CacheConfig:
             "host_bytes": 1,
         }
         sizes = ("device_bytes", "host_bytes", "stream_block_tokens")
-        optional = (*sizes, "estimate_pages", "audit_every")
+        optional = ("page_size", *sizes, "estimate_pages", "audit_every")
         for name, minimum in minima.items():
             value = getattr(self, name)
             if name in optional and value is None:
@@ -422,12 +447,14 @@ class CacheConfig:
                 f"budget_tokens={self.budget_tokens!r}: expected an integer, None (unlimited), "
                 "'auto', or a tuple of them per layer (and per KV head)"
             )
-        sinks = self.num_sink_pages * self.page_size
-        least = sinks + self.num_recent_tokens + self.page_size
+        # Again when the device is known: its pages may be larger.
+        page_size = self.page_size if self._knows_page_size else TINY_PAGE
+        sinks = -(-self.num_sink_tokens // page_size) * page_size
+        least = sinks + self.num_recent_tokens + page_size
         if budget < least:
             raise ConfigError(
                 f"budget_tokens={budget}: the {sinks} sink tokens, {self.num_recent_tokens} "
-                f"recent tokens and one page of {self.page_size} need {least}; "
+                f"recent tokens and one page of {page_size} need {least}; "
                 f"raise the budget or lower the other sizes"
             )
 

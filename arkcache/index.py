@@ -53,6 +53,6 @@ def make_index(config: CacheConfig, head_dim: int, device: torch.device) -> Page
     """The page index that `config.index` names."""
     if config.index != "tokens":
         return BoundingVolumes(config.index)
-    if config.index_bits is None and device.type == "cpu":
+    if config.has_token_rows(device.type):
         return TokenRows(config.page_size, head_dim)
     return TokenIndex(config.page_size, head_dim, config.packed_index_bits)

@@ -97,11 +97,11 @@ class KVCacheManager:
         )
         config.check_layers(num_layers, num_kv_heads)
         check_rotation(config, head_dim, value_dim)
-        self._config = config
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
+        self._config = config = config.on(self.device.type)
         self.planner = Planner(
             config,
             num_layers,

@@ -142,6 +142,7 @@ def plan_memory(
     sizes below 1 and an unknown device.
     """
     _check(context_tokens, batch, device)
+    config = config.on(device)
     planner = KVCacheManager(
         shape.num_layers,
         shape.num_kv_heads,
@@ -201,7 +202,7 @@ def within_bytes(
     first token comes after `context_tokens`. Args and errors are those of `plan_memory`. Raises
     `ConfigError` as well where what does not depend on the budget takes all of the bytes.
     """
-    free = replace(config, budget_tokens="auto", device_bytes=None)
+    free = replace(config.on(device), budget_tokens="auto", device_bytes=None)
     plan = plan_memory(free, shape, context_tokens, device=device, index=index)
     dense = int(plan.dense_bytes * (GrowingTensor.GROWTH if config.format.is_raw else 1))
     digests = int(plan.digest_bytes * GrowingTensor.GROWTH)

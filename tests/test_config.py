@@ -19,7 +19,7 @@ BAD = [
     ("num_sink_tokens", [-1, 1.5, False, None]),
     ("num_recent_tokens", [0, -5, 1.5, True]),
     ("num_dense_layers", [-1, 0.5, True]),
-    ("stream_block_tokens", [0, 7, 1024.0, True]),
+    ("stream_block_tokens", [0, 3, 1024.0, True]),
     ("host_bytes", [0, -1, 1e9, True, "1GB"]),
     ("device_pool_factor", [0, 0.99, -1, float("nan"), float("inf"), True, "2"]),
     ("key_bits", [0, 1, 3, 8.5, 16.0, True, "16", None, 32]),
@@ -34,10 +34,32 @@ BAD = [
 ]
 
 
-def test_pages_are_small_unless_their_keys_share_scales() -> None:
-    assert CacheConfig().page_size == CacheConfig(value_bits=2).page_size == 8
+def test_pages_are_as_small_as_the_scales_that_they_share_allow() -> None:
+    for config in (CacheConfig(), CacheConfig(value_bits=2), CacheConfig(budget_tokens=64)):
+        assert (config.on("cpu").page_size, config.on("cuda").page_size) == (4, 8)
+    for config in (CacheConfig(index_bits=2), CacheConfig(index="cuboid-mean")):
+        assert (config.on("cpu").page_size, config.on("cuda").page_size) == (8, 8)
     assert CacheConfig.preset("K4V2").page_size == CacheConfig(coarse_key_bits=4).page_size == 32
     assert CacheConfig.preset("K4V2", page_size=16).page_size == 16
+    assert CacheConfig(page_size=16).on("cpu").page_size == 16
+
+
+def test_sizes_that_depend_on_the_device_say_so() -> None:
+    for size in ("num_sink_pages", "window_tokens"):
+        with pytest.raises(ConfigError, match="depends on the device"):
+            getattr(CacheConfig(), size)
+    assert CacheConfig().on("cpu").window_tokens == 36
+
+
+def test_budgets_are_checked_again_when_the_page_size_is_known() -> None:
+    with pytest.raises(ConfigError, match="one page of 4 need 40"):
+        CacheConfig(budget_tokens=39)
+    config = CacheConfig(budget_tokens=47, stream_block_tokens=4)
+    assert config.on("cpu").page_size == 4
+    with pytest.raises(ConfigError, match="stream_block_tokens=4: .* at least 8"):
+        config.on("cuda")
+    with pytest.raises(ConfigError, match="one page of 8 need 48"):
+        replace(config, stream_block_tokens=None).on("cuda")
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, v) for name, values in BAD for v in values])

@@ -103,7 +103,8 @@ class Method:
         """
         if self.kind not in PAGED:
             return self  # it keeps tokens and nothing else
-        config = self.config("auto")
+        device = device_of(reading.cache)
+        config = self.config("auto").on(device)
         if config.device_bytes is not None:
             raise ConfigError(
                 f"device_bytes={config.device_bytes} beside a share of the bytes: expected one of "
@@ -117,7 +118,7 @@ class Method:
             shape,
             length,
             budget * shape.token_bytes,
-            device_of(reading.cache),
+            device,
             None if self.kind == "ark" else _control(self.kind, seed=0),
         )
         names = ("budget_tokens", "device_bytes", "stream_block_tokens")

@@ -190,7 +190,8 @@ class ArkCache(DynamicCache):
     def _build(self, model: PreTrainedModel, config: CacheConfig) -> None:
         super().__init__(config=model.config)
         self._check_layers(model, config)
-        self._core = CacheCore(config, model.config)
+        device_type = model.device.type
+        self._core = CacheCore(config.on(device_type), model.config, device_type)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:
                 self.layers[index] = PagedCacheLayer(self._core, index)
@@ -218,6 +219,7 @@ class ArkCache(DynamicCache):
             )
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
+        config = config.on(core.device_type)
         self._check_budgets(config)
         if core.attachment is not None:
             replace(core, config=config, managers={}).check()

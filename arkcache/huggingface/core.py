@@ -25,6 +25,7 @@ class CacheCore:
     Attributes:
         config: the user's settings, for layers numbered as in the model.
         model_config: the model's own.
+        device_type: of the model's first device, "cpu", "cuda" ...
         num_paged_layers: layers of the model whose pages this keeps.
         reason: why the cache is in compat mode; None when it is paged.
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
@@ -35,6 +36,7 @@ class CacheCore:
 
     config: CacheConfig
     model_config: PreTrainedConfig
+    device_type: str
     num_paged_layers: int = 0
     reason: str | None = None
     mask_is_read: bool = False

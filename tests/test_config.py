@@ -56,7 +56,7 @@ def test_budgets_are_checked_again_when_the_page_size_is_known() -> None:
         CacheConfig(budget_tokens=39)
     config = CacheConfig(budget_tokens=47, stream_block_tokens=4)
     assert config.on("cpu").page_size == 4
-    with pytest.raises(ConfigError, match="stream_block_tokens=4: .* at least 8"):
+    with pytest.raises(ConfigError, match=r"stream_block_tokens=4: .* at least 8"):
         config.on("cuda")
     with pytest.raises(ConfigError, match="one page of 8 need 48"):
         replace(config, stream_block_tokens=None).on("cuda")

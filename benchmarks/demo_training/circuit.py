@@ -59,12 +59,18 @@ class Circuit:
     Attributes:
         num_before: for how many places layer 0 tells a token which name stands before it.
         lookups: of the layers after it.
+        noise: how much is left of the random weights with which layers add to the residual stream.
+            Lookups that follow one another need little of it: the second takes what is noise in
+            the first one's answer for a name, finds something, and writes its value over.
+        strength: how much larger than in an embedding a lookup writes what it copies.
     """
 
     num_heads: int
     num_kv_heads: int
     num_before: int
     lookups: tuple[Lookup, ...]
+    noise: float = 0.1
+    strength: float = 2.0
 
     @property
     def end(self) -> int:
@@ -87,6 +93,8 @@ LOOKUPS = Circuit(
         Lookup(2, 0, _REFERRED, before(2), _VALUE, _VALUE),
         Lookup(2, 1, before(4), before(5), _VALUE, _VALUE),
     ),
+    noise=0.005,
+    strength=3.0,
 )
 """Values of four tokens, each of which is found a place further after the name than the one before,
 and names that refer to names: what the first lookup finds the second, a layer on, looks up."""
@@ -116,13 +124,13 @@ def build_model(
     with torch.no_grad():
         for layer in model.model.layers:
             # The embeddings are small: what layers add to them must begin smaller.
-            layer.self_attn.o_proj.weight.mul_(0.1)
-            layer.mlp.down_proj.weight.mul_(0.1)
+            layer.self_attn.o_proj.weight.mul_(circuit.noise)
+            layer.mlp.down_proj.weight.mul_(circuit.noise)
         embeddings = model.model.embed_tokens.weight
         scale = _init_embeddings(embeddings, circuit.end, name_ids, value_ids)
         _init_neighbour_heads(model, circuit.num_before, scale)
         for lookup in circuit.lookups:
-            _init_lookup(model, lookup, scale)
+            _init_lookup(model, lookup, circuit.strength * scale, scale)
     return model
 
 
@@ -178,7 +186,7 @@ def _init_neighbour_heads(model: LlamaForCausalLM, num_before: int, scale: float
         attention.o_proj.weight[before(head + 1), start : start + _NAME_DIM] = scale * identity
 
 
-def _init_lookup(model: LlamaForCausalLM, lookup: Lookup, scale: float) -> None:
+def _init_lookup(model: LlamaForCausalLM, lookup: Lookup, written: float, scale: float) -> None:
     """The first query head of a KV head asks, finds and copies as `lookup` says."""
     attention = model.model.layers[lookup.layer].self_attn
     head = lookup.kv_head * model.config.num_attention_heads // model.config.num_key_value_heads
@@ -196,7 +204,7 @@ def _init_lookup(model: LlamaForCausalLM, lookup: Lookup, scale: float) -> None:
     value[: len(identity), lookup.copies] = identity
     start = head * HEAD_DIM
     output = attention.o_proj.weight[lookup.into, start : start + len(identity)]
-    output.copy_(2 * scale * identity)
+    output.copy_(written * identity)
 
 
 def _rows(weight: torch.Tensor, head: int) -> torch.Tensor:

@@ -254,7 +254,8 @@ def sweep(
 
 def evaluate(
     tasks: Annotated[
-        str, typer.Option(help="Names, with commas between; niah, ruler, infinitebench, all.")
+        str,
+        typer.Option(help="Names, with commas between; niah, ruler, infinitebench, trained, all."),
     ] = "magic,language",
     lengths: Annotated[str, typer.Option(help="Tokens to read, with commas between.")] = "3072",
     budgets: Annotated[

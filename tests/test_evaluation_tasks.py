@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import re
 from collections.abc import Callable
 
 import pytest
@@ -24,7 +25,9 @@ COUNTS = {
     "number_string": {2},
     "variable_tracking": {1, 2},
     "common_words": {30},
+    "facts": {1, 2, 3},  # values may repeat
 }
+TRAINED = GROUPS["trained"]
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,9 @@ def test_answers_are_in_the_text(name: str, speaker: Speaker) -> None:
     else:
         assert counts <= COUNTS.get(name, {1}), counts
     questions = [question.text for question in passage.questions]
-    assert len({*questions}) == len(questions) == TASKS[name].most_questions
+    most = TASKS[name].most_questions
+    expected = min(most, LENGTH // 32) if name in TRAINED else most
+    assert len({*questions}) == len(questions) == expected
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -116,8 +121,47 @@ def test_chains_lead_to_their_value(speaker: Speaker) -> None:
         assert {name for name in held if held[name] == value} == {*question.expected}
 
 
+def test_references_lead_to_a_value_in_two_steps(speaker: Speaker) -> None:
+    passage = draw("hops", speaker.room(LENGTH))
+    said = dict(re.findall(r"The value of (\w+) is (\w+)\.", passage.text))
+    order = []
+    for question in passage.questions:
+        first = question.text.removeprefix("\nWhat is the value of ").removesuffix("?")
+        assert (said[said[first]],) == question.expected
+        places = [passage.text.index(f"The value of {name} is") for name in (first, said[first])]
+        order.append(places[0] < places[1])
+    assert len(said) == 2 * len(passage.questions)
+    assert {*order} == {True, False}
+
+
+def test_a_code_is_right_as_a_whole(speaker: Speaker) -> None:
+    question = draw("codes", speaker.room(LENGTH)).questions[0]
+    (code,) = question.expected
+    assert re.fullmatch(r"(\d{4} ){3}\d{4}", code)
+    assert question.score(f" {code}.") == 1
+    assert question.score(f" {' '.join(reversed(code.split()))}.") == 0
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_names_and_values_are_a_token_each(name: str, speaker: Speaker) -> None:
+    """What the trained models' circuit looks up."""
+    for question in draw(name, speaker.room(LENGTH)).questions:
+        ids = speaker.tokenizer(f" {question.expected[0]}")["input_ids"]
+        assert len(ids) == len(question.expected[0].split())
+        asked = question.text.removesuffix("?").split()[-1]
+        assert len(speaker.tokenizer(f" {asked}")["input_ids"]) == 1
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_as_many_facts_as_there_is_room_for(name: str) -> None:
+    for num_units, asked, drawn in ((3200, 40, 40), (1280, 64, 40), (1280, 8, 8)):
+        room = Room(words_and_digits, num_units)
+        passage = TASKS[name].draw(room, asked, random.Random(0))
+        assert len(passage.questions) == drawn
+
+
 def test_needles_are_all_over_the_text(speaker: Speaker) -> None:
-    for name in ("magic", "niah_single_1", "niah_multikey_2", "kv_retrieval", "records"):
+    for name in ("magic", "niah_single_1", "niah_multikey_2", "kv_retrieval", "records", *TRAINED):
         passage = draw(name, speaker.room(LENGTH))
         depths = [
             passage.text.index(value) / len(passage.text)

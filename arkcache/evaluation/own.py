@@ -1,33 +1,13 @@
-"""Tasks of our own: facts of the demonstration, scattered records, the model's own output."""
+"""Tasks of our own: scattered records, and the model's own output."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import dataclass
 
-from arkcache.demo import facts
 from arkcache.evaluation import haystack
 from arkcache.evaluation.needles import shuffled
 from arkcache.evaluation.passage import Passage, Question, Room
-
-
-@dataclass(frozen=True)
-class Facts:
-    """The demonstration's facts and questions (`demo/facts.py`): what the shipped model can do."""
-
-    name: str = "facts"
-    most_questions: int = 16
-
-    def draw(self, room: Room, num_questions: int, rng: random.Random) -> Passage:
-        """See `Task.draw`."""
-        hidden = facts.draw_facts(num_questions, rng)
-        sentences = list(map(facts.render_fact, hidden))
-        text = haystack.longest(haystack.prose_with(sentences, rng), room, "")
-        questions = [
-            Question("\n" + facts.render_question(fact.name), "", (fact.value,), spare_tokens=12)
-            for fact in hidden
-        ]
-        return Passage(text, shuffled(questions, rng))
 
 
 @dataclass(frozen=True)

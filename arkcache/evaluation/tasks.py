@@ -6,9 +6,10 @@ from arkcache.errors import InputError
 from arkcache.evaluation.counting import CommonWords, FrequentWords
 from arkcache.evaluation.lookups import KeyValue, NumberString, PassKey
 from arkcache.evaluation.needles import NIAH, Magic
-from arkcache.evaluation.own import Facts, OwnOutput, Records
+from arkcache.evaluation.own import OwnOutput, Records
 from arkcache.evaluation.passage import Task
 from arkcache.evaluation.tracking import VariableTracking
+from arkcache.evaluation.trained import Codes, Facts, Hops
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -22,6 +23,8 @@ TASKS: dict[str, Task] = {
         CommonWords(),
         FrequentWords(),
         Facts(),
+        Codes(),
+        Hops(),
         Records(),
         OwnOutput(),
     )
@@ -39,6 +42,7 @@ GROUPS = {
         "common_words",
         "frequent_words",
     ),
+    "trained": ("facts", "codes", "hops"),
     "infinitebench": ("passkey", "number_string", "kv_retrieval"),
     "all": (*TASKS, LANGUAGE, ATTENTION),
 }

@@ -8,12 +8,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from arkcache.demo import facts
+from arkcache.evaluation import trained
 
 # Weight of a token's loss by what the token is.
 TEXT_WEIGHT, ANSWER_WEIGHT, UNKNOWABLE_WEIGHT = 0.3, 3.0, 0.0
 _TEXT_SHARE = 0.25  # how many of the text's tokens are predicted at all
 _MAX_FACTS = 64
 _JUMP_SHARE, _MAX_JUMPS = 0.8, 32  # how many sequences have jumps in their positions; how many
+_CODE_SHARE, _REFERENCE_SHARE = 0.4, 0.4  # of the facts, where not all of them are single values
 _TOKENS_PER_FACT = 32  # at most one fact, and about one question, in so many tokens
 
 
@@ -29,15 +31,22 @@ class Batch(NamedTuple):
     weights: torch.Tensor
 
 
+class Frame(NamedTuple):
+    """Token ids around the name and what is said of it, in a fact and in a question."""
+
+    fact_head: list[int]
+    fact_middle: list[int]
+    question_head: list[int]
+    question_middle: list[int]
+
+
 class Vocabulary(NamedTuple):
     """Token ids of the parts that facts and questions are made of."""
 
     names: np.ndarray
     values: np.ndarray
-    fact_head: list[int]
-    fact_middle: list[int]
-    question_head: list[int]
-    question_middle: list[int]
+    value_of: Frame
+    code_of: Frame
     stop: list[int]
     line_break: list[int]
 
@@ -53,35 +62,66 @@ def make_vocabulary(tokenizer: PreTrainedTokenizerFast) -> Vocabulary:
     }
     if any(len(ids) != 1 for group in words.values() for ids in group):
         raise ValueError("the tokenizer splits a name or a value; add each as one token")
-    fact = facts.Fact(facts.names()[0], facts.values()[0])
-    name, value = words["names"][0], words["values"][0]
-    fact_ids = tokenizer("\n" + facts.render_fact(fact))["input_ids"]
-    question_ids = tokenizer("\n" + facts.render_question(fact.name))["input_ids"]
-    at_name, at_value = fact_ids.index(name[0]), fact_ids.index(value[0])
-    asked = question_ids.index(name[0])
+    name, value = facts.names()[0], facts.values()[0]
+
+    def frame(fact: str, question: str) -> Frame:
+        fact_ids, question_ids = (tokenizer("\n" + text)["input_ids"] for text in (fact, question))
+        at_name, asked = (ids.index(words["names"][0][0]) for ids in (fact_ids, question_ids))
+        at_value = fact_ids.index(words["values"][0][0])
+        return Frame(
+            fact_head=fact_ids[:at_name],
+            fact_middle=fact_ids[at_name + 1 : at_value],
+            question_head=question_ids[:asked],
+            question_middle=question_ids[asked + 1 :],
+        )
+
     return Vocabulary(
         names=np.asarray(words["names"])[:, 0],
         values=np.asarray(words["values"])[:, 0],
-        fact_head=fact_ids[:at_name],
-        fact_middle=fact_ids[at_name + 1 : at_value],
-        question_head=question_ids[:asked],
-        question_middle=question_ids[asked + 1 :],
-        stop=fact_ids[at_value + 1 :],
+        value_of=frame(facts.render_fact(facts.Fact(name, value)), facts.render_question(name)),
+        code_of=frame(
+            trained.render_code(name, [value] * trained.CODE_VALUES),
+            trained.render_code_question(name),
+        ),
+        stop=tokenizer(f" {value}.")["input_ids"][1:],
         line_break=tokenizer("\n")["input_ids"],
     )
+
+
+class Item(NamedTuple):
+    """A fact: what a text says of a name, and what a question for it is answered.
+
+    Attributes:
+        said, answer: token ids.
+        needs: the number of the fact that has to be known as well; its own where none has to.
+    """
+
+    frame: Frame
+    name: int
+    said: tuple[int, ...]
+    answer: tuple[int, ...]
+    needs: int
 
 
 class BatchMaker:
     """Draws batches from encoded text, seeded; the same seed gives the same batches."""
 
     def __init__(
-        self, texts: list[np.ndarray], vocabulary: Vocabulary, seed: int, max_span: int
+        self,
+        texts: list[np.ndarray],
+        vocabulary: Vocabulary,
+        seed: int,
+        max_span: int,
+        *,
+        looks_up: bool = False,
     ) -> None:
-        """`texts`: arrays of ids, drawn from equally often; `max_span`: the widest positions."""
+        """`texts`: arrays of ids, drawn from equally often; `max_span`: the widest positions;
+        `looks_up`: whether there are codes and references beside single values."""
         self._texts = texts
         self._vocabulary = vocabulary
         self._rng = np.random.default_rng(seed)
         self._max_span = max_span
+        self._looks_up = looks_up
 
     def draw(self, batch_size: int, length: int) -> Batch:
         """A batch of `batch_size` sequences of `length` tokens."""
@@ -96,25 +136,22 @@ class BatchMaker:
 
     def _sequence(self, length: int) -> list[_Token]:
         """Real text with facts anywhere and each question somewhere after its fact."""
-        rng, vocabulary = self._rng, self._vocabulary
+        rng = self._rng
         num_facts = int(rng.integers(2, min(_MAX_FACTS, length // _TOKENS_PER_FACT) + 1))
         num_questions = max(2, min(_MAX_FACTS, length // (2 * _TOKENS_PER_FACT)))
-        known = list(
-            zip(
-                rng.permutation(vocabulary.names)[:num_facts],
-                rng.choice(vocabulary.values, num_facts),
-                strict=True,
-            )
-        )
+        items = self._lookups(num_facts) if self._looks_up else self._facts(num_facts)
         # With replacement: otherwise elimination is learnt instead of look-up.
-        asked = rng.integers(num_facts, size=num_questions)
-        pieces = [self._fact(*fact) for fact in known]
-        pieces += [self._question(*known[i]) for i in asked]
+        asked = rng.integers(len(items), size=num_questions)
+        pieces = [self._fact(item) for item in items]
+        pieces += [self._question(items[i]) for i in asked]
         num_text = length - sum(map(len, pieces))
-        hidden = rng.integers(num_text + 1, size=num_facts)
+        hidden = rng.integers(num_text + 1, size=len(items))
+        known = [
+            max(hidden[i], hidden[items[i].needs] if items[i].needs >= 0 else 0) for i in asked
+        ]
         # Half of the questions come in a row at the end, the others as soon as they can be asked.
         at_end = rng.random(num_questions) < 0.5
-        placed = np.where(at_end, num_text, rng.integers(hidden[asked], num_text + 1))
+        placed = np.where(at_end, num_text, rng.integers(known, num_text + 1))
         return facts.hide(self._text(num_text), pieces, [*hidden, *placed])
 
     def _text(self, length: int) -> list[_Token]:
@@ -126,19 +163,47 @@ class BatchMaker:
             for i, weight in zip(text[start : start + length], weights, strict=True)
         ]
 
-    def _fact(self, name: int, value: int) -> list[_Token]:
-        words = self._vocabulary
-        ids = [*words.fact_head, name, *words.fact_middle, value, *words.stop, *words.line_break]
-        return _weigh(ids, {name: UNKNOWABLE_WEIGHT, value: UNKNOWABLE_WEIGHT})
+    def _facts(self, count: int) -> list[Item]:
+        """Names with a value each."""
+        rng, words = self._rng, self._vocabulary
+        names = rng.permutation(words.names)[:count]
+        values = rng.choice(words.values, count)
+        return [
+            Item(words.value_of, name, (value,), (value,), needs=at)
+            for at, (name, value) in enumerate(zip(names, values, strict=True))
+        ]
 
-    def _question(self, name: int, value: int) -> list[_Token]:
+    def _lookups(self, count: int) -> list[Item]:
+        """The same for some of `count` names; others get a code, others refer to one of them."""
+        rng, words = self._rng, self._vocabulary
+        items = self._facts(count)
+        for at in range(1, count):
+            kind = rng.random()
+            if kind < _CODE_SHARE:
+                code = tuple(rng.choice(words.values, trained.CODE_VALUES, replace=False))
+                items[at] = Item(words.code_of, items[at].name, code, code, at)
+            elif kind < _CODE_SHARE + _REFERENCE_SHARE:
+                other = int(rng.choice([i for i in range(at) if len(items[i].answer) == 1]))
+                other = items[other].needs  # of a reference, what it refers to
+                said = (items[other].name,)
+                items[at] = Item(words.value_of, items[at].name, said, items[other].answer, other)
+        return items
+
+    def _fact(self, item: Item) -> list[_Token]:
+        frame, words = item.frame, self._vocabulary
+        head = [*frame.fact_head, item.name, *frame.fact_middle]
+        ids = [*head, *item.said, *words.stop, *words.line_break]
+        return _weigh(ids, dict.fromkeys((item.name, *item.said), UNKNOWABLE_WEIGHT))
+
+    def _question(self, item: Item) -> list[_Token]:
         """A question and its answer, or, one time in four, the fact over again."""
-        words = self._vocabulary
-        if self._rng.random() < 0.25:
-            ids = [*words.fact_head, name, *words.fact_middle, value, *words.stop]
+        frame = item.frame
+        if self._rng.random() < 0.25 and item.said == item.answer:
+            head = [*frame.fact_head, item.name, *frame.fact_middle]
         else:
-            ids = [*words.question_head, name, *words.question_middle, value, *words.stop]
-        return _weigh(ids, {name: UNKNOWABLE_WEIGHT, value: ANSWER_WEIGHT})
+            head = [*frame.question_head, item.name, *frame.question_middle]
+        weights = {item.name: UNKNOWABLE_WEIGHT} | dict.fromkeys(item.answer, ANSWER_WEIGHT)
+        return _weigh([*head, *item.answer, *self._vocabulary.stop], weights)
 
     def _positions(self, may_jump: np.ndarray) -> np.ndarray:
         """Position ids [length], int64: consecutive, or with jumps where `may_jump` allows them."""

@@ -20,7 +20,7 @@ from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_copy import scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.page_table import PageTable
+from arkcache.page_directory import PageDirectory
 from arkcache.pages import Ids
 from arkcache.residents import Residents
 from arkcache.ring import RingLayer
@@ -58,7 +58,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
     ) -> None:
         super().__init__(config, device_tier, number, host, [packer])
         self._open_books()
-        self._table = PageTable(config, self.geometry)
+        self._directory = PageDirectory(config, self.geometry)
         self._ticket: Ticket | None = None
         self._residents = self._make_residents(num_selected)
         self._open_lines()
@@ -110,13 +110,15 @@ class OffloadedLayer(RingLayer, TieredLayer):
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens, so that no address changes until then."""
-        self._table.reserve(max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size)
+        self._directory.reserve(
+            max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size
+        )
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
         # All else is new when the books are.
-        return self._books.number, *self._table.addresses, self.host.pieces().data_ptr()
+        return self._books.number, *self._directory.addresses, self.host.pieces().data_ptr()
 
     @property
     def rule(self) -> Rule:
@@ -143,7 +145,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         pages = np.stack([layer.sealed for layer in layers])[seals]
         most = int(pages.max()) + 1
         for layer in layers:
-            layer._table.reserve(most)
+            layer._directory.reserve(most)
         handles = first.host.allocate(len(pages))
         try:
             OffloadedLayer._hold(layers, seals, pages, handles)
@@ -169,7 +171,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             layer.counters.bytes_backed_up += number * page_bytes
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
-        books, means = self._books, self._table.means
+        books, means = self._books, self._directory.means
         key, value = self.by_row(self.window)
         seal_newest(
             key[cache_rows],
@@ -181,7 +183,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._residents.page_of[cache_rows],
             self._residents.may_hold[cache_rows],
             self._newest[cache_rows],
-            self._table.digests[cache_rows],
+            self._directory.digests[cache_rows],
             None if means is None else means[cache_rows],
             recent=self.config.num_recent_tokens,
             num_sinks=self.config.num_sink_pages,
@@ -193,7 +195,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._newest[cache_rows],
             self._lines[cache_rows],
             self._store.pieces(),
-            self._table.located[cache_rows],
+            self._directory.located[cache_rows],
             books.sealed[cache_rows],
         )
 
@@ -202,12 +204,16 @@ class OffloadedLayer(RingLayer, TieredLayer):
         heads, count = key.shape[1:3]
         nbytes, layout = self._packer.layout.nbytes, self._packer.layout
         handles = self._store.allot(rows, first, count).reshape(key.shape[0], -1)
-        self._table.locate(
+        self._directory.locate(
             rows, first, np.stack([self._store.lines(s, first, first + count) for s in _each(rows)])
         )
         digest_key = rotate(key) if self.config.rotates_keys else key
-        digests = self._table.digests.unflatten(0, (-1, heads))
-        means = None if self._table.means is None else self._table.means.unflatten(0, (-1, heads))
+        digests = self._directory.digests.unflatten(0, (-1, heads))
+        means = (
+            None
+            if self._directory.means is None
+            else self._directory.means.unflatten(0, (-1, heads))
+        )
         for number, sequence in enumerate(_each(rows)):
             block = self._backups.borrow(count * heads * nbytes)
             packed = block.data.view(count, heads, nbytes).transpose(0, 1)
@@ -276,7 +282,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
         self.device_tier, self.geometry = device_tier, device_tier.geometry
         on_device = upload(index, self.geometry.device)
-        self._table.keep_sequences(on_device, self.geometry)
+        self._directory.keep_sequences(on_device, self.geometry)
         self._open_books()
         self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
         self._open_lines()
@@ -301,7 +307,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         for sequence, sealed in enumerate(self.sealed.tolist()):
             if sealed:
                 lines = self._store.lines(sequence, 0, sealed)
-                self._table.locate(slice(sequence, sequence + 1), 0, lines[None])
+                self._directory.locate(slice(sequence, sequence + 1), 0, lines[None])
 
     def __getstate__(self) -> dict[str, Any]:
         self.join()
@@ -319,7 +325,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             theirs = (self._books.lengths if name == "tokens" else self._books.sealed).cpu().numpy()
             if not np.array_equal(theirs, mine.repeat(heads)):
                 raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
-        located, slots = self._table.located.cpu().numpy(), self._slots.cpu()
+        located, slots = self._directory.located.cpu().numpy(), self._slots.cpu()
         page_of = self._residents.check(self.sealed.repeat(heads))
         for row, places in enumerate(page_of):
             sequence, head = divmod(row, heads)

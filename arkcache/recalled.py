@@ -92,7 +92,7 @@ class RecalledLayer(OffloadedLayer):
             bias,
             selection,
             self._residents.page_of,
-            means=self._table.means,
+            means=self._directory.means,
             estimated=selection.estimated,
             page_bias=self._page_bias(step),
         )
@@ -143,11 +143,11 @@ class RecalledLayer(OffloadedLayer):
     def _score(self, step: Step, bias: Tensor | None) -> Scores:
         query, sealed = self.grouped(step.index_query), self._books.sealed
         if self.config.orders_by_share(query.shape[1]):  # all that attention does is part of it
-            return self._table.score(query, sealed, step.scale, None, step.softcap, bias)
-        most = self._table.num_pages - self.config.num_sink_pages
+            return self._directory.score(query, sealed, step.scale, None, step.softcap, bias)
+        most = self._directory.num_pages - self.config.num_sink_pages
         hidden = hidden_pages(step, self.config, self.geometry, most)
         mask = hidden if isinstance(hidden, Tensor) else None
-        return self._table.score(query, sealed, step.scale, mask)
+        return self._directory.score(query, sealed, step.scale, mask)
 
     def _page_bias(self, step: Step) -> Tensor | None:
         """The user's mask over estimates by page number [rows, group, pages]; None without one."""
@@ -162,7 +162,7 @@ class RecalledLayer(OffloadedLayer):
         """Copy what is missing from the host tier into its places."""
         gather(
             self._store.pieces(),
-            self._table.located,
+            self._directory.located,
             selection.pages,
             selection.places,
             selection.num_missing,
@@ -220,5 +220,5 @@ class RecalledLayer(OffloadedLayer):
         return (
             counted.stats(int(self.lengths.of.sum()))
             + self._residents.stats(self._packer.layout.nbytes)
-            + CacheStats(digest_bytes=self._table.nbytes, missed_by_layer=missed)
+            + CacheStats(digest_bytes=self._directory.nbytes, missed_by_layer=missed)
         )

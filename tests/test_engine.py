@@ -117,7 +117,7 @@ def test_a_prompt_of_one_token_after_another() -> None:
 
 @pytest.mark.parametrize("num_sink_tokens", [8, 4 * 66])
 def test_many_sinks(num_sink_tokens: int) -> None:
-    """A prompt that ends within the sinks; more sinks than the page table starts with."""
+    """A prompt that ends within the sinks; more sinks than the page directory starts with."""
     budget = num_sink_tokens + 28
     twins = make(on_kernels(num_sink_tokens=num_sink_tokens, budget_tokens=budget), num_kv_heads=1)
     twins.append(9)
@@ -438,7 +438,7 @@ def test_addresses_say_what_moved() -> None:
     assert addresses() == seen[0]
     for change in (
         lambda: manager.reserve(200),  # the dense layer grows
-        lambda: manager.reserve(800),  # and the page table
+        lambda: manager.reserve(800),  # and the page directory
         lambda: manager.keep_sequences(np.array([1, 0])),
         lambda: manager.keep_sequences(np.array([1, 0])),
     ):
@@ -547,7 +547,7 @@ def test_check_integrity_finds(damage: str) -> None:
     elif damage == "slot":
         layer._slots[1, 0, 3] += 1
     elif damage == "located":
-        layer._table.located[0, 2] += 1
+        layer._directory.located[0, 2] += 1
     else:
         layer._books.lengths[1] += 1
     with pytest.raises(IntegrityError):

@@ -19,7 +19,7 @@ from arkcache.tiering.transfer import upload
 FIRST_PAGES = 64
 
 
-class PageTable:
+class PageDirectory:
     """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
     pages are estimated, their mean keys and mean values side by side [..., pages, both dims].
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
@@ -22,7 +23,6 @@ from arkcache.kernels.triton_copy import scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
 from arkcache.page_directory import PageDirectory
 from arkcache.pages import Ids
-from arkcache.residents import Residents
 from arkcache.ring import RingLayer
 from arkcache.step import Lengths
 from arkcache.stepping import Bools, Rule
@@ -60,15 +60,15 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._open_books()
         self._directory = PageDirectory(config, self.geometry)
         self._ticket: Ticket | None = None
-        self._residents = self._make_residents(num_selected)
+        self._page_table = self._make_page_table(num_selected)
         self._open_lines()
 
-    def _make_residents(self, num_selected: Ids) -> Residents:
+    def _make_page_table(self, num_selected: Ids) -> DevicePageTable:
         """Places for this working set, all empty; num_selected: pages, per KV head."""
         selected = np.tile(num_selected, self.geometry.batch)
         num_places = self._working_set.num_slots - self.config.num_sink_pages
         factor = self.device_tier.plan.pool_factor
-        return Residents(self.config, selected, num_places, factor, self.geometry.device)
+        return DevicePageTable(self.config, selected, num_places, factor, self.geometry.device)
 
     def _open_lines(self) -> None:
         """Make what a sealed page passes through on its way to the host."""
@@ -124,7 +124,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
     def rule(self) -> Rule:
         """When it seals a page and how much it attends."""
         config, batch = self.config, self.geometry.batch
-        selected = self._residents.selected.reshape(batch, -1)
+        selected = self._page_table.selected.reshape(batch, -1)
         pieces = self._store.pieces_per_page
         return Rule(
             config.num_recent_tokens, config.page_size, config.num_sink_pages, selected, pieces
@@ -180,8 +180,8 @@ class OffloadedLayer(RingLayer, TieredLayer):
             books.lengths[cache_rows],
             books.sealed[cache_rows],
             self._slots[cache_rows],
-            self._residents.page_of[cache_rows],
-            self._residents.may_hold[cache_rows],
+            self._page_table.page_of[cache_rows],
+            self._page_table.may_hold[cache_rows],
             self._newest[cache_rows],
             self._directory.digests[cache_rows],
             None if means is None else means[cache_rows],
@@ -239,7 +239,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         last = min(first + packed.shape[2], working_set.num_slots)
         if last > first:
             working_set.slots[rows, :, first:last] = packed[:, :, : last - first]
-            self._residents.place(self.cache_rows(rows), first, last)
+            self._page_table.place(self.cache_rows(rows), first, last)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
@@ -262,14 +262,14 @@ class OffloadedLayer(RingLayer, TieredLayer):
     def _unseal(self, sequence: int, first: int, last: int) -> None:
         rows = self.cache_rows(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
-        self._residents.drop_from(rows, first)
+        self._page_table.drop_from(rows, first)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
         """Hold what was `held` before a token was booked, however far its step came."""
         super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self._store.forget_from(sequence, first)
-            self._residents.drop_from(self.cache_rows(slice(sequence, sequence + 1)), first)
+            self._page_table.drop_from(self.cache_rows(slice(sequence, sequence + 1)), first)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
@@ -277,7 +277,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         See `PagedLayer.keep_sequences`.
         """
         self.join()
-        before, residents = self._working_set, self._residents
+        before, old_table = self._working_set, self._page_table
         self._store.keep_sequences(index)
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
         self.device_tier, self.geometry = device_tier, device_tier.geometry
@@ -286,10 +286,10 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._open_books()
         self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
         self._open_lines()
-        self._residents = self._make_residents(num_selected)
+        self._page_table = self._make_page_table(num_selected)
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
-        self._residents.inherit(residents, upload(rows, self.geometry.device), heads)
+        self._page_table.inherit(old_table, upload(rows, self.geometry.device), heads)
         for plane, other in zip(self.working_set.windows, before.windows, strict=True):
             plane.copy_(other[on_device])
         kept = self._working_set.slots
@@ -326,7 +326,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             if not np.array_equal(theirs, mine.repeat(heads)):
                 raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
         located, slots = self._directory.located.cpu().numpy(), self._slots.cpu()
-        page_of = self._residents.check(self.sealed.repeat(heads))
+        page_of = self._page_table.check(self.sealed.repeat(heads))
         for row, places in enumerate(page_of):
             sequence, head = divmod(row, heads)
             sealed = int(self.sealed[sequence])

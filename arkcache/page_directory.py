@@ -1,4 +1,4 @@
-"""What the device knows of a layer's sealed pages: digests, means, where the host tier has them.
+"""The page directory: of each sealed page its digest, its mean and its address in the host tier.
 
 All grow with the context, page by page; what grows changes its address, so `reserve` before a step
 is captured in a graph.
@@ -20,7 +20,9 @@ FIRST_PAGES = 64
 
 
 class PageDirectory:
-    """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
+    """What is known of every sealed page of a layer, on the device, whether it is recalled or not.
+
+    Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
     pages are estimated, their mean keys and mean values side by side [..., pages, both dims].
 
     Args:

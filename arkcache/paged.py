@@ -18,7 +18,7 @@ from arkcache.importance import Importance
 from arkcache.index import PageIndex
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.missed import MissedLog, log_mass, true_missed_mass
-from arkcache.pages import Ids, Residency
+from arkcache.pages import Ids, PageTable
 from arkcache.policy import fewest_pages, ranked_pages, top_pages
 from arkcache.rating import PageRatings
 from arkcache.stats import CacheStats
@@ -70,7 +70,7 @@ class PagedLayer(TieredLayer):
         self._allot(num_selected)
         self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
         self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
-        self._residency = Residency(geometry.num_rows, self._num_places)
+        self._page_table = PageTable(geometry.num_rows, self._num_places)
         self._complete = True  # every selectable page is resident, as far as places go
         self._ratings = PageRatings(config, geometry, latent)
         self._summaries = PageSummaries(config, geometry) if config.estimates else None
@@ -122,7 +122,7 @@ class PagedLayer(TieredLayer):
             # What is attended must not depend on whether the page stayed or was recalled.
             working_set.fill_places(rows, first, *self._packer.unpack(packed[:, :, :room]))
         for page in range(max(first, sinks), first + room):
-            self._residency.place(cache_rows, page - sinks, page, self._may_hold)
+            self._page_table.place(cache_rows, page - sinks, page, self._may_hold)
 
     def rate_with(self, index: PageIndex) -> None:
         """Rate pages by another index from now on; what is sealed is digested anew."""
@@ -152,7 +152,7 @@ class PagedLayer(TieredLayer):
         demoted[rows, pages] = self._store.demote(rows, pages + sinks)
         self.counters.pages_demoted += int(np.count_nonzero(demoted))
         self.host.compact()
-        resident = self._residency.page_of
+        resident = self._page_table.page_of
         numbers = np.maximum(resident - sinks, 0)
         stale = (resident >= 0) & np.take_along_axis(demoted, numbers, axis=1)
         rows, places = np.nonzero(stale)
@@ -193,7 +193,7 @@ class PagedLayer(TieredLayer):
             self._complete_residents(np.full(self.geometry.batch, selectable))
         held, estimated = None, None
         if self._importance is not None or summaries is not None or self._is_audit:
-            held = self._residency.page_of >= 0
+            held = self._page_table.page_of >= 0
             estimated = self._leave_out(step, held, rating)
         num_pages = min(sealed, sinks + num_selected)
         recent = length - sealed * page_size
@@ -239,7 +239,7 @@ class PagedLayer(TieredLayer):
         """Estimate which share of attention each selectable page holds [rows, pages]."""
         sinks, recent = self._fixed()
         num_pages, uniform = int(sinks.max()), self.lengths.uniform
-        held = self._residency.page_of >= 0
+        held = self._page_table.page_of >= 0
         mask = self._view_mask(step, held, num_pages, alike=uniform)
         mass = log_mass(step, self._parts(num_pages, int(recent.max())), mask)
         fixed = mass.reshape(self.geometry.num_rows, -1)
@@ -282,9 +282,9 @@ class PagedLayer(TieredLayer):
         sinks = self.config.num_sink_pages
         keep = None
         if rating is not None:
-            resident = np.maximum(self._residency.page_of - sinks, 0)
+            resident = np.maximum(self._page_table.page_of - sinks, 0)
             keep = np.take_along_axis(rating.float().cpu().numpy(), resident, axis=1)
-        moves = self._residency.fetch(selected + sinks, int(self.sealed.max()), count, keep)
+        moves = self._page_table.fetch(selected + sinks, int(self.sealed.max()), count, keep)
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self._plain and count is None
@@ -314,7 +314,7 @@ class PagedLayer(TieredLayer):
         """Copy all resident pages anew, in one pass straight into the working set."""
         assert isinstance(self.working_set, WorkingSet)
         rows = np.arange(self.geometry.num_rows)[:, None]
-        pieces = self._store.locate(rows, self._residency.page_of)
+        pieces = self._store.locate(rows, self._page_table.page_of)
         source = self._store.pieces().view(self.geometry.dtype)
         sinks = self.config.num_sink_pages
         self.working_set.load_places(sinks, source, torch.from_numpy(pieces))
@@ -327,7 +327,7 @@ class PagedLayer(TieredLayer):
         pages = np.where(valid, selected + self.config.num_sink_pages, -1)
         np.put_along_axis(wanted, pages, True, axis=1)
         wanted[:, -1] = False
-        chosen: Held = wanted[np.arange(len(wanted))[:, None], self._residency.page_of]
+        chosen: Held = wanted[np.arange(len(wanted))[:, None], self._page_table.page_of]
         return chosen
 
     def _leave_out(self, step: Step, held: Held, rating: Tensor | None) -> PseudoTokens | None:
@@ -339,7 +339,7 @@ class PagedLayer(TieredLayer):
             return None
         sinks = self.config.num_sink_pages
         selectable = np.repeat(self.sealed - sinks, self.geometry.num_kv_heads)
-        left_out = pages_left_out(self._residency.page_of, held, selectable, sinks)
+        left_out = pages_left_out(self._page_table.page_of, held, selectable, sinks)
         if self._is_audit:
             self._audit(step, left_out)
         return None if self._summaries is None else self._summaries.estimate(step, left_out, rating)
@@ -366,14 +366,14 @@ class PagedLayer(TieredLayer):
             mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
         if step.bias is None:
             return mask
-        page_of = self._residency.page_of
+        page_of = self._page_table.page_of
         tokens = view_tokens(self.config, self.geometry, page_of, self.sealed, recent, num_pages)
         bias = step.bias(tokens)[:, :, :, 0]
         return bias if mask is None else mask + bias
 
     def _attend(self, step: Step, chosen: Held | None, rating: Tensor | None) -> Tensor:
         sinks, recent = self._fixed()
-        held = self._residency.page_of >= 0 if chosen is None else chosen
+        held = self._page_table.page_of >= 0 if chosen is None else chosen
         estimated = self._leave_out(step, held, rating)
         per_row = held.sum(axis=1)
         self._count_attended(per_row, sinks, recent)
@@ -421,7 +421,7 @@ class PagedLayer(TieredLayer):
         # Places run right to left.
         received = mass.flatten(0, 1).flip(1)[:, self.config.num_sink_pages :].cpu().numpy()
         places = slice(0, received.shape[1])
-        pages = np.where(held, self._residency.page_of, -1)[:, places]
+        pages = np.where(held, self._page_table.page_of, -1)[:, places]
         importance.observe(pages, received)
 
     def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
@@ -444,7 +444,7 @@ class PagedLayer(TieredLayer):
         if self._importance is not None:
             self._importance.unseal(rows, first)
         num_left = max(0, first - self.config.num_sink_pages)
-        self._residency.drop_from(rows, first, num_left)
+        self._page_table.drop_from(rows, first, num_left)
         self._complete = False
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
@@ -468,7 +468,7 @@ class PagedLayer(TieredLayer):
         self.device_tier, self.geometry = device_tier, device_tier.geometry
         self._allot(num_selected)
         if before.num_slots == self.working_set.num_slots:
-            self._residency.keep_rows(rows)
+            self._page_table.keep_rows(rows)
             copy_sequences(before.planes, self.working_set.planes, on_device)
         else:
             copy_sequences(before.windows, self.working_set.windows, on_device)
@@ -476,7 +476,7 @@ class PagedLayer(TieredLayer):
 
     def _start_anew(self) -> None:
         """Fill a working set of another size: sinks now, pages when they are selected."""
-        self._residency = Residency(self.geometry.num_rows, self._num_places)
+        self._page_table = PageTable(self.geometry.num_rows, self._num_places)
         self._complete = False
         sinks = self.config.num_sink_pages
         held = np.minimum(self.sealed, sinks).repeat(self.geometry.num_kv_heads)
@@ -485,7 +485,7 @@ class PagedLayer(TieredLayer):
 
     def check(self) -> None:
         """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
-        self._residency.check()
+        self._page_table.check()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
         self._check_residents()
@@ -493,7 +493,7 @@ class PagedLayer(TieredLayer):
     def _check_residents(self) -> None:
         """Every page on the device, sinks included, must be bit-equal to its backup on the host."""
         sinks = np.arange(self.config.num_sink_pages)
-        for row, places in enumerate(self._residency.page_of):
+        for row, places in enumerate(self._page_table.page_of):
             sequence = row // self.geometry.num_kv_heads
             own_sinks = np.where(sinks < self.sealed[sequence], sinks, -1)
             for place, page in enumerate(np.concatenate((own_sinks, places)).tolist()):

@@ -35,8 +35,8 @@ class Moves(NamedTuple):
     num_evicted: int
 
 
-class Residency:
-    """Which page each row holds in each of its places (slots for selected pages).
+class PageTable:
+    """The page table: which page each row holds in each of its places (slots for selected pages).
 
     A row's places are numbered from 0; -1 marks an empty one. Sinks and the window are not
     counted here: they never move.

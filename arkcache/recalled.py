@@ -85,18 +85,18 @@ class RecalledLayer(OffloadedLayer):
         bias = user_bias(step, self.geometry, int(self.lengths.of.max()))
         fixed = self._fixed_mass(step, bias)
         scores = self._score(step, bias)
-        selection = self._residents.select(scores, self._books.sealed, fixed)
+        selection = self._page_table.select(scores, self._books.sealed, fixed)
         self._recall(selection)
         output = self._attend(
             step,
             bias,
             selection,
-            self._residents.page_of,
+            self._page_table.page_of,
             means=self._directory.means,
             estimated=selection.estimated,
             page_bias=self._page_bias(step),
         )
-        if self.config.speculative_recall and self._residents.has_spare:
+        if self.config.speculative_recall and self._page_table.has_spare:
             self._speculate(scores, fixed)
         return output.view(self.geometry.batch, -1, 1, output.shape[-1])
 
@@ -183,7 +183,7 @@ class RecalledLayer(OffloadedLayer):
 
         def choose() -> None:
             sealed = self._books.sealed
-            chosen.append(self._residents.select(scores, sealed, fixed, speculative=True))
+            chosen.append(self._page_table.select(scores, sealed, fixed, speculative=True))
 
         try:
             lanes.side.run(choose)
@@ -205,7 +205,7 @@ class RecalledLayer(OffloadedLayer):
     # -- several new tokens, and what was done ----------------------------------------------------
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        self._residents.forget_spared()
+        self._page_table.forget_spared()
         return super()._page_blocks()
 
     def stats(self) -> CacheStats:
@@ -214,11 +214,11 @@ class RecalledLayer(OffloadedLayer):
         heads, counted = self.geometry.num_kv_heads, replace(self.counters)
         missed: tuple[tuple[MissedMass, ...], ...] = ()
         if self.config.target_missed_mass is not None:
-            missed = (tuple(self._residents.missed_by_head(heads)),)
-            spared = self._residents.num_spared * self.config.page_size
+            missed = (tuple(self._page_table.missed_by_head(heads)),)
+            spared = self._page_table.num_spared * self.config.page_size
             counted.attended_tokens -= round(spared / heads)
         return (
             counted.stats(int(self.lengths.of.sum()))
-            + self._residents.stats(self._packer.layout.nbytes)
+            + self._page_table.stats(self._packer.layout.nbytes)
             + CacheStats(digest_bytes=self._directory.nbytes, missed_by_layer=missed)
         )

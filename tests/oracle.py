@@ -2,7 +2,7 @@
 
 It keeps every key and value of every column, padding included, and derives sealed pages, sinks,
 window and selection from lengths and from `kernels/reference.py` in fp32. Knows nothing of slots,
-tiers or residency, and imports nothing from the manager.
+tiers or page tables, and imports nothing from the manager.
 
 With `estimate_pages`, pages that are not attended are one pseudo token each: the means of what was
 sealed, ln(page_size) added to its logit.

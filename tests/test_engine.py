@@ -543,7 +543,7 @@ def test_check_integrity_finds(damage: str) -> None:
     (layer,) = twins.manager._layers
     assert isinstance(layer, RecalledLayer)
     if damage == "page_of":
-        layer._residents.page_of[0, 0] = layer._residents.page_of[0, 1]
+        layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
     elif damage == "slot":
         layer._slots[1, 0, 3] += 1
     elif damage == "located":

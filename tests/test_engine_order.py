@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from arkcache import manager, offloaded, recalled
+from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_select import Selection
-from arkcache.residents import Residents
 from arkcache.tiering.backup import BackupEngine
 from arkcache.tiering.host import HostTier
 from tests.marks import needs_interpreter
@@ -177,14 +177,14 @@ class HalfAhead:
 
 def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a step's own kernels queued on the main lane; those of a guess run when it does."""
-    attend, gather, select = recalled.paged_attention, recalled.gather, Residents.select
+    attend, gather, select = recalled.paged_attention, recalled.gather, DevicePageTable.select
 
     def queued_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = torch.empty_like(query)
         world.lanes.main.run(lambda: output.copy_(attend(query, *args, **kwargs)))
         return output
 
-    def queued_select(self: Residents, *args: Any, speculative: bool = False) -> Selection:
+    def queued_select(self: DevicePageTable, *args: Any, speculative: bool = False) -> Selection:
         if speculative:
             return select(self, *args, speculative=True)
         rows, table = len(self.selected), (len(self.selected), self.most)
@@ -207,7 +207,7 @@ def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(recalled, "paged_attention", queued_attend)
     monkeypatch.setattr(recalled, "gather", queued_gather)
-    monkeypatch.setattr(Residents, "select", queued_select)
+    monkeypatch.setattr(DevicePageTable, "select", queued_select)
     monkeypatch.setattr(recalled, "lanes_of", lambda _: world.lanes)
 
 

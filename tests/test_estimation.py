@@ -244,7 +244,7 @@ def test_estimates_are_no_pages_to_importance() -> None:
     manager.attend(0, query, scale=1.0)
     layer: Any = manager._layers[0]
     share = (query[0, 0] @ key[0, 0].T).softmax(dim=1).unflatten(1, (25, 4)).sum(dim=2)[0]
-    held = layer._residency.page_of[0]
+    held = layer._page_table.page_of[0]
     received = torch.zeros(25)
     received[held] = share[held]
     # 8-bit keys are a little off.

@@ -238,7 +238,7 @@ def test_sharp_queries_choose_pages_that_exist(factor: float, reduction: str) ->
     twins.append(100, torch.arange(100) >= torch.tensor([[60], [0]]))
     for _ in range(20):
         twins.attend(size=1000.0)
-        residents = cast("Any", twins.manager._layers[0])._residency.page_of
+        residents = cast("Any", twins.manager._layers[0])._page_table.page_of
         assert residents[:2].max() < twins.oracle.sealed(0, 0)
     twins.check()
 
@@ -629,12 +629,12 @@ def damage_sink(layer: Any) -> None:
 
 
 def damage_backup(layer: Any) -> None:
-    resident = int(layer._residency.page_of[0, 0])
+    resident = int(layer._page_table.page_of[0, 0])
     layer._store.pieces()[layer._store.locate(np.array([0]), np.array([resident]))] += 1
 
 
 def damage_books(layer: Any) -> None:
-    layer._residency.page_of[0, 0] = layer._residency.page_of[0, 1]
+    layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
 
 
 def damage_sealed(layer: Any) -> None:

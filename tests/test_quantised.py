@@ -316,7 +316,7 @@ def test_recalled_pages_are_the_sealed_bytes(name: str, factor: float) -> None:
     twins.check()
     working_set = cast("PackedWorkingSet", layer.working_set)
     slots = working_set.slots.flatten(0, 1).flip(1)
-    for row, resident in enumerate(layer._residency.page_of.tolist()):
+    for row, resident in enumerate(layer._page_table.page_of.tolist()):
         assert torch.equal(slots[row, 0], sealed[row, 0])
         for place, page in enumerate(resident, start=1):
             assert page < 0 or torch.equal(slots[row, place], sealed[row, page])
@@ -750,7 +750,7 @@ def test_residents_are_rewritten() -> None:
     """What is attended is the same whether a page stayed or is recalled."""
     cache = Attended()
     while not cache.twins.manager.stats().pages_demoted:
-        resident = cache.layer._residency.page_of.copy()
+        resident = cache.layer._page_table.page_of.copy()
         cache.step()
     stale = [
         set(row) - fine - {-1} for row, fine in zip(resident.tolist(), cache.fine(), strict=True)

@@ -128,8 +128,8 @@ def ark_steps(
 
 def emptying(manager: KVCacheManager, share: int) -> Callable[[int], None]:
     """What empties so many percent of the places of all layers, other places at every step."""
-    paged = [layer for layer in manager._layers if hasattr(layer, "_residents")]
-    tables = [layer._residents.page_of for layer in paged]
+    paged = [layer for layer in manager._layers if hasattr(layer, "_page_table")]
+    tables = [layer._page_table.page_of for layer in paged]
     places = tables[0].shape[1]
     count = round(share * places / 100)
     order = torch.randperm(places, device=tables[0].device).repeat(2)

@@ -1,4 +1,8 @@
-"""Which page each place of a layer holds, on the device: what `pages.Residency` is on the host."""
+"""The page table of the device engine: which page each place holds, kept where kernels change it.
+
+The host engine's is `pages.PageTable`; where a page itself lies in the host tier, the page
+directory says.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,11 @@ from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
 
 WORST, SPARED = 2, 4
-"""Columns of `Residents.missed`."""
+"""Columns of `DevicePageTable.missed`."""
 
 
-class Residents:
-    """The places of every row and what they hold.
+class DevicePageTable:
+    """Which page each place of every row holds, on the device.
 
     A row's places are numbered from 0; a row with a smaller budget than others leaves its last ones
     empty. Sinks are not counted here: they never move.
@@ -110,7 +114,7 @@ class Residents:
         held = self.page_of[rows]
         held.masked_fill_(held >= page, -1)
 
-    def inherit(self, before: Residents, rows: Tensor, num_heads: int) -> None:
+    def inherit(self, before: DevicePageTable, rows: Tensor, num_heads: int) -> None:
         """Hold in row i what row `rows[i]` of another held, in as many places as both have.
 
         What was counted goes on; of each of `num_heads` KV heads by itself, where that matters.

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.errors import IntegrityError
-from arkcache.pages import Ids
 from arkcache.stats import CacheStats
 from arkcache.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.tiering.device import DeviceTier, Geometry

@@ -1,6 +1,6 @@
 """The page table of the device engine: which page each place holds, kept where kernels change it.
 
-The host engine's is `pages.PageTable`; where a page itself lies in the host tier, the page
+The host engine's is `bookkeeping.PageTable`; where a page itself lies in the host tier, the page
 directory says.
 """
 
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, Selection, select
-from arkcache.pages import Ids
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
 

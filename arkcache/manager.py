@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
+from arkcache.bookkeeping import Ids, TokenLog
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.layers import make_layers
 from arkcache.paged import PagedLayer
-from arkcache.pages import Ids, TokenLog
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks

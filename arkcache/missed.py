@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.stats import AUDIT_MARGIN, MissedMass
 from arkcache.step import Step, additive, expanded, view_logits, with_sinks
 from arkcache.tiering.device import Geometry

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
@@ -22,7 +23,6 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_copy import scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
 from arkcache.page_directory import PageDirectory
-from arkcache.pages import Ids
 from arkcache.ring import RingLayer
 from arkcache.step import Lengths
 from arkcache.stepping import Bools, Rule

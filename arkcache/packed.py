@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_blocks

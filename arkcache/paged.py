@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids, PageTable
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.importance import Importance
 from arkcache.index import PageIndex
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.missed import MissedLog, log_mass, true_missed_mass
-from arkcache.pages import Ids, PageTable
 from arkcache.policy import fewest_pages, ranked_pages, top_pages
 from arkcache.rating import PageRatings
 from arkcache.stats import CacheStats

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.index import PageIndex, make_index, mass_index
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.pages import Ids
 from arkcache.policy import aggregate, page_shares
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_attention import paged_attention
@@ -25,7 +26,6 @@ from arkcache.kernels.triton_copy import gather
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import Selection
 from arkcache.offloaded import OffloadedLayer
-from arkcache.pages import Ids
 from arkcache.ring import by_row_and_head, sink_logits, user_bias
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.step import Step

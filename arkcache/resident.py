@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.dense import DenseLayer
 from arkcache.errors import IntegrityError
@@ -16,7 +17,6 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.pages import Ids
 from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step

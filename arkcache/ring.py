@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_append import append
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.step import Step
 from arkcache.stepping import Bools, Rule, attended_tokens

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids, sealed_pages
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
-from arkcache.pages import Ids, sealed_pages
 from arkcache.step import Counters, Lengths
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.host import HostTier

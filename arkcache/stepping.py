@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.pages import Ids
+from arkcache.bookkeeping import Ids
 from arkcache.step import Counters, Lengths, Step
 
 Bools = NDArray[np.bool_]

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import GrowingTensor

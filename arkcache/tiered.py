@@ -8,9 +8,9 @@ from functools import partial
 
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.step import Step, additive
 from arkcache.tiering.device import Geometry
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
+from arkcache.bookkeeping import Ids
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
-from arkcache.pages import Ids
 from arkcache.step import Step
 from arkcache.views import page_bias
 from tests.twins import Twins, attend_latents, small_config

@@ -19,7 +19,7 @@ from arkcache.errors import ConfigError, InputError
 from arkcache.formats import PageFormat, PageLayout, PartLayout
 from arkcache.index import PageIndex, make_index
 from arkcache.manager import KVCacheManager
-from arkcache.packed import CHUNK_PAGES
+from arkcache.packed_dense import CHUNK_PAGES
 from arkcache.planning import Planner
 from arkcache.tiering.growing import GrowingTensor
 

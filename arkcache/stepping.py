@@ -57,7 +57,7 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
 
 
 class StaticLayer(Protocol):
-    """A layer whose steps come in two halves: what `ring.py` and `resident.py` define."""
+    """A layer whose steps come in two halves: what `ring.py` and `device_dense.py` define."""
 
     columns: int
     lengths: Lengths

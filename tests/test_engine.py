@@ -12,11 +12,11 @@ import torch
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
+from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
 from arkcache.errors import IntegrityError
 from arkcache.kernels import triton_attention
 from arkcache.planning import Planner
 from arkcache.recalled import RecalledLayer
-from arkcache.resident import ResidentLayer, ResidentPackedLayer
 from arkcache.store import PageStore
 from tests.marks import needs_interpreter
 from tests.twins import Twins, small_config
@@ -560,8 +560,8 @@ def test_layers_are_what_their_budgets_and_formats_say() -> None:
         twins.append(3)
         return [type(layer) for layer in twins.manager._layers]
 
-    assert kinds() == [ResidentLayer, RecalledLayer]
-    assert kinds(key_bits=4, group_size=8) == [ResidentPackedLayer, RecalledLayer]
+    assert kinds() == [DeviceDenseLayer, RecalledLayer]
+    assert kinds(key_bits=4, group_size=8) == [DevicePackedDenseLayer, RecalledLayer]
 
 
 def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

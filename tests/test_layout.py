@@ -49,22 +49,22 @@ MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "bookkeeping
 MAY_IMPORT["sealing"] = {"config", "errors", "bookkeeping", "step", "tiering", "windows"}
 MAY_IMPORT["tiered"] = {"config", "kernels", "bookkeeping", "sealing", "store", "tiering"}
 MAY_IMPORT["dense"] = {*MAY_IMPORT} - {"sealing", "store"}
-MAY_IMPORT["packed"] = {*MAY_IMPORT} - {"dense", "store"}
-MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed"}
+MAY_IMPORT["packed_dense"] = {*MAY_IMPORT} - {"dense", "store"}
+MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed_dense"}
 MAY_IMPORT["stepping"] = {"bookkeeping", "step"}
 MAY_IMPORT["backend"] = {"config", "errors"}
 MAY_IMPORT["page_directory"] = {"config", "kernels", "bookkeeping", "tiering"}
 MAY_IMPORT["device_page_table"] = {"config", "errors", "kernels", "bookkeeping", "stats", "tiering"}
 MAY_IMPORT["ring"] = {"kernels", "bookkeeping", "sealing", "step", "stepping", "tiering", "windows"}
-MAY_IMPORT["offloaded"] = {*MAY_IMPORT} - {"dense", "packed", "paged"}
-MAY_IMPORT["recalled"] = {*MAY_IMPORT} - {"dense", "packed", "paged"}
-MAY_IMPORT["resident"] = {*MAY_IMPORT} - {"packed", "paged", "tiered"}
+MAY_IMPORT["offloaded"] = {*MAY_IMPORT} - {"dense", "packed_dense", "paged"}
+MAY_IMPORT["recalled"] = {*MAY_IMPORT} - {"dense", "packed_dense", "paged"}
+MAY_IMPORT["device_dense"] = {*MAY_IMPORT} - {"packed_dense", "paged", "tiered"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
-MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "index", "manager", "packed"}
-MAY_IMPORT["memory"] |= {"bookkeeping", "planning", "tiering"}
+MAY_IMPORT["memory"] = {"backend", "bookkeeping", "config", "errors", "formats", "index", "manager"}
+MAY_IMPORT["memory"] |= {"packed_dense", "planning", "tiering"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["evaluation"] = {*MAY_IMPORT, "evaluation"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
@@ -91,7 +91,7 @@ LAZILY = {
     ("arkcache", "huggingface"),
     ("tiering", "cupy"),
     ("layers", "recalled"),  # they import Triton
-    ("layers", "resident"),
+    ("layers", "device_dense"),
 }
 
 

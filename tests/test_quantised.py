@@ -13,7 +13,7 @@ from arkcache import CacheConfig, ConfigError, HostTierFullError, InputError, KV
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.importance import Importance, demotable
 from arkcache.kernels import reference
-from arkcache.packed import PackedLayer
+from arkcache.packed_dense import PackedDenseLayer
 from arkcache.paged import PagedLayer
 from arkcache.tiering import host as host_module
 from arkcache.tiering.device import PackedWorkingSet
@@ -77,7 +77,7 @@ def test_conversations(name: str, rotation: str) -> None:
     """One dense layer, whose pages are quantised too, and one paged."""
     twins = Twins(config_of(name, rotation=rotation, num_dense_layers=1), num_layers=2)
     converse(twins)
-    assert isinstance(twins.manager._layers[0], PackedLayer) or name.startswith("K16V16")
+    assert isinstance(twins.manager._layers[0], PackedDenseLayer) or name.startswith("K16V16")
 
 
 @pytest.mark.parametrize("name", ["K4V2", "K8V4+K4V2"])
@@ -265,7 +265,7 @@ def test_quantising_takes_something_and_less_at_more_bits() -> None:
 def sealed_bytes(layer: Any) -> list[Tensor]:
     """The bytes of all sealed pages of a layer, row by row."""
     heads, rows = layer.geometry.num_kv_heads, range(layer.geometry.num_rows)
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, PackedDenseLayer):
         return [
             layer._pages.read(page, page + 1).flatten(0, 1)[row, 0]
             for row in rows

@@ -26,7 +26,7 @@ CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
 
 
-class PackedLayer(SealingLayer):
+class PackedDenseLayer(SealingLayer):
     """A layer that attends everything, its sealed pages packed.
 
     Args:

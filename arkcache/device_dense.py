@@ -1,4 +1,7 @@
-"""Layers of the GPU engine that attend everything: all tokens stay on the device."""
+"""Dense layers of the GPU engine, which attend everything: all tokens stay on the device.
+
+Their like on a CPU: `dense.py` in the model's own dtype, `packed_dense.py` quantised.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,7 @@ def everything(geometry: Geometry) -> Ids:
     return np.full((geometry.batch, geometry.num_kv_heads), NO_LIMIT, dtype=np.int64)
 
 
-class ResidentLayer(DenseLayer):
+class DeviceDenseLayer(DenseLayer):
     """A layer that attends everything in the model's own dtype: a window of the whole context."""
 
     takes_ragged = True
@@ -69,7 +72,7 @@ class ResidentLayer(DenseLayer):
         return Rule(NEVER, 1, 0, everything(self.geometry), 0)
 
     @staticmethod
-    def make_ready(layers: Sequence[ResidentLayer], _seals: Bools, tokens: int) -> None:
+    def make_ready(layers: Sequence[DeviceDenseLayer], _seals: Bools, tokens: int) -> None:
         """Make room for sequences of up to so many tokens."""
         for layer in layers:
             layer.reserve(tokens)
@@ -161,7 +164,7 @@ class ResidentLayer(DenseLayer):
         self._books.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
 
 
-class ResidentPackedLayer(RingLayer):
+class DevicePackedDenseLayer(RingLayer):
     """A layer that attends everything, its sealed pages packed (KIVI).
 
     Args:
@@ -234,7 +237,7 @@ class ResidentPackedLayer(RingLayer):
         return self._books.number, pages.shape[2], pages.data_ptr()
 
     @staticmethod
-    def make_ready(layers: Sequence[ResidentPackedLayer], seals: Bools, _tokens: int) -> None:
+    def make_ready(layers: Sequence[DevicePackedDenseLayer], seals: Bools, _tokens: int) -> None:
         """Make room for the pages that seal: of which layer and sequence [layers, batch]."""
         for layer, own in zip(layers, seals, strict=True):
             if own.any():

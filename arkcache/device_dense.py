@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.dense import DenseLayer
 from arkcache.errors import IntegrityError
@@ -23,7 +24,6 @@ from arkcache.kernels.triton_seal import seal_newest, seal_pages
 from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
-from arkcache.stepping import Bools, Rule
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.transfer import upload

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
 from arkcache.bookkeeping import Ids, TokenLog
+from arkcache.capture import CapturableLayer, CapturableSteps
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
@@ -26,7 +27,6 @@ from arkcache.paged import PagedLayer
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks
-from arkcache.stepping import StaticLayer, StaticSteps
 from arkcache.store import PageStore
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier
@@ -116,7 +116,7 @@ class KVCacheManager:
         self._clear()
 
     def _clear(self) -> None:
-        self.steps: StaticSteps | None = None
+        self.steps: CapturableSteps | None = None
         self._log = self._log_before = TokenLog(0)
         self._most_selected = 0
         self._layers: list[Layer] = []
@@ -560,7 +560,7 @@ class KVCacheManager:
         tier = DeviceTier(self.planner.plan(batch, most))
         self._layers = make_layers(self.planner, tier, host, most, latent=self.latent)
         if self.planner.backend == "triton":
-            self.steps = StaticSteps(cast(list[StaticLayer], self._layers))
+            self.steps = CapturableSteps(cast(list[CapturableLayer], self._layers))
         self._host = host
         self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule
 from arkcache.config import CacheConfig
 from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
@@ -25,7 +26,6 @@ from arkcache.kernels.triton_seal import seal_newest, seal_pages
 from arkcache.page_directory import PageDirectory
 from arkcache.ring import RingLayer
 from arkcache.step import Lengths
-from arkcache.stepping import Bools, Rule
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet

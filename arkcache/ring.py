@@ -1,7 +1,7 @@
 """Layers of the GPU engine: a token is stored by a kernel, and the host only keeps the books.
 
 What happens at a step is split in two. The token is entered in the books on the host, for this
-layer (`book_token`) or for all layers at once (`stepping.py`): whether a page seals follows from
+layer (`book_token`) or for all layers at once (`capture.py`): whether a page seals follows from
 token counts alone. `launch_append` and `launch_attend` queue kernels whose shapes and addresses
 depend on no token count, so that a CUDA graph can replay them while the books go on. Nothing in
 either waits for the device.
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule, attended_tokens
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_append import append
 from arkcache.sealing import SealingLayer
 from arkcache.step import Step
-from arkcache.stepping import Bools, Rule, attended_tokens
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from arkcache.capture import CapturableSteps
 from arkcache.errors import HostTierFullError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.probe import follows_positions
 from arkcache.huggingface.recordings import Recordings, seen_waiting
-from arkcache.stepping import StaticSteps
 
 INPUTS = ("input_ids", "position_ids", "cache_position")
 """Tensors that are new at every step: a recording reads them from where they were first."""
@@ -137,7 +137,7 @@ class Replayer:
         return first.recordings
 
     @property
-    def _steps(self) -> list[StaticSteps]:
+    def _steps(self) -> list[CapturableSteps]:
         return [manager.steps for manager in self.cache.managers if manager.steps is not None]
 
     def _warn(self, reason: str) -> None:

@@ -56,7 +56,7 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     return attended
 
 
-class StaticLayer(Protocol):
+class CapturableLayer(Protocol):
     """A layer whose steps come in two halves: what `ring.py` and `device_dense.py` define."""
 
     columns: int
@@ -105,7 +105,7 @@ class StaticLayer(Protocol):
         ...
 
 
-class Ledger:
+class TokenCounts:
     """Tokens and sealed pages of all layers, [layers, batch]: what each layer counts is a row here.
 
     Args:
@@ -113,7 +113,7 @@ class Ledger:
             `keep_sequences`, a copy) ends that: see `is_kept_by`.
     """
 
-    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
         self.lengths: Ids = np.stack([layer.lengths.of for layer in layers])
         self.sealed: Ids = np.stack([layer.sealed for layer in layers])
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
@@ -128,7 +128,7 @@ class Ledger:
             pieces=np.array([[rule.pieces] for rule in rules]),
         )
 
-    def is_kept_by(self, layers: Sequence[StaticLayer]) -> bool:
+    def is_kept_by(self, layers: Sequence[CapturableLayer]) -> bool:
         """Whether the layers still count here."""
         return all(
             layer.lengths.of is lengths and layer.sealed is sealed
@@ -156,7 +156,7 @@ class Ledger:
         return counts
 
 
-class StaticSteps:
+class CapturableSteps:
     """The steps of a manager whose layers all come in two halves.
 
     Args:
@@ -168,26 +168,26 @@ class StaticSteps:
         recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
 
-    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
         self.layers = layers
         self.launching: bool | None = None
         self.saw_mask = False
         self.recordings: object = None
-        self._books: Ledger | None = None
+        self._cached_counts: TokenCounts | None = None
         self._before: tuple[list[int], Ids, Ids] | None = None
-        numbers: dict[type[StaticLayer], list[int]] = {}
+        numbers: dict[type[CapturableLayer], list[int]] = {}
         for number, layer in enumerate(layers):
             numbers.setdefault(type(layer), []).append(number)
         self._kinds = [(kind, [layers[i] for i in own], own) for kind, own in numbers.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"recordings": None, "_books": None}
+        return vars(self) | {"recordings": None, "_cached_counts": None}
 
     @property
-    def _ledger(self) -> Ledger:
-        if self._books is None or not self._books.is_kept_by(self.layers):
-            self._books = Ledger(self.layers)
-        return self._books
+    def _counts(self) -> TokenCounts:
+        if self._cached_counts is None or not self._cached_counts.is_kept_by(self.layers):
+            self._cached_counts = TokenCounts(self.layers)
+        return self._cached_counts
 
     def reserve(self, tokens: int) -> None:
         """Make room on the device for so many tokens of every sequence."""
@@ -201,18 +201,18 @@ class StaticSteps:
 
     def seals_next(self) -> bool:
         """Whether a step of one token of every sequence seals pages."""
-        return bool(self._ledger.sealing().any())
+        return bool(self._counts.sealing().any())
 
     def pieces_needed(self) -> int:
         """Pieces of the host tier that such a step takes."""
-        ledger = self._ledger
-        return ledger.pieces(ledger.sealing())
+        counts = self._counts
+        return counts.pieces(counts.sealing())
 
     def remember(self) -> None:
         """Note what the books say, for `undo`."""
-        ledger = self._ledger
+        counts = self._counts
         columns = [layer.columns for layer in self.layers]
-        self._before = columns, ledger.lengths.copy(), ledger.sealed.copy()
+        self._before = columns, counts.lengths.copy(), counts.sealed.copy()
 
     def undo(self) -> None:
         """Go back to what was remembered, after a step that did not come to its end."""
@@ -224,12 +224,12 @@ class StaticSteps:
     def book(self) -> bool:
         """Enter one token of every sequence in the books of all layers; whether pages seal."""
         self.join()  # a graph cannot wait for what was asked for outside it
-        ledger = self._ledger
-        seals, tokens = ledger.sealing(), int(ledger.lengths.max()) + 1
+        counts = self._counts
+        seals, tokens = counts.sealing(), int(counts.lengths.max()) + 1
         for kind, layers, numbers in self._kinds:
             kind.make_ready(layers, seals[numbers], tokens)
-        ledger.enter(seals)
-        for layer, attended in zip(self.layers, ledger.attended(), strict=True):
+        counts.enter(seals)
+        for layer, attended in zip(self.layers, counts.attended(), strict=True):
             layer.columns += 1
             layer.counters.attended_tokens = attended
         return bool(seals.any())

@@ -70,7 +70,7 @@ class PageTable:
             keep_score: [rows, places], how much each resident page deserves to stay, where there
                 are more places than selected pages.
 
-        Returns the moves, already entered in the books. Without `keep_score` the residents of a
+        Returns the moves, already entered in the table. Without `keep_score` the residents of a
         row are then exactly its selection, in its first places.
         """
         # Page numbers of all rows in one line, a spare column for "none" at the end of each row.

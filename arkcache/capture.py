@@ -1,8 +1,8 @@
-"""A decode step in two halves: books on the host, and launches that a CUDA graph can replay.
+"""A decode step in two halves: counting on the host, and launches that a CUDA graph can replay.
 
-The launches of a step depend on nothing that the books count, so that they can be recorded once and
-replayed while only the books go on. All layers of a manager count alike in such a step, so that
-their books are kept together: entering a token costs the same for two layers as for eighty.
+The launches of a step depend on no token count, so that they can be recorded once and replayed
+while only the counting goes on. All layers of a manager count alike in such a step, so that their
+counts are kept together: to count a token costs the same for two layers as for eighty.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ class CapturableLayer(Protocol):
         ...
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Hold what was held before a token was counted, however far its step came."""
         ...
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what the books said."""
+        """Queue the storing of one token of each sequence; `seals` is what counting it said."""
         ...
 
     def launch_attend(self, step: Step) -> Tensor:
@@ -109,8 +109,8 @@ class TokenCounts:
     """Tokens and sealed pages of all layers, [layers, batch]: what each layer counts is a row here.
 
     Args:
-        layers: whose books are kept here from now on. What gives a layer books of its own (`crop`,
-            `keep_sequences`, a copy) ends that: see `is_kept_by`.
+        layers: whose counts are kept here from now on. What gives a layer counts of its own
+            (`crop`, `keep_sequences`, a copy) ends that: see `is_kept_by`.
     """
 
     def __init__(self, layers: Sequence[CapturableLayer]) -> None:
@@ -163,7 +163,7 @@ class CapturableSteps:
         layers: all of them.
 
     Attributes:
-        launching: while a step that was booked is launched, whether it seals pages; None otherwise.
+        launching: while a counted step is launched, whether it seals pages; None otherwise.
         saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
         recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
@@ -209,7 +209,7 @@ class CapturableSteps:
         return counts.pieces(counts.sealing())
 
     def remember(self) -> None:
-        """Note what the books say, for `undo`."""
+        """Note what is counted now, for `undo`."""
         counts = self._counts
         columns = [layer.columns for layer in self.layers]
         self._before = columns, counts.lengths.copy(), counts.sealed.copy()
@@ -221,8 +221,8 @@ class CapturableSteps:
             layer.undo(*held)
             layer.columns = columns
 
-    def book(self) -> bool:
-        """Enter one token of every sequence in the books of all layers; whether pages seal."""
+    def count_token(self) -> bool:
+        """Count one token more of every sequence in all layers; whether pages seal with it."""
         self.join()  # a graph cannot wait for what was asked for outside it
         counts = self._counts
         seals, tokens = counts.sealing(), int(counts.lengths.max()) + 1
@@ -241,7 +241,7 @@ class CapturableSteps:
 
     @contextmanager
     def launch(self, seals: bool, *, recorded: bool = False) -> Iterator[None]:
-        """Within it a manager's `append` and `attend` launch what is booked, and book nothing.
+        """Within it a manager's `append` and `attend` launch what was counted, and count nothing.
 
         recorded: what is launched is not done now but recorded, so that after a failure there is
             nothing to wait for.

@@ -98,7 +98,7 @@ class DenseLayer:
         return np.zeros(0, dtype=np.int64)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         if self.lengths.of.max() > self._key.data.shape[2]:
             raise IntegrityError("a dense layer counts more tokens than it has room for")
 

@@ -21,7 +21,7 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
+from arkcache.ring import DeviceMetadata, RingLayer, sink_logits, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
@@ -47,7 +47,7 @@ class DeviceDenseLayer(DenseLayer):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._books = DeviceBooks(geometry)
+        self._metadata = DeviceMetadata(geometry)
         self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
         sizes = (geometry.head_dim, geometry.value_dim, geometry.dtype.itemsize)
         self._layout = PageLayout(PageFormat(), 1, *sizes)
@@ -55,13 +55,13 @@ class DeviceDenseLayer(DenseLayer):
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.book_token(rows))
+            self.launch_append(rows, key, value, self.count_token(rows))
             return
         super().append(rows, key, value)
-        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
+        self._metadata.set(rows, self.lengths.of[rows], self.sealed[rows])
 
-    def book_token(self, rows: slice) -> bool:
-        """Enter one more token of these sequences; no page ever seals."""
+    def count_token(self, rows: slice) -> bool:
+        """Count one more token of these sequences; no page ever seals."""
         self.reserve(int(self.lengths.of[rows].max()) + 1)
         self.lengths.of[rows] += 1
         return False
@@ -78,9 +78,9 @@ class DeviceDenseLayer(DenseLayer):
             layer.reserve(tokens)
 
     def undo(self, lengths: Ids, _sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Hold what was held before a token was counted, however far its step came."""
         self.lengths.of[:] = lengths
-        self._set_books()
+        self._set_metadata()
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
         """Queue the storing of one token of each sequence."""
@@ -91,8 +91,8 @@ class DeviceDenseLayer(DenseLayer):
             value[:, :, 0],
             self._key.data.flatten(0, 1)[cache_rows],
             self._value.data.flatten(0, 1)[cache_rows],
-            self._books.lengths[cache_rows],
-            self._books.sealed[cache_rows],
+            self._metadata.lengths[cache_rows],
+            self._metadata.sealed[cache_rows],
             recent=NEVER,
             page_size=1,
         )
@@ -116,7 +116,7 @@ class DeviceDenseLayer(DenseLayer):
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all tokens."""
-        geometry, books = self.geometry, self._books
+        geometry, metadata = self.geometry, self._metadata
         output = paged_attention(
             step.query.reshape(geometry.num_rows, -1, step.query.shape[3]),
             None,
@@ -125,15 +125,15 @@ class DeviceDenseLayer(DenseLayer):
             None,
             self._key.data.flatten(0, 1),
             self._value.data.flatten(0, 1),
-            books.lengths,
-            books.sealed,
+            metadata.lengths,
+            metadata.sealed,
             layout=self._layout,
             num_sinks=0,
             scale=step.scale,
             softcap=step.softcap,
             sinks=sink_logits(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
-            tickets=books.tickets,
+            tickets=metadata.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
@@ -146,22 +146,22 @@ class DeviceDenseLayer(DenseLayer):
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
         key, value = self._key.data, self._value.data
-        return self._books.number, key.shape[2], key.data_ptr(), value.data_ptr()
+        return self._metadata.number, key.shape[2], key.data_ptr(), value.data_ptr()
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`."""
         super().crop(lengths)
-        self._set_books()
+        self._set_metadata()
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
         """Make sequence i what sequence `index[i]` was."""
         super().keep_sequences(index, device_tier)
-        self._books = DeviceBooks(self.geometry)
+        self._metadata = DeviceMetadata(self.geometry)
         self.sealed = self.sealed[index]
-        self._set_books()
+        self._set_metadata()
 
-    def _set_books(self) -> None:
-        self._books.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
+    def _set_metadata(self) -> None:
+        self._metadata.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
 
 
 class DevicePackedDenseLayer(RingLayer):
@@ -176,7 +176,7 @@ class DevicePackedDenseLayer(RingLayer):
     def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
         super().__init__(config, geometry)
         self._packer = packer
-        self._open_books()
+        self._make_metadata()
         shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES, packer.layout.nbytes)
         self._pages = GrowingTensor(shape, 2, torch.uint8, geometry.device)
         tokens = -(-config.window_tokens // config.page_size) * config.page_size
@@ -197,7 +197,7 @@ class DevicePackedDenseLayer(RingLayer):
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all pages and the window."""
-        geometry, books = self.geometry, self._books
+        geometry, metadata = self.geometry, self._metadata
         key, value = self.by_row(self._window)
         output = paged_attention(
             self.grouped(step.query),
@@ -207,15 +207,15 @@ class DevicePackedDenseLayer(RingLayer):
             None,
             key,
             value,
-            books.lengths,
-            books.sealed,
+            metadata.lengths,
+            metadata.sealed,
             layout=self._packer.layout,
             num_sinks=0,
             scale=step.scale,
             softcap=step.softcap,
             sinks=sink_logits(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
-            tickets=books.tickets,
+            tickets=metadata.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
@@ -233,8 +233,8 @@ class DevicePackedDenseLayer(RingLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        pages = self._pages.data  # all else is new when the books are
-        return self._books.number, pages.shape[2], pages.data_ptr()
+        pages = self._pages.data  # all else is new when the metadata is
+        return self._metadata.number, pages.shape[2], pages.data_ptr()
 
     @staticmethod
     def make_ready(layers: Sequence[DevicePackedDenseLayer], seals: Bools, _tokens: int) -> None:
@@ -249,8 +249,8 @@ class DevicePackedDenseLayer(RingLayer):
             key[cache_rows],
             value[cache_rows],
             digest_window,
-            self._books.lengths[cache_rows],
-            self._books.sealed[cache_rows],
+            self._metadata.lengths[cache_rows],
+            self._metadata.sealed[cache_rows],
             self._pages.data.flatten(0, 1)[cache_rows],
             None,
             None,
@@ -300,11 +300,11 @@ class DevicePackedDenseLayer(RingLayer):
             self._window = RingWindow(*(plane[on_device] for plane in self._window))
             self._newest = self._newest.new_zeros((self.geometry.num_rows, self._newest.shape[1]))
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
-        self._open_books()
-        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
+        self._make_metadata()
+        self._metadata.set(slice(0, len(index)), self.lengths.of, self.sealed)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         self._check_sealed(self.sealed)
         if int(self.sealed.max()) > self._pages.data.shape[2]:
             raise IntegrityError("a packed layer counts more pages than it has room for")

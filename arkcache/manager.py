@@ -292,7 +292,7 @@ class KVCacheManager:
                 value[sequence][:, target] = value_block[sequence][:, source]
         return self._rotated(key, value)
 
-    # -- a step in two halves: books on the host, launches that a graph can replay ----------------
+    # -- a step in two halves: counting on the host, launches that a graph can replay --------------
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens of every sequence: until then no step moves anything.
@@ -312,7 +312,7 @@ class KVCacheManager:
         return self.steps.seals_next()
 
     def begin_step(self) -> bool:
-        """Enter one token of every sequence in the books of all layers; returns whether pages seal.
+        """Count one token more of every sequence in all layers; returns whether pages seal with it.
 
         Its launches must follow: `append` and `attend` of every layer under `steps.launch`, or a
         graph of them. Raises `HostTierFullError` before anything has changed.
@@ -322,7 +322,7 @@ class KVCacheManager:
         log = copy.copy(self._log)
         log.extend(1, None)
         self._log = log
-        return self.steps.book()
+        return self.steps.count_token()
 
     def check_step(self) -> None:
         """Raise `HostTierFullError` where the host tier has no room for one token more of each.
@@ -496,7 +496,7 @@ class KVCacheManager:
         return total
 
     def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless the books agree with each other and the tiers.
+        """Raise `IntegrityError` unless the metadata agrees with itself and with the tiers.
 
         Every page of a sequence is sealed once and backed up once; no place holds two pages and no
         page two places; what is resident is bit-equal to its backup.

@@ -57,7 +57,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         packer: PagePacker,
     ) -> None:
         super().__init__(config, device_tier, number, host, [packer])
-        self._open_books()
+        self._make_metadata()
         self._directory = PageDirectory(config, self.geometry)
         self._ticket: Ticket | None = None
         self._page_table = self._make_page_table(num_selected)
@@ -117,8 +117,8 @@ class OffloadedLayer(RingLayer, TieredLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        # All else is new when the books are.
-        return self._books.number, *self._directory.addresses, self.host.pieces().data_ptr()
+        # All else is new when the metadata is.
+        return self._metadata.number, *self._directory.addresses, self.host.pieces().data_ptr()
 
     @property
     def rule(self) -> Rule:
@@ -171,14 +171,14 @@ class OffloadedLayer(RingLayer, TieredLayer):
             layer.counters.bytes_backed_up += number * page_bytes
 
     def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
-        books, means = self._books, self._directory.means
+        metadata, means = self._metadata, self._directory.means
         key, value = self.by_row(self.window)
         seal_newest(
             key[cache_rows],
             value[cache_rows],
             digest_window,
-            books.lengths[cache_rows],
-            books.sealed[cache_rows],
+            metadata.lengths[cache_rows],
+            metadata.sealed[cache_rows],
             self._slots[cache_rows],
             self._page_table.page_of[cache_rows],
             self._page_table.may_hold[cache_rows],
@@ -196,7 +196,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._lines[cache_rows],
             self._store.pieces(),
             self._directory.located[cache_rows],
-            books.sealed[cache_rows],
+            metadata.sealed[cache_rows],
         )
 
     def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
@@ -265,7 +265,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._page_table.drop_from(rows, first)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was `held` before a token was booked, however far its step came."""
+        """Hold what was `held` before a token was counted, however far its step came."""
         super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self._store.forget_from(sequence, first)
@@ -283,8 +283,8 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self.device_tier, self.geometry = device_tier, device_tier.geometry
         on_device = upload(index, self.geometry.device)
         self._directory.keep_sequences(on_device, self.geometry)
-        self._open_books()
-        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
+        self._make_metadata()
+        self._metadata.set(slice(0, len(index)), self.lengths.of, self.sealed)
         self._open_lines()
         self._page_table = self._make_page_table(num_selected)
         heads = self.geometry.num_kv_heads
@@ -316,13 +316,17 @@ class OffloadedLayer(RingLayer, TieredLayer):
     # -- invariants -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
+        """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
         self.join()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
         heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
         for name, mine in (("tokens", self.lengths.of), ("sealed pages", self.sealed)):
-            theirs = (self._books.lengths if name == "tokens" else self._books.sealed).cpu().numpy()
+            theirs = (
+                (self._metadata.lengths if name == "tokens" else self._metadata.sealed)
+                .cpu()
+                .numpy()
+            )
             if not np.array_equal(theirs, mine.repeat(heads)):
                 raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
         located, slots = self._directory.located.cpu().numpy(), self._slots.cpu()

@@ -68,7 +68,7 @@ class PackedDenseLayer(SealingLayer):
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         self._check_sealed(self.sealed)
         if int(self.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")

@@ -484,7 +484,7 @@ class PagedLayer(TieredLayer):
         self._copy_in(rows, pages - sinks, pages)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
+        """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
         self._page_table.check()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())

@@ -85,7 +85,7 @@ class RecalledLayer(OffloadedLayer):
         bias = user_bias(step, self.geometry, int(self.lengths.of.max()))
         fixed = self._fixed_mass(step, bias)
         scores = self._score(step, bias)
-        selection = self._page_table.select(scores, self._books.sealed, fixed)
+        selection = self._page_table.select(scores, self._metadata.sealed, fixed)
         self._recall(selection)
         output = self._attend(
             step,
@@ -118,15 +118,15 @@ class RecalledLayer(OffloadedLayer):
             page_of,
             key,
             value,
-            self._books.lengths,
-            self._books.sealed,
+            self._metadata.lengths,
+            self._metadata.sealed,
             layout=self._packer.layout,
             num_sinks=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
             sinks=sink_logits(step, self.geometry),
             bias=bias,
-            tickets=self._books.tickets,
+            tickets=self._metadata.tickets,
             **how,
         )
 
@@ -141,7 +141,7 @@ class RecalledLayer(OffloadedLayer):
         return mass
 
     def _score(self, step: Step, bias: Tensor | None) -> Scores:
-        query, sealed = self.grouped(step.index_query), self._books.sealed
+        query, sealed = self.grouped(step.index_query), self._metadata.sealed
         if self.config.orders_by_share(query.shape[1]):  # all that attention does is part of it
             return self._directory.score(query, sealed, step.scale, None, step.softcap, bias)
         most = self._directory.num_pages - self.config.num_sink_pages
@@ -182,7 +182,7 @@ class RecalledLayer(OffloadedLayer):
         chosen: list[Selection] = []
 
         def choose() -> None:
-            sealed = self._books.sealed
+            sealed = self._metadata.sealed
             chosen.append(self._page_table.select(scores, sealed, fixed, speculative=True))
 
         try:

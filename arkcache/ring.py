@@ -1,9 +1,9 @@
-"""Layers of the GPU engine: a token is stored by a kernel, and the host only keeps the books.
+"""Layers of the GPU engine: a token is stored by a kernel, and the host only counts it.
 
-What happens at a step is split in two. The token is entered in the books on the host, for this
-layer (`book_token`) or for all layers at once (`capture.py`): whether a page seals follows from
+What happens at a step is split in two. The token is counted on the host, for this layer
+(`count_token`) or for all layers at once (`capture.py`): whether a page seals follows from
 token counts alone. `launch_append` and `launch_attend` queue kernels whose shapes and addresses
-depend on no token count, so that a CUDA graph can replay them while the books go on. Nothing in
+depend on no token count, so that a CUDA graph can replay them while the counts go on. Nothing in
 either waits for the device.
 """
 
@@ -31,14 +31,14 @@ from arkcache.windows import RingWindow
 _numbers = count()
 
 
-class DeviceBooks:
+class DeviceMetadata:
     """What the kernels know of a layer's rows, int32 [rows] each: see `SealingLayer`.
 
     Args:
         geometry: sizes.
 
     Attributes:
-        number: of these books in this process: new ones may lie where others were.
+        number: of this metadata in this process: newer may lie where other was.
         tickets: of the programs that attend a row; zeros but while they do.
     """
 
@@ -58,12 +58,12 @@ class DeviceBooks:
 
 
 class RingLayer(SealingLayer):
-    """A layer whose window is a ring on the device; subclasses call `_open_books` when built."""
+    """A layer whose window is a ring on the device; subclasses call `_make_metadata` when built."""
 
     takes_ragged = True
 
-    def _open_books(self) -> None:
-        self._books = DeviceBooks(self.geometry)
+    def _make_metadata(self) -> None:
+        self._metadata = DeviceMetadata(self.geometry)
 
     @property
     @abstractmethod
@@ -103,12 +103,12 @@ class RingLayer(SealingLayer):
         """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
         self.join()  # before anything moves that other lanes read
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.book_token(rows))
+            self.launch_append(rows, key, value, self.count_token(rows))
             return
         super().append(rows, key, value)
-        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
+        self._metadata.set(rows, self.lengths.of[rows], self.sealed[rows])
 
-    def book_token(self, rows: slice) -> bool:
+    def count_token(self, rows: slice) -> bool:
         """Enter one more token of these sequences; returns whether any seals a page with it."""
         config, lengths = self.config, self.lengths.of[rows] + 1
         sealed = np.maximum((lengths - config.num_recent_tokens) // config.page_size, 0)
@@ -119,16 +119,16 @@ class RingLayer(SealingLayer):
         return bool(seals.any())
 
     def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what the books said."""
-        config, books, cache_rows = self.config, self._books, self.cache_rows(rows)
+        """Queue the storing of one token of each sequence; `seals` is what counting it said."""
+        config, metadata, cache_rows = self.config, self._metadata, self.cache_rows(rows)
         key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
         append(
             key[:, :, 0],
             value[:, :, 0],
             key_window,
             value_window,
-            books.lengths[cache_rows],
-            books.sealed[cache_rows],
+            metadata.lengths[cache_rows],
+            metadata.sealed[cache_rows],
             recent=config.num_recent_tokens,
             page_size=config.page_size,
         )
@@ -138,10 +138,10 @@ class RingLayer(SealingLayer):
             self._launch_seal(cache_rows, digest_window)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Hold what was held before a token was counted, however far its step came."""
         self.join()
         self.lengths.of[:], self.sealed[:] = lengths, sealed
-        self._books.set(slice(0, self.geometry.batch), lengths, sealed)
+        self._metadata.set(slice(0, self.geometry.batch), lengths, sealed)
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token."""
@@ -157,7 +157,7 @@ class RingLayer(SealingLayer):
         """Shorten every sequence to `lengths`; see `SealingLayer.crop`."""
         self.join()
         super().crop(lengths)
-        self._books.set(slice(0, self.geometry.batch), lengths, self.sealed)
+        self._metadata.set(slice(0, self.geometry.batch), lengths, self.sealed)
 
     @staticmethod
     def by_row(window: RingWindow) -> tuple[Tensor, Tensor]:

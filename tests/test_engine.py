@@ -348,11 +348,11 @@ def test_a_step_is_merged_by_its_last_program(monkeypatch: pytest.MonkeyPatch, b
     stepped(twins, 3)
     assert twins.manager.steps is not None
     for layer in twins.manager.steps.layers:
-        assert not layer._books.tickets.any()
+        assert not layer._metadata.tickets.any()
 
 
-def test_books_and_launches_apart_are_a_step() -> None:
-    """What is launched after the books were kept is what `append` and `attend` do at once."""
+def test_counting_and_launches_apart_are_a_step() -> None:
+    """What is launched after a token was counted is what `append` and `attend` do at once."""
     twins = Twins(on_kernels(num_dense_layers=1, device_pool_factor=2.0), num_layers=2)
     twins.append(43, LEFT_PADDED)
     manager = twins.manager
@@ -400,8 +400,8 @@ CHANGES: dict[str, Callable[[Twins], None]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 4])
-def test_books_kept_together_are_those_of_each_layer(bits: int) -> None:
-    """Steps in two halves between all that gives layers books of their own."""
+def test_counts_kept_together_are_those_of_each_layer(bits: int) -> None:
+    """Steps in two halves between all that gives layers counts of their own."""
     settings = {"key_bits": bits, "value_bits": bits, "group_size": 8}
     config = on_kernels(num_dense_layers=1, budget_tokens=(None, 28), **settings)
     ours, theirs = (Twins(config, num_layers=2, num_kv_heads=1) for _ in range(2))
@@ -490,7 +490,7 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
     twins.check()
 
 
-def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:
+def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
     """Recorded once and replayed, they must not depend on what the host counts."""
     twins = make(on_kernels(estimate_pages=None, **TARGET))
     twins.append(50)
@@ -549,7 +549,7 @@ def test_check_integrity_finds(damage: str) -> None:
     elif damage == "located":
         layer._directory.located[0, 2] += 1
     else:
-        layer._books.lengths[1] += 1
+        layer._metadata.lengths[1] += 1
     with pytest.raises(IntegrityError):
         twins.manager.check_integrity()
 

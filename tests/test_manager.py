@@ -633,7 +633,7 @@ def damage_backup(layer: Any) -> None:
     layer._store.pieces()[layer._store.locate(np.array([0]), np.array([resident]))] += 1
 
 
-def damage_books(layer: Any) -> None:
+def damage_metadata(layer: Any) -> None:
     layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
 
 
@@ -655,7 +655,7 @@ def damage_blocks(layer: Any) -> None:
         damage_resident,
         damage_sink,
         damage_backup,
-        damage_books,
+        damage_metadata,
         damage_sealed,
         damage_length,
         damage_blocks,

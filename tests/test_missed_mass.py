@@ -188,7 +188,7 @@ def test_estimates_hold_on_a_trained_model() -> None:
     assert missed.low_share <= 0.01
 
 
-# -- books ----------------------------------------------------------------------------------------
+# -- metadata -------------------------------------------------------------------------------------
 
 
 def test_layers_take_turns() -> None:

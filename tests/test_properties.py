@@ -231,7 +231,7 @@ class Conversations(RuleBasedStateMachine):
         return multiple(clone)
 
     @invariant()
-    def books_balance(self) -> None:
+    def metadata_balances(self) -> None:
         for twins in self.alive:
             twins.check()
         check_references(self.alive)

@@ -164,7 +164,7 @@ class Twins:
         self.oracle.reset()
 
     def check(self) -> None:
-        """The manager's books agree, nothing it holds differs by a bit, sizes are what they are."""
+        """The manager's metadata agrees, nothing held differs by a bit, sizes are what they are."""
         self.manager.check_integrity()
         assert self.manager.batch == self.oracle.batch
         assert self.manager.num_columns == self.oracle.num_columns

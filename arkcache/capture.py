@@ -97,11 +97,11 @@ class CapturableLayer(Protocol):
         ...
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
         ...
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+        """Forget what other streams were asked for: recording it failed, so nobody does it."""
         ...
 
 
@@ -235,7 +235,7 @@ class CapturableSteps:
         return bool(seals.any())
 
     def join(self) -> None:
-        """Have the next kernels wait for what other lanes do for any layer."""
+        """Have the next kernels wait for what other streams do for any layer."""
         for layer in self.layers:
             layer.join()
 
@@ -254,12 +254,12 @@ class CapturableSteps:
             if recorded:
                 self.abandon()
             else:
-                self.join()  # other lanes are still at it
+                self.join()  # other streams are still at it
             raise
         finally:
             self.launching = None
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for in a step that was to be recorded."""
+        """Forget what other streams were asked for in a step that was to be recorded."""
         for layer in self.layers:
             layer.abandon()

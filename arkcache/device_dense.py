@@ -109,10 +109,10 @@ class DeviceDenseLayer(DenseLayer):
         self.counters.attended_tokens = int(self.lengths.of.sum())
 
     def join(self) -> None:
-        """Have the next kernel wait for other lanes: none touch this layer."""
+        """Have the next kernel wait for other streams: none touch this layer."""
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: nothing."""
+        """Forget what other streams were asked for: nothing."""
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all tokens."""

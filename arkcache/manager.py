@@ -507,7 +507,7 @@ class KVCacheManager:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheManager:
         """A copy that shares the sealed pages (they are immutable) and owns everything else."""
         if self.steps is not None:
-            self.steps.join()  # what other lanes still write into the device tier is copied too
+            self.steps.join()  # what other streams still write into the device tier is copied too
         host = self._host
         if host is not None:
             memo[id(host)] = host

@@ -97,11 +97,11 @@ class OffloadedLayer(RingLayer, TieredLayer):
         return backup_engine_of(self.geometry.device)
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
         self._settle()
 
     def _settle(self) -> None:
-        """Have the main lane wait for the newest backup: what it holds may be recalled."""
+        """Have the main stream wait for the newest backup: what it holds may be recalled."""
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
             self._backups.settle(ticket)
@@ -244,7 +244,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
     # -- several new tokens: everything, streamed -------------------------------------------------
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        self._settle()  # on the main lane: blocks are read on another
+        self._settle()  # on the main stream: blocks are read on another
         return super()._page_blocks()
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:

@@ -31,12 +31,12 @@ from arkcache.stats import CacheStats, MissedMass
 from arkcache.step import Step
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import Event, Lanes, lanes_of
+from arkcache.tiering.streams import Event, Streams, streams_of
 from arkcache.views import hidden_pages, page_bias
 
 
 class Speculation(NamedTuple):
-    """A recall that runs beside the main lane; its tensors live until it is over."""
+    """A recall that runs beside the main stream; its tensors live until it is over."""
 
     over: Event
     scores: Scores
@@ -73,8 +73,8 @@ class RecalledLayer(OffloadedLayer):
         self._nothing = Selection(no_list, no_list, no_pages, no_list, no_pages)
 
     @property
-    def _lanes(self) -> Lanes:
-        return lanes_of(self.geometry.device)
+    def _streams(self) -> Streams:
+        return streams_of(self.geometry.device)
 
     # -- one new token: score, select, recall, attend ---------------------------------------------
 
@@ -173,12 +173,12 @@ class RecalledLayer(OffloadedLayer):
     # -- speculative recall -----------------------------------------------------------------------
 
     def _speculate(self, scores: Scores, fixed: Tensor | None) -> None:
-        """Recall what the present query rates next into the spare places, beside the main lane.
+        """Recall what the present query rates next into the spare places, beside the main stream.
 
         The next step selects afresh: it only finds fewer pages missing.
         """
-        lanes = self._lanes
-        lanes.side.wait(lanes.main.record())
+        streams = self._streams
+        streams.side.wait(streams.main.record())
         chosen: list[Selection] = []
 
         def choose() -> None:
@@ -186,15 +186,15 @@ class RecalledLayer(OffloadedLayer):
             chosen.append(self._page_table.select(scores, sealed, fixed, speculative=True))
 
         try:
-            lanes.side.run(choose)
-            lanes.side.run(lambda: self._recall(chosen[0]))
+            streams.side.run(choose)
+            streams.side.run(lambda: self._recall(chosen[0]))
         finally:  # interrupted, too: what was queued is under way
-            self._speculation = Speculation(lanes.side.record(), scores, fixed, chosen)
+            self._speculation = Speculation(streams.side.record(), scores, fixed, chosen)
 
     def join(self) -> None:
-        """Have the main lane wait for the speculative recall and for the newest backup."""
+        """Have the main stream wait for the speculative recall and for the newest backup."""
         if self._speculation is not None:
-            self._lanes.main.wait(self._speculation.over)
+            self._streams.main.wait(self._speculation.over)
             self._speculation = None
         super().join()
 

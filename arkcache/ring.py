@@ -94,14 +94,14 @@ class RingLayer(SealingLayer):
         """Make room for sequences of so many tokens, so that no address changes until then."""
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+        """Forget what other streams were asked for: recording it failed, so nobody does it."""
 
     def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
-        self.join()  # before anything moves that other lanes read
+        self.join()  # before anything moves that other streams read
         if key.shape[2] == 1:
             self.launch_append(rows, key, value, self.count_token(rows))
             return

@@ -15,8 +15,8 @@ from arkcache.sealing import SealingLayer
 from arkcache.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import lanes_of
-from arkcache.tiering.streaming import read_ahead
+from arkcache.tiering.read_ahead import read_ahead
+from arkcache.tiering.streams import streams_of
 
 
 class TieredLayer(SealingLayer):
@@ -64,8 +64,8 @@ class TieredLayer(SealingLayer):
         per_block = blocks[0][0].shape[2] // page_size
         runs = [(first, min(first + per_block, total)) for first in range(0, total, per_block)]
         loads = [partial(self._load, first, last) for first, last in runs]
-        lanes = lanes_of(self.geometry.device)
-        for (first, last), block in zip(runs, read_ahead(lanes, blocks, loads), strict=True):
+        streams = streams_of(self.geometry.device)
+        for (first, last), block in zip(runs, read_ahead(streams, blocks, loads), strict=True):
             key, value = (plane[:, :, : (last - first) * page_size] for plane in block)
             yield first, last, key, value
 

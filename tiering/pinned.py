@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 from arkcache.errors import HostTierFullError, InputError
-from arkcache.tiering.lanes import numbered
 from arkcache.tiering.mapping import keep_from_forks, share_with_forks
 from arkcache.tiering.registration import (
     OtherAddressesError,
@@ -35,6 +34,7 @@ from arkcache.tiering.registration import (
     register,
     unregister,
 )
+from arkcache.tiering.streams import numbered
 
 CHUNK_BYTES = 256 << 20
 """Memory is pinned in multiples of about this: what is pinned but unused is wasted."""

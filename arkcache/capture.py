@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     Attributes:
         recent: tokens that stay unsealed.
         page_size: tokens per page.
-        num_sinks: pages that are always attended.
+        num_sink_pages: pages that are always attended.
         selected: pages that a step selects beside them, of each sequence and KV head
             [batch, kv_heads].
         pieces: of the host tier that a sealed page takes.
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
     recent: Any
     page_size: Any
-    num_sinks: Any
+    num_sink_pages: Any
     selected: Ids
     pieces: Any
 
@@ -48,7 +48,7 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     lengths, sealed: tokens and sealed pages of each sequence [..., batch], of as many layers as the
     rule is for. Returns [...].
     """
-    sinks = np.minimum(sealed, rule.num_sinks)
+    sinks = np.minimum(sealed, rule.num_sink_pages)
     num_heads = rule.selected.shape[-1]
     pages = np.minimum((sealed - sinks)[..., None], rule.selected).sum(axis=-1) + num_heads * sinks
     per_head = np.rint((pages * rule.page_size).sum(axis=-1) / num_heads).astype(np.int64)
@@ -123,7 +123,7 @@ class TokenCounts:
         self._rule = Rule(
             recent=np.array([[rule.recent] for rule in rules]),
             page_size=np.array([[rule.page_size] for rule in rules]),
-            num_sinks=np.array([[rule.num_sinks] for rule in rules]),
+            num_sink_pages=np.array([[rule.num_sink_pages] for rule in rules]),
             selected=np.stack([rule.selected for rule in rules]),
             pieces=np.array([[rule.pieces] for rule in rules]),
         )

@@ -88,7 +88,7 @@ class DevicePageTable:
             self.may_hold,
             self._speculated,
             self._counters,
-            num_sinks=self._config.num_sink_pages,
+            num_sink_pages=self._config.num_sink_pages,
             most=self.page_of.shape[1] if speculative else self.most,
             reduction=self._config.score_reduction,
             speculative=speculative,

@@ -186,7 +186,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._directory.digests[cache_rows],
             None if means is None else means[cache_rows],
             recent=self.config.num_recent_tokens,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
             layout=self._packer.layout,
             index=self.config.index,
             index_bits=self.config.packed_index_bits,

@@ -121,7 +121,7 @@ class RecalledLayer(OffloadedLayer):
             self._metadata.lengths,
             self._metadata.sealed,
             layout=self._packer.layout,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
             sinks=sink_logits(step, self.geometry),
@@ -167,7 +167,7 @@ class RecalledLayer(OffloadedLayer):
             selection.places,
             selection.num_missing,
             self._slots,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
         )
 
     # -- speculative recall -----------------------------------------------------------------------

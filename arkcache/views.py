@@ -28,10 +28,10 @@ def view_mask(
     sinks, recent: sink pages and window tokens of each sequence; the view has `num_pages` pages.
     """
     batch, heads = geometry.batch, geometry.num_kv_heads
-    num_sinks = config.num_sink_pages
-    places = np.zeros((batch, heads, num_sinks + held.shape[1]), dtype=np.bool_)
-    places[:, :, :num_sinks] = (np.arange(num_sinks) < sinks[:, None])[:, None]
-    places[:, :, num_sinks:] = held.reshape(batch, heads, -1)
+    num_sink_pages = config.num_sink_pages
+    places = np.zeros((batch, heads, num_sink_pages + held.shape[1]), dtype=np.bool_)
+    places[:, :, :num_sink_pages] = (np.arange(num_sink_pages) < sinks[:, None])[:, None]
+    places[:, :, num_sink_pages:] = held.reshape(batch, heads, -1)
     pages = places[:, :, :num_pages][:, :, ::-1].repeat(config.page_size, axis=2)
     window = np.arange(int(recent.max())) < recent[:, None]
     window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
@@ -51,10 +51,10 @@ def view_tokens(
     page_of: the page in each place [rows, places]; sealed: sealed pages of each sequence.
     """
     batch, heads, page_size = geometry.batch, geometry.num_kv_heads, config.page_size
-    num_sinks = config.num_sink_pages
-    pages = np.zeros((batch, heads, num_sinks + page_of.shape[1]), dtype=np.int64)
-    pages[:, :, :num_sinks] = np.arange(num_sinks)
-    pages[:, :, num_sinks:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
+    num_sink_pages = config.num_sink_pages
+    pages = np.zeros((batch, heads, num_sink_pages + page_of.shape[1]), dtype=np.int64)
+    pages[:, :, :num_sink_pages] = np.arange(num_sink_pages)
+    pages[:, :, num_sink_pages:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
     tokens = pages[:, :, :num_pages][:, :, ::-1, None] * page_size + np.arange(page_size)
     window = sealed[:, None] * page_size + np.arange(int(recent.max()))
     window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
@@ -111,7 +111,7 @@ def token_bias(step: Step, config: CacheConfig, geometry: Geometry, most: int) -
     return own
 
 
-def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sinks: int) -> Held:
+def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sink_pages: int) -> Held:
     """Which selectable pages exist and are not attended [rows, most pages selectable].
 
     page_of: the page in each place [rows, places]; held: which places are attended; selectable:
@@ -119,6 +119,6 @@ def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sinks: int) ->
     """
     most = int(selectable.max(initial=0))
     attended = np.zeros((len(page_of), most + 1), dtype=np.bool_)
-    np.put_along_axis(attended, np.where(held, page_of - num_sinks, most), True, axis=1)
+    np.put_along_axis(attended, np.where(held, page_of - num_sink_pages, most), True, axis=1)
     left_out: Held = ~attended[:, :most] & (np.arange(most) < selectable[:, None])
     return left_out

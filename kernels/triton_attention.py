@@ -67,7 +67,7 @@ def paged_attention(
     sealed: Tensor,
     *,
     layout: PageLayout | None,
-    num_sinks: int,
+    num_sink_pages: int,
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
@@ -96,9 +96,9 @@ def paged_attention(
         query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
         bias, means, estimated, page_bias, log_mass, tickets,
     )  # fmt: skip
-    key = (signature(*tensors), layout, num_sinks)
+    key = (signature(*tensors), layout, num_sink_pages)
     if key not in _checked:
-        _check_all(*tensors, layout, num_sinks)
+        _check_all(*tensors, layout, num_sink_pages)
         _checked.add(key)
     (rows, group, _), ring, value_dim = query.shape, window_key.shape[1], layout.value_dim
     output = torch.empty((rows, group, value_dim), dtype=query.dtype, device=query.device)
@@ -106,7 +106,7 @@ def paged_attention(
         return output
     sizes = _sizes(layout, query.dtype, group)
     num_slots, most, num_places = (0 if x is None else x.shape[1] for x in (slots, chosen, page_of))
-    num_pages = num_slots if chosen is None else min(num_slots, num_sinks + most)
+    num_pages = num_slots if chosen is None else min(num_slots, num_sink_pages + most)
     page_splits = min(MAX_SPLITS, cdiv(num_pages, sizes["PAGES_PER_SPLIT"]))
     num_means = 0 if means is None else means.shape[1]
     mean_splits = min(MAX_SPLITS, cdiv(num_means, WINDOW_SPLIT))
@@ -128,7 +128,7 @@ def paged_attention(
             query, *views, chosen, num_chosen, page_of, window_key, window_value,
             lengths, sealed, bias, means if mean_splits else None, estimated, page_bias,
             parts, *merged,
-            scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
+            scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
             mean_splits, num_means,
             *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
             *((0, 0, 0) if page_bias is None else page_bias.stride()), *sinks_strides,
@@ -209,7 +209,7 @@ def _check_all(
     log_mass: Tensor | None,
     tickets: Tensor | None,
     layout: PageLayout,
-    num_sinks: int,
+    num_sink_pages: int,
 ) -> None:
     """Raise `InputError` for what the kernels do not read."""
     (rows, group, _), ring = query.shape, window_key.shape[1]
@@ -229,7 +229,7 @@ def _check_all(
     _check("means", means, query.dtype, (rows, -1, layout.head_dim + layout.value_dim), query)
     _check("page_bias", page_bias, torch.float32, (rows, group, -1), query, whole=False)
     num_means = 0 if means is None else means.shape[1]
-    _check("estimated", estimated, torch.int32, (rows, num_means - num_sinks), query)
+    _check("estimated", estimated, torch.int32, (rows, num_means - num_sink_pages), query)
     if (means is None) != (estimated is None):
         raise InputError("one of means and estimated is given: expected both or neither")
     if chosen is not None and (slots is None or num_chosen is None or page_of is None):

@@ -18,7 +18,7 @@ from triton.language.target_info import is_hip
 from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to, tanh
 
 SIZES = [
-    *("group", "num_slots", "num_sinks", "most", "num_places", "ring", "page_splits"),
+    *("group", "num_slots", "num_sink_pages", "most", "num_places", "ring", "page_splits"),
     *("stride_bias_row", "stride_bias_head", "mean_splits", "num_means"),
     *("stride_page_bias_row", "stride_page_bias_head"),
 ]
@@ -59,7 +59,7 @@ def _fold_tile(
 @triton.jit
 def _fold_means(
     query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
-    value_channel, in_value, split, num_splits, sealed, num_sinks, num_means,
+    value_channel, in_value, split, num_splits, sealed, num_sink_pages, num_means,
     stride_bias_row, stride_bias_head, stride_bias_page,
     scale, softcap, peak, mass, total,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, LOG_SIZE: tl.constexpr,
@@ -75,14 +75,14 @@ def _fold_means(
             bias_ptrs = page_bias_ptr + row * stride_bias_row + head[:, None] * stride_bias_head
         # A bias takes registers: 16 is the least that a matrix instruction takes.
         BLOCK_MEANS: tl.constexpr = BLOCK if page_bias_ptr is None else 16
-        share = tl.cdiv(sealed - num_sinks, num_splits)
+        share = tl.cdiv(sealed - num_sink_pages, num_splits)
         share = tl.maximum(tl.cdiv(share, BLOCK_MEANS) * BLOCK_MEANS, PAGES_PER_SPLIT)
-        start = num_sinks + split * share
+        start = num_sink_pages + split * share
         stop = tl.where(split < 0, start, tl.minimum(start + share, sealed))
         for begin in tl.range(start, stop, BLOCK_MEANS, num_stages=AHEAD + 1):
             page = begin + tl.arange(0, BLOCK_MEANS)
             there = page < stop
-            flag = row * (num_means - num_sinks) + page - num_sinks
+            flag = row * (num_means - num_sink_pages) + page - num_sink_pages
             estimated = tl.load(estimated_ptr + flag, there, other=0)
             line = (row * num_means + page)[:, None] * (HEAD_DIM + VALUE_DIM)
             key_ptrs = means_ptr + line + channel[None, :]
@@ -161,7 +161,7 @@ def partial_kernel(
     chosen_ptr, num_chosen_ptr, page_of_ptr, window_key_ptr, window_value_ptr,
     lengths_ptr, sealed_ptr, bias_ptr, means_ptr, estimated_ptr, page_bias_ptr,
     parts_ptr, tickets_ptr, sinks_ptr, output_ptr, log_mass_ptr,
-    scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
+    scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
     mean_splits, num_means,
     stride_query_row, stride_query_head, stride_bias_row, stride_bias_head, stride_bias_token,
     stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
@@ -205,7 +205,7 @@ def partial_kernel(
     if codes_ptr is not None:
         num_first, num_pages = sealed, sealed
         if chosen_ptr is not None:
-            num_first = tl.minimum(sealed, num_sinks)
+            num_first = tl.minimum(sealed, num_sink_pages)
             num_pages = num_first + tl.load(num_chosen_ptr + row)
         share = tl.maximum(PAGES_PER_SPLIT, tl.cdiv(num_pages, page_splits))
         start = split * share
@@ -223,7 +223,7 @@ def partial_kernel(
                 place = tl.load(chosen_ptr + row * most + at, at >= 0, other=0)
                 held = tl.load(page_of_ptr + row * num_places + place, at >= 0, other=0)
                 page = tl.where(at >= 0, held, slot)
-                slot = tl.where(at >= 0, num_sinks + place, slot)
+                slot = tl.where(at >= 0, num_sink_pages + place, slot)
             first = tile % TILES * BLOCK_PAGE
             index = first + tl.arange(0, BLOCK_PAGE)
             valid = index < PAGE_SIZE
@@ -268,7 +268,7 @@ def partial_kernel(
     peak, mass, total = _fold_means(
         query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
         value_channel, in_value, split - page_splits - window_splits, mean_splits,
-        sealed, num_sinks, num_means,
+        sealed, num_sink_pages, num_means,
         stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
         scale, softcap, peak, mass, total,
         HEAD_DIM, VALUE_DIM, LOG_SIZE, TOKENS_PER_SPLIT, BLOCK_WINDOW, WINDOW_AHEAD,

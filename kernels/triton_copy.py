@@ -39,7 +39,7 @@ def _copy_chunk(source_ptr, target_ptr, chunk, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(target_ptr + word, tl.load(source_ptr + word, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["capacity", "most", "num_slots", "num_sinks"])
+@triton.jit(do_not_specialize=["capacity", "most", "num_slots", "num_sink_pages"])
 def gather_kernel(
     pieces_ptr,  # [lines, WORDS]
     located_ptr,  # [R, capacity]
@@ -50,7 +50,7 @@ def gather_kernel(
     capacity,
     most,
     num_slots,
-    num_sinks,
+    num_sink_pages,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -63,7 +63,7 @@ def gather_kernel(
     while item < num_chunks:
         entry = row * most + item // CHUNKS
         page = tl.load(pages_ptr + entry)
-        slot = row * num_slots + num_sinks + tl.load(places_ptr + entry)
+        slot = row * num_slots + num_sink_pages + tl.load(places_ptr + entry)
         line = tl.load(located_ptr + row * capacity + page)
         _copy_chunk(
             pieces_ptr + line * WORDS, slots_ptr + slot * WORDS, item % CHUNKS, WORDS, BLOCK
@@ -117,9 +117,9 @@ def gather(
     counts: Tensor,
     slots: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
 ) -> None:
-    """Recall pages: slots[r, num_sinks + places[r, i]] = pieces[located[r, pages[r, i]]].
+    """Recall pages: slots[r, num_sink_pages + places[r, i]] = pieces[located[r, pages[r, i]]].
 
     For i < counts[r]; other slots are left as they are.
 
@@ -129,7 +129,7 @@ def gather(
         pages, places: int32 [rows, most]; the places of a row differ from each other.
         counts: int32 [rows], at most `most`.
         slots: uint8 [rows, num_slots, nbytes], written.
-        num_sinks: slots before place 0.
+        num_sink_pages: slots before place 0.
 
     All contiguous. Raises `InputError` for any other dtype, shape or layout.
     """
@@ -141,8 +141,10 @@ def gather(
     most = pages.shape[1]
     _check("places", places, torch.int32, (rows, most))
     _check("counts", counts, torch.int32, (rows,))
-    if not 0 <= num_sinks <= num_slots:
-        raise InputError(f"num_sinks={num_sinks}: expected 0 to {num_slots}, the slots of a row")
+    if not 0 <= num_sink_pages <= num_slots:
+        raise InputError(
+            f"num_sink_pages={num_sink_pages}: expected 0 to {num_slots}, the slots of a row"
+        )
     if most == 0 or slots.numel() == 0:
         return
     pieces, slots = _in_words(pieces, slots)
@@ -158,7 +160,7 @@ def gather(
         located.shape[1],
         most,
         num_slots,
-        num_sinks,
+        num_sink_pages,
         WORDS=words,
         BLOCK=block,
         CHUNKS=cdiv(words, block),

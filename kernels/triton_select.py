@@ -57,7 +57,7 @@ def select(
     speculated: Tensor,
     counters: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
     most: int,
     reduction: str,
     speculative: bool = False,
@@ -68,13 +68,13 @@ def select(
 ) -> Selection:
     """Choose each row's best pages and give the missing ones a place.
 
-    Row r chooses min(num_selected[r], sealed[r] - num_sinks) pages, the best by the mean over its
-    query heads, of equals the lowest, hidden ones last. Those that are resident stay where they
+    Row r chooses min(num_selected[r], sealed[r] - num_sink_pages) pages, the best by the mean over
+    its query heads, of equals the lowest, hidden ones last. Those that are resident stay where they
     are; the others get the empty places first, then those of the residents that were not chosen,
     worst first, of equals the lowest.
 
     Args:
-        scores: of all pages from `num_sinks` on.
+        scores: of all pages from `num_sink_pages` on.
         sealed: int32 [rows], sealed pages.
         page_of: int32 [rows, places], the page in each place, -1 for none; updated. No page may be
             there twice.
@@ -101,9 +101,9 @@ def select(
     rows, group, num_pages = scores.score.shape
     if num_estimated is None:
         num_estimated = EVERYTHING
-    if reduction not in GROUP_REDUCTIONS or min(most, num_sinks, num_estimated) < 0:
+    if reduction not in GROUP_REDUCTIONS or min(most, num_sink_pages, num_estimated) < 0:
         raise InputError(
-            f"reduction={reduction!r}, most={most}, num_sinks={num_sinks}, "
+            f"reduction={reduction!r}, most={most}, num_sink_pages={num_sink_pages}, "
             f"num_estimated={num_estimated}: expected one of {', '.join(GROUP_REDUCTIONS)} and "
             "sizes from 0 on"
         )
@@ -153,7 +153,7 @@ def select(
         num_pages,
         num_blocks,
         max_places,
-        num_sinks,
+        num_sink_pages,
         most,
         min(num_estimated, EVERYTHING),
         GROUP=group,

@@ -92,7 +92,7 @@ class Recall(NamedTuple):
         """Recall one selection."""
         from arkcache.kernels.triton_copy import gather
 
-        gather(self.lines, *self.arguments[number], num_sinks=1)
+        gather(self.lines, *self.arguments[number], num_sink_pages=1)
 
     @property
     def nbytes(self) -> int:

@@ -64,8 +64,8 @@ def _attention(
 
     layout = PageLayout(PRESETS[preset], page_size, *dims, dtype.itemsize)
     packer = PagePacker(layout, dtype)
-    sealed, recent, num_sinks, places = [0, 1, 4, 9, 9, 0], [1, 3, 2, 0, window, 0], 1, 6
-    rows, num_slots = len(sealed), 9 if extra == "everything" else num_sinks + places
+    sealed, recent, num_sink_pages, places = [0, 1, 4, 9, 9, 0], [1, 3, 2, 0, window, 0], 1, 6
+    rows, num_slots = len(sealed), 9 if extra == "everything" else num_sink_pages + places
     shape = (rows, num_slots, page_size)
     slots = packer.pack(
         randn(1, *shape, dims[0], dtype=dtype), randn(2, *shape, dims[1], dtype=dtype)
@@ -82,7 +82,7 @@ def _attention(
         "lengths": int32(*lengths),
         "sealed": int32(*sealed),
         "layout": layout,
-        "num_sinks": num_sinks,
+        "num_sink_pages": num_sink_pages,
         "scale": dims[0] ** -0.5,
     }
     arguments |= _extra(extra, rows, group, max(lengths) + 1)
@@ -103,14 +103,14 @@ def _extra(extra: str, rows: int, group: int, tokens: int) -> dict[str, Any]:
         bias = randn(7, rows, 1, tokens)
         return {"bias": bias.masked_fill(bias > 1.5, -math.inf).expand(-1, group, -1)}
     if extra == "everything":
-        return {"chosen": None, "num_chosen": None, "page_of": None, "num_sinks": 0}
+        return {"chosen": None, "num_chosen": None, "page_of": None, "num_sink_pages": 0}
     if extra == "window":  # a layer whose window is the whole context
         return {
             "slots": None,
             "chosen": None,
             "num_chosen": None,
             "page_of": None,
-            "num_sinks": 0,
+            "num_sink_pages": 0,
             "sealed": torch.zeros(rows, dtype=torch.int32),
             "lengths": int32(0, 1, 2, 3, 5, 7),
         }
@@ -122,7 +122,9 @@ def _plain_row(row: int, packer: PagePacker, given: dict[str, Any]) -> Tensor:
     size, slots, window = packer.layout.page_size, given["slots"], given["window_key"].shape[1]
     attended = []
     if slots is not None:
-        how = (given[name] for name in ("chosen", "num_chosen", "page_of", "sealed", "num_sinks"))
+        how = (
+            given[name] for name in ("chosen", "num_chosen", "page_of", "sealed", "num_sink_pages")
+        )
         attended = reference_attention._attended(row, *how)
     length, first = int(given["lengths"][row]), int(given["sealed"][row]) * size
     recent = torch.arange(first, length)

@@ -38,7 +38,7 @@ def inputs(
     dims: tuple[int, int, int] = (24, 16, 16),
     group: int = 3,
     page_size: int = 5,
-    num_sinks: int = 1,
+    num_sink_pages: int = 1,
     sealed: Sequence[int] = (9, 3, 0),
     num_chosen: Sequence[int] | None = (4, 1, 0),
     newest: Sequence[int] = (37, 1, 5),
@@ -52,7 +52,7 @@ def inputs(
     page_format = PageFormat(*bits, dims[2])
     layout = PageLayout(page_format, page_size, dims[0], dims[1], dtype.itemsize)
     most = max(sealed) if num_chosen is None else max(num_chosen) + 2
-    num_slots = most + (0 if num_chosen is None else num_sinks)
+    num_slots = most + (0 if num_chosen is None else num_sink_pages)
     slots = torch.full((rows, num_slots, layout.nbytes), 255, dtype=torch.uint8)
     chosen = torch.full((rows, most), NOWHERE, dtype=torch.int32)
     page_of = torch.full((rows, most), NOWHERE, dtype=torch.int32)
@@ -62,12 +62,12 @@ def inputs(
     for row, (pages, tokens) in enumerate(zip(sealed, newest, strict=True)):
         attended = torch.arange(pages)
         if num_chosen is not None:
-            count, first = num_chosen[row], min(num_sinks, pages)
+            count, first = num_chosen[row], min(num_sink_pages, pages)
             places = torch.randperm(most)[:count]
             chosen[row, :count] = places.int()
             held = torch.randperm(pages - first)[:count] + first
             page_of[row, places] = held.int()
-            attended = torch.cat((attended[:first], num_sinks + places))
+            attended = torch.cat((attended[:first], num_sink_pages + places))
         states = [torch.randn(len(attended), page_size, dim).to(dtype) for dim in dims[:2]]
         slots[row, attended] = packer.pack(*states)
         line = (pages * page_size + torch.arange(tokens)) % ring
@@ -84,7 +84,7 @@ def inputs(
         "lengths": ints(*sealed) * page_size + ints(*newest),
         "sealed": ints(*sealed),
     }
-    return given | {"layout": layout, "num_sinks": num_sinks, "scale": dims[0] ** -0.5}
+    return given | {"layout": layout, "num_sink_pages": num_sink_pages, "scale": dims[0] ** -0.5}
 
 
 def estimates_of(given: Inputs, spare: int = 3, bias: bool = False) -> Inputs:
@@ -93,16 +93,16 @@ def estimates_of(given: Inputs, spare: int = 3, bias: bool = False) -> Inputs:
     spare: pages that there is room for beyond the sealed ones.
     """
     rows, group, head_dim = given["query"].shape
-    num_sinks, layout = given["num_sinks"], given["layout"]
-    capacity = max(num_sinks, int(given["sealed"].max())) + spare
+    num_sink_pages, layout = given["num_sink_pages"], given["layout"]
+    capacity = max(num_sink_pages, int(given["sealed"].max())) + spare
     dims = head_dim + layout.value_dim
     means = torch.full((rows, capacity, dims), math.nan, dtype=given["query"].dtype)
-    estimated = torch.ones(rows, capacity - num_sinks, dtype=torch.int32)
+    estimated = torch.ones(rows, capacity - num_sink_pages, dtype=torch.int32)
     numbers = torch.full((rows, group, capacity), math.nan)
     for row, sealed in enumerate(given["sealed"].tolist()):
         means[row, :sealed] = torch.randn(sealed, dims).to(means)
         places = given["chosen"][row, : int(given["num_chosen"][row])].long()
-        estimated[row, given["page_of"][row, places].long() - num_sinks] = 0
+        estimated[row, given["page_of"][row, places].long() - num_sink_pages] = 0
         numbers[row, :, :sealed] = torch.randn(group, sealed)
     numbers = numbers.masked_fill(torch.rand(numbers.shape) < 0.3, -math.inf)
     estimates: Inputs = {"means": means, "estimated": estimated}
@@ -245,11 +245,13 @@ def test_extras(absent: str) -> None:
     assert_as_good(extras_of(inputs()) | {absent: None})
 
 
-@pytest.mark.parametrize("num_sinks", [0, 1, 3])
-def test_sinks_are_attended_as_far_as_they_are_sealed(num_sinks: int) -> None:
+@pytest.mark.parametrize("num_sink_pages", [0, 1, 3])
+def test_sinks_are_attended_as_far_as_they_are_sealed(num_sink_pages: int) -> None:
     sealed = (8, 3, 2, 1, 0)
-    num_chosen = tuple(min(2, max(0, pages - num_sinks)) for pages in sealed)
-    given = inputs(num_sinks=num_sinks, sealed=sealed, num_chosen=num_chosen, newest=(3,) * 5)
+    num_chosen = tuple(min(2, max(0, pages - num_sink_pages)) for pages in sealed)
+    given = inputs(
+        num_sink_pages=num_sink_pages, sealed=sealed, num_chosen=num_chosen, newest=(3,) * 5
+    )
     assert_as_good(extras_of(given))
 
 
@@ -271,9 +273,9 @@ def test_only_a_window() -> None:
 
 def test_no_places() -> None:
     """Budgets of nothing but sinks and window, and of not even sinks."""
-    for num_sinks in (1, 0):
-        given = inputs(num_sinks=num_sinks, num_chosen=(0, 0, 0))
-        given["slots"] = given["slots"][:, :num_sinks].contiguous()
+    for num_sink_pages in (1, 0):
+        given = inputs(num_sink_pages=num_sink_pages, num_chosen=(0, 0, 0))
+        given["slots"] = given["slots"][:, :num_sink_pages].contiguous()
         given |= {name: torch.empty(3, 0, dtype=torch.int32) for name in ("chosen", "page_of")}
         assert_as_good(extras_of(given))
 
@@ -341,7 +343,7 @@ def test_no_rows() -> None:
 
 def test_what_is_held_and_where_changes_nothing_but_rounding() -> None:
     """The same pages in other places, listed in another order."""
-    given = inputs(num_sinks=1, sealed=(9,), num_chosen=(6,), newest=(7,))
+    given = inputs(num_sink_pages=1, sealed=(9,), num_chosen=(6,), newest=(7,))
     order = torch.randperm(8)
     moved = dict(given)
     moved["slots"] = given["slots"].clone()
@@ -427,13 +429,13 @@ def test_estimates(
     assert not torch.equal(run(estimates_of(given))[0], run(given)[0])
 
 
-@pytest.mark.parametrize(("num_sinks", "page_size"), [(0, 1), (3, 5), (1, 33)])
-def test_estimates_and_sinks(num_sinks: int, page_size: int) -> None:
+@pytest.mark.parametrize(("num_sink_pages", "page_size"), [(0, 1), (3, 5), (1, 33)])
+def test_estimates_and_sinks(num_sink_pages: int, page_size: int) -> None:
     """Fewer pages than sinks, as many, and one more."""
     sealed = (8, 4, 3, 1, 0)
-    num_chosen = tuple(min(2, max(0, pages - num_sinks)) for pages in sealed)
+    num_chosen = tuple(min(2, max(0, pages - num_sink_pages)) for pages in sealed)
     given = inputs(
-        num_sinks=num_sinks,
+        num_sink_pages=num_sink_pages,
         sealed=sealed,
         num_chosen=num_chosen,
         newest=(3,) * 5,

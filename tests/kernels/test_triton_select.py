@@ -97,7 +97,7 @@ def check(
         for name, count in (("pages", missing), ("places", missing), ("chosen", chosen)):
             entries = getattr(own, name)[row, :count].cpu()
             assert torch.equal(entries, getattr(expected, name)[row, :count]), name
-        count = max(0, int(sealed[row]) - options["num_sinks"])
+        count = max(0, int(sealed[row]) - options["num_sink_pages"])
         if expected.estimated is not None:
             assert own.estimated is not None
             assert torch.equal(own.estimated[row, :count].cpu(), expected.estimated[row, :count])
@@ -115,9 +115,9 @@ def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
     query = torch.randn(rows, 3, 16, device=device)
     digests = torch.randn(rows, 36, 32, device=device)
     sealed, limit = (torch.tensor([[33], [5]], dtype=torch.int32).repeat(1, rows)).to(device)
-    scores = score_volumes(query, digests, sealed, num_sinks=1, kind="cuboid-max", scale=1.0)
+    scores = score_volumes(query, digests, sealed, num_sink_pages=1, kind="cuboid-max", scale=1.0)
     metadata, most = empty_metadata(rows, 7).clone(device), 5
-    how: dict[str, Any] = {"num_sinks": 1, "most": most, "reduction": "raw-mean"}
+    how: dict[str, Any] = {"num_sink_pages": 1, "most": most, "reduction": "raw-mean"}
     how |= {"num_estimated": None}
     selection = select(scores, sealed, metadata.page_of, limit, limit, *metadata[1:], **how)
     shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, most)] * 2, (rows,)]
@@ -150,7 +150,7 @@ def test_estimated_pages(
     score[:, :, 10:20] = HIDDEN
     scores, counts = make_scores(score, [60, 33, 5, -1]), ints(20, 3, 9, 4)
     metadata, sealed = empty_metadata(4, 20), ints(62, 35, 7, 1)
-    how: dict[str, Any] = {"num_sinks": 2, "num_estimated": num_estimated}
+    how: dict[str, Any] = {"num_sink_pages": 2, "num_estimated": num_estimated}
     for reduction in GROUP_REDUCTIONS:
         _, selection = check(scores, metadata, sealed, counts, counts, reduction=reduction, **how)
         assert selection.estimated is not None
@@ -161,15 +161,19 @@ def test_estimated_pages(
 
 
 def aim(
-    score: Tensor, fixed: Tensor, target: float, counts: list[int], num_sinks: int = 1
+    score: Tensor, fixed: Tensor, target: float, counts: list[int], num_sink_pages: int = 1
 ) -> tuple[Tensor, Selection]:
     """Aim with both, compare everything; what was missed, and the reference's lists."""
     rows, _, pages = score.shape
     missed = [torch.zeros(rows, 5, dtype=torch.float64, device=where) for where in (device, "cpu")]
     limits, places = ints(*counts), max(counts)
-    how: dict[str, Any] = {"num_sinks": num_sinks, "most": max(counts), "reduction": "raw-mean"}
+    how: dict[str, Any] = {
+        "num_sink_pages": num_sink_pages,
+        "most": max(counts),
+        "reduction": "raw-mean",
+    }
     how |= {"target": target, "num_estimated": 2}
-    scores, sealed = make_scores(score, [pages] * rows), ints(*[pages + num_sinks] * rows)
+    scores, sealed = make_scores(score, [pages] * rows), ints(*[pages + num_sink_pages] * rows)
     metadata = empty_metadata(rows, places)
     selections = []
     for kernel, log, where in (
@@ -220,11 +224,11 @@ def test_a_target_by_hand() -> None:
     share = torch.tensor([0.06, 0.5, 0.1, 0.04, 0.3])
     nothing = torch.full((1, 1), -float("inf"))
     for target, count in {0.15: 3, 0.35: 2, 0.07: 4, 0.99: 1, 0.03: 5}.items():
-        missed, selection = aim(share.log()[None, None], nothing, target, [5], num_sinks=0)
+        missed, selection = aim(share.log()[None, None], nothing, target, [5], num_sink_pages=0)
         assert selection.num_chosen.tolist() == [count]
         rest = float(share.sort(descending=True).values[count:].sum())
         assert missed[0, 2] == pytest.approx(rest, abs=1e-6)
-    _, selection = aim(torch.zeros(1, 1, 8), nothing, 0.3, [8], num_sinks=0)
+    _, selection = aim(torch.zeros(1, 1, 8), nothing, 0.3, [8], num_sink_pages=0)
     assert selection.chosen[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
     for fixed, scores in ((torch.zeros(1, 1), -20.0), (nothing, -float("inf"))):
         missed, selection = aim(torch.full((1, 1, 6), scores), fixed, 0.1, [5])
@@ -238,7 +242,7 @@ def test_by_hand() -> None:
     metadata = empty_metadata(1, 5)
     metadata.page_of[0] = ints(3, 6, 7, -1, 2)
     metadata.speculated[0] = torch.tensor([1, 1, 0, 0, 1], dtype=torch.int8)
-    metadata, selection = check(scores, metadata, ints(8), ints(4), ints(5), num_sinks=2)
+    metadata, selection = check(scores, metadata, ints(8), ints(4), ints(5), num_sink_pages=2)
     # Pages 2 to 7 are worth 5 1 4 3 0 9: of the best, 7, 2, 4 and 5, places 2 and 4 hold two.
     assert metadata.page_of.tolist() == [[3, 4, 7, 5, 2]]
     assert selection.pages[0, :2].tolist() == [4, 5]
@@ -252,13 +256,15 @@ def test_a_guess_flags_what_it_recalls() -> None:
     scores = make_scores(torch.tensor([[[5.0, 1.0, 4.0, 3.0]]]), [4])
     metadata = empty_metadata(1, 3)
     metadata.page_of[0] = ints(1, 0, -1)
-    metadata, _ = check(scores, metadata, ints(4), ints(1), ints(3), num_sinks=0)
+    metadata, _ = check(scores, metadata, ints(4), ints(1), ints(3), num_sink_pages=0)
     assert metadata.counters.tolist() == [[1, 0, 0, 0, 0]]
-    metadata, _ = check(scores, metadata, ints(4), ints(3), ints(3), num_sinks=0, speculative=True)
+    metadata, _ = check(
+        scores, metadata, ints(4), ints(3), ints(3), num_sink_pages=0, speculative=True
+    )
     assert metadata.page_of.tolist() == [[2, 0, 3]]
     assert metadata.speculated.tolist() == [[1, 0, 1]]
     assert metadata.counters.tolist() == [[1, 0, 1, 0, 2]]
-    metadata, _ = check(scores, metadata, ints(4), ints(2), ints(3), num_sinks=0)
+    metadata, _ = check(scores, metadata, ints(4), ints(2), ints(3), num_sink_pages=0)
     assert metadata.speculated.tolist() == [[0, 0, 1]]
     assert metadata.counters.tolist() == [[3, 0, 1, 1, 2]]
 
@@ -267,13 +273,13 @@ def test_ties_go_to_the_lowest_page_and_place() -> None:
     scores = make_scores(torch.zeros(1, 3, 70), [70])
     metadata = empty_metadata(1, 6)
     metadata.page_of[0] = ints(60, 61, 62, 63, 64, 65)
-    metadata, _ = check(scores, metadata, ints(71), ints(4), ints(6), num_sinks=1)
+    metadata, _ = check(scores, metadata, ints(71), ints(4), ints(6), num_sink_pages=1)
     assert metadata.page_of.tolist() == [[1, 2, 3, 4, 64, 65]]
 
 
 def test_minus_zero_is_zero() -> None:
     scores = make_scores(torch.tensor([[[-1.0, -0.0, 0.0, -0.0]]]), [4])
-    metadata, _ = check(scores, empty_metadata(1, 2), ints(4), ints(2), ints(2), num_sinks=0)
+    metadata, _ = check(scores, empty_metadata(1, 2), ints(4), ints(2), ints(2), num_sink_pages=0)
     assert metadata.page_of.tolist() == [[1, 2]]
 
 
@@ -291,7 +297,7 @@ def test_hidden_pages_come_last(group: int, reduction: str) -> None:
         ints(40, 40),
         ints(3, 3),
         ints(3, 3),
-        num_sinks=0,
+        num_sink_pages=0,
         reduction=reduction,
     )
     assert metadata.page_of.tolist() == [[0, 38, 39], [0, 1, 2]]
@@ -302,7 +308,12 @@ def test_nothing_to_select() -> None:
     scores = make_scores(torch.randn(5, 2, 10), [0, -2, 10, 10, 1])
     num_selected, num_places = ints(3, 3, 0, 3, 3), ints(3, 3, 3, 0, 3)
     metadata, _ = check(
-        scores, empty_metadata(5, 3), ints(2, 0, 12, 12, 3), num_selected, num_places, num_sinks=2
+        scores,
+        empty_metadata(5, 3),
+        ints(2, 0, 12, 12, 3),
+        num_selected,
+        num_places,
+        num_sink_pages=2,
     )
     assert metadata.page_of.tolist() == [[-1] * 3] * 4 + [[2, -1, -1]]
     assert metadata.counters.sum(0).tolist() == [0, 1, 0, 0, 0]
@@ -312,14 +323,14 @@ def test_nothing_to_select() -> None:
 def test_empty_shapes(rows: int, pages: int, places: int) -> None:
     scores, full = make_scores(torch.randn(rows, 2, pages), [pages] * rows), [3] * rows
     limits = ints(*[pages] * rows), ints(*full), ints(*full)
-    check(scores, empty_metadata(rows, places), *limits, num_sinks=0, most=3)
+    check(scores, empty_metadata(rows, places), *limits, num_sink_pages=0, most=3)
 
 
 def test_places_beyond_the_limit_are_left_alone() -> None:
     scores = make_scores(torch.arange(8.0).reshape(1, 1, 8), [8])
     metadata = empty_metadata(1, 6)
     metadata.page_of[0] = ints(0, 1, -1, -1, 2, -1)
-    metadata, _ = check(scores, metadata, ints(8), ints(5), ints(3), num_sinks=0)
+    metadata, _ = check(scores, metadata, ints(8), ints(5), ints(3), num_sink_pages=0)
     assert sorted(metadata.page_of[0, :3].tolist()) == [5, 6, 7]
     assert metadata.page_of[0, 3:].tolist() == [-1, 2, -1]
 
@@ -332,7 +343,7 @@ def test_many_pages_and_places(pages: int, places: int) -> None:
     for _ in range(2):
         scores = make_scores(torch.randn(2, 2, pages), selectable)
         metadata, _ = check(
-            scores, metadata, sealed, limit // 2, limit, num_sinks=0, reduction="softmax-mean"
+            scores, metadata, sealed, limit // 2, limit, num_sink_pages=0, reduction="softmax-mean"
         )
 
 
@@ -360,24 +371,24 @@ def check_sequence(data: st.DataObject) -> None:
     """Whatever is selected one after another while pages are sealed, both agree on all of it."""
     draw = data.draw
     rows, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16]))
-    capacity, num_sinks = draw(st.sampled_from([3, 40, 300])), draw(st.integers(0, 2))
+    capacity, num_sink_pages = draw(st.sampled_from([3, 40, 300])), draw(st.integers(0, 2))
     limits = st.lists(st.integers(0, draw(st.sampled_from([2, 8, 140]))), min_size=rows)
     selected = ints(*draw(limits)[:rows])
     factor = draw(st.sampled_from([1, 2]))
     metadata = empty_metadata(rows, max(1, int(selected.max()) * factor))
-    sealed = [draw(st.integers(0, capacity + num_sinks)) for _ in range(rows)]
+    sealed = [draw(st.integers(0, capacity + num_sink_pages)) for _ in range(rows)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_select, "CHUNK_WARPS", {draw(st.sampled_from([32, 128, 1024])): 4})
         for _ in range(draw(st.integers(1, 6))):
             score, reduction = draw(score_tensors(rows, group, capacity))
-            scores = make_scores(score, [count - num_sinks for count in sealed])
-            options = {"num_sinks": num_sinks, "reduction": reduction}
+            scores = make_scores(score, [count - num_sink_pages for count in sealed])
+            options = {"num_sink_pages": num_sink_pages, "reduction": reduction}
             state = ints(*sealed), selected, selected * factor
             metadata, _ = check(scores, metadata, *state, **options)
             if factor > 1 and draw(st.booleans()):
                 state = ints(*sealed), selected * factor, selected * factor
                 metadata, _ = check(scores, metadata, *state, **options, speculative=True)
-            most = capacity + num_sinks
+            most = capacity + num_sink_pages
             sealed = [min(most, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
 
 
@@ -399,7 +410,7 @@ def test_inputs_that_do_not_fit() -> None:
     limit = ints(3, 3)
 
     def attempt(scores: Scores, page_of: Tensor, sealed: Tensor, **options: Any) -> None:
-        options = {"num_sinks": 0, "most": 3, "reduction": "raw-mean"} | options
+        options = {"num_sink_pages": 0, "most": 3, "reduction": "raw-mean"} | options
         select(
             scores, sealed, page_of, limit, limit, metadata.speculated, metadata.counters, **options
         )

@@ -21,7 +21,7 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.ring import DeviceMetadata, RingLayer, sink_logits, user_bias
+from arkcache.ring import DeviceMetadata, RingLayer, sink_logits_by_row, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
@@ -131,7 +131,7 @@ class DeviceDenseLayer(DenseLayer):
             num_sink_pages=0,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, geometry),
+            sink_logits=sink_logits_by_row(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
             tickets=metadata.tickets,
         )
@@ -213,7 +213,7 @@ class DevicePackedDenseLayer(RingLayer):
             num_sink_pages=0,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, geometry),
+            sink_logits=sink_logits_by_row(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
             tickets=metadata.tickets,
         )

@@ -39,7 +39,7 @@ from arkcache.validate import (
     check_padding,
     check_query,
     check_rotation,
-    check_sinks,
+    check_sink_logits,
     check_sizes,
     empty_on,
     sequence_order,
@@ -220,7 +220,7 @@ class KVCacheManager:
         if mask is not None:
             check_mask(mask, (*query.shape[:3], self._layers[layer].columns), self._like)
         if sinks is not None:
-            check_sinks(sinks, query.shape[1], self._like)
+            check_sink_logits(sinks, query.shape[1], self._like)
         if softcap is not None and not softcap > 0:
             raise InputError(f"softcap={softcap!r}: expected a positive number, or None for none")
         if index_query is not None:
@@ -234,7 +234,7 @@ class KVCacheManager:
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             index_query=query if index_query is None else index_query,
             softcap=softcap,
-            sinks=sinks,
+            sink_logits=sinks,
             expand=None if expand is None else lambda *latents: expand(*self._rotated(*latents)),
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )

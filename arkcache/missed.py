@@ -17,7 +17,7 @@ from torch import Tensor
 from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.stats import AUDIT_MARGIN, MissedMass
-from arkcache.step import Step, additive, expanded, view_logits, with_sinks
+from arkcache.step import Step, additive, expanded, view_logits, with_sink_logits
 from arkcache.tiering.device import Geometry
 from arkcache.views import Held
 
@@ -103,7 +103,7 @@ def log_mass(step: Step, parts: Iterator[tuple[Tensor, Tensor]], mask: Tensor | 
         masses.append(logits.logsumexp(dim=-1, keepdim=True))
         start = stop
     mass = torch.cat(masses, dim=-1).logsumexp(dim=-1, keepdim=True)
-    return with_sinks(step, mass).flatten(1)
+    return with_sink_logits(step, mass).flatten(1)
 
 
 def true_missed_mass(
@@ -130,7 +130,7 @@ def true_missed_mass(
         hidden = torch.from_numpy(~is_out).to(logits.device)[:, :, None]
         total.append(logits.logsumexp(dim=-1, keepdim=True))
         outside.append(logits.masked_fill(hidden, float("-inf")).logsumexp(dim=-1, keepdim=True))
-    everything = with_sinks(step, torch.cat(total, dim=-1).logsumexp(dim=-1, keepdim=True))
+    everything = with_sink_logits(step, torch.cat(total, dim=-1).logsumexp(dim=-1, keepdim=True))
     share = torch.cat(outside, dim=-1).logsumexp(dim=-1, keepdim=True).sub_(everything).exp_()
     # A sequence without a token attends nothing and misses nothing.
     by_row = share.nan_to_num_().reshape(geometry.num_rows, -1).mean(dim=1)

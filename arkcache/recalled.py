@@ -26,7 +26,7 @@ from arkcache.kernels.triton_copy import gather
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import Selection
 from arkcache.offloaded import OffloadedLayer
-from arkcache.ring import by_row_and_head, sink_logits, user_bias
+from arkcache.ring import by_row_and_head, sink_logits_by_row, user_bias
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.step import Step
 from arkcache.tiering.device import DeviceTier
@@ -124,7 +124,7 @@ class RecalledLayer(OffloadedLayer):
             num_sink_pages=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, self.geometry),
+            sink_logits=sink_logits_by_row(step, self.geometry),
             bias=bias,
             tickets=self._metadata.tickets,
             **how,

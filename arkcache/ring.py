@@ -184,8 +184,8 @@ def by_row_and_head(bias: Tensor, step: Step, geometry: Geometry) -> Tensor:
     return bias.float().expand(shape).reshape(geometry.num_rows, group, bias.shape[3])
 
 
-def sink_logits(step: Step, geometry: Geometry) -> Tensor | None:
-    """The sinks' logits of every row [rows, group] in fp32; None without sinks."""
-    if step.sinks is None:
+def sink_logits_by_row(step: Step, geometry: Geometry) -> Tensor | None:
+    """The sink logits of every row [rows, group] in fp32; None without any."""
+    if step.sink_logits is None:
         return None
-    return step.sinks.float().reshape(geometry.num_kv_heads, -1).repeat(geometry.batch, 1)
+    return step.sink_logits.float().reshape(geometry.num_kv_heads, -1).repeat(geometry.batch, 1)

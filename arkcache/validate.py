@@ -113,11 +113,13 @@ def check_mask(mask: Tensor, expected: tuple[int, int, int, int], like: Tensor) 
     _check_device("mask", mask, like)
 
 
-def check_sinks(sinks: Tensor, num_heads: int, like: Tensor) -> None:
+def check_sink_logits(sink_logits: Tensor, num_heads: int, like: Tensor) -> None:
     """Raise unless there is one sink logit per head."""
-    if sinks.numel() != num_heads:
-        raise InputError(f"sinks of shape {list(sinks.shape)}: expected [num_heads={num_heads}]")
-    _check_device("sinks", sinks, like)
+    if sink_logits.numel() != num_heads:
+        raise InputError(
+            f"sinks of shape {list(sink_logits.shape)}: expected [num_heads={num_heads}]"
+        )
+    _check_device("sinks", sink_logits, like)
 
 
 def check_index_query(index_query: Tensor, query: Tensor, dim: int) -> None:

@@ -222,7 +222,7 @@ def _attention(
         num_sink_pages=NUM_SINK_PAGES,
         scale=shape.head_dim**-0.5,
         softcap=30.0 if extras else None,
-        sinks=torch.zeros(ROWS, shape.group) if extras else None,
+        sink_logits=torch.zeros(ROWS, shape.group) if extras else None,
         bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
         means=shape.means() if estimates else None,
         estimated=_int32(ROWS, CAPACITY - NUM_SINK_PAGES) if estimates else None,

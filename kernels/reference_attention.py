@@ -26,7 +26,7 @@ def paged_attention(
     num_sink_pages: int,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     means: Tensor | None = None,
     estimated: Tensor | None = None,
@@ -53,7 +53,7 @@ def paged_attention(
         num_sink_pages: pages attended whatever is chosen.
         scale: of the logits.
         softcap: where given, logits become softcap * tanh(logits / softcap).
-        sinks: fp32 [R, G], logits that take probability and give nothing.
+        sink_logits: fp32 [R, G], logits that take probability and give nothing.
         bias: fp32 [R, G, tokens], by token number, added after the softcap.
         means: [R, capacity, head_dim + value_dim], mean key and mean value of every page: one token
             with ln(page_size) added to its logit after the softcap.
@@ -62,7 +62,7 @@ def paged_attention(
             `means`.
         page_bias: fp32 [R, G, pages], by page number: `bias` for these tokens.
         log_mass: fp32 [R, G], written: the logarithm of what the exponentials of all logits add up
-            to, those of `sinks` included.
+            to, those of `sink_logits` included.
 
     Returns [R, G, value_dim] in fp32, zeros where nothing may be attended.
     """
@@ -96,14 +96,14 @@ def paged_attention(
         states = [window_key[row, :0], window_value[row, :0]]
         if keys:
             states = [torch.stack(keys), torch.stack(values)]
-        own = None if sinks is None else sinks[row]
+        own = None if sink_logits is None else sink_logits[row]
         outputs.append(
             reference.attention(
                 query[row, None, :, None],
                 *(plane[None, None] for plane in states),
                 scale=scale,
                 softcap=softcap,
-                sinks=own,
+                sink_logits=own,
                 mask=mask[None, :, None],
             )[0, :, 0]
         )
@@ -118,14 +118,14 @@ def _log_mass(
     mask: Tensor,
     scale: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
-    """Of queries [G, head_dim] over keys [tokens, head_dim], mask [G, tokens] and sinks [G]."""
+    """Of queries [G, head_dim] over keys [tokens, head_dim], mask [G, tokens], sink_logits [G]."""
     logits = query.float() @ key.float().T * scale
     logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
     logits = logits + mask
-    if sinks is not None:
-        logits = torch.cat((logits, sinks[:, None]), dim=1)
+    if sink_logits is not None:
+        logits = torch.cat((logits, sink_logits[:, None]), dim=1)
     return logits.logsumexp(dim=1)
 
 

@@ -74,15 +74,15 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attend one token: query [batch, kv_heads, group, head_dim] over [batch, kv_heads, tokens, :].
 
-    mask is additive, broadcast to [batch, kv_heads, group, tokens]; sinks [kv_heads, group] are
-    logits that take probability and give nothing. Returns [batch, kv_heads, group, value_dim].
+    mask is additive, broadcast to [batch, kv_heads, group, tokens]; sink_logits [kv_heads, group]
+    take probability and give nothing. Returns [batch, kv_heads, group, value_dim].
     """
-    if softcap is None and sinks is None:
+    if softcap is None and sink_logits is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale
         )
@@ -90,7 +90,7 @@ def decode_attention(
         key, value, mask=None if mask is None else lambda _start, _stop: mask[:, :, :, None]
     )
     output = block_attention(
-        query[:, :, :, None], [whole], scale=scale, softcap=softcap, sinks=sinks
+        query[:, :, :, None], [whole], scale=scale, softcap=softcap, sink_logits=sink_logits
     )
     return output[:, :, :, 0]
 
@@ -101,12 +101,12 @@ def block_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend blocks one after another and merge them by log-sum-exp (online softmax), in fp32.
 
-    query [batch, kv_heads, group, new, head_dim]; sinks [kv_heads, group]. A query that no block
-    lets attend anything gets zeros. Returns [batch, kv_heads, group, new, value_dim] in the
+    query [batch, kv_heads, group, new, head_dim]; sink_logits [kv_heads, group]. A query that no
+    block lets attend anything gets zeros. Returns [batch, kv_heads, group, new, value_dim] in the
     query's dtype. Beside the result, memory is one tile's logits, whatever the number of tokens.
     """
     sums: Sums | None = None
@@ -122,9 +122,9 @@ def block_attention(
             _attend_tiles(own, block, sums, scale, softcap)
     assert sums is not None, "there is no block"
     mass = sums.mass
-    if sinks is not None:
+    if sink_logits is not None:
         reference = sums.peak.masked_fill(sums.peak == float("-inf"), 0.0)
-        mass = mass + (sinks.float()[:, :, None, None] - reference).exp_()
+        mass = mass + (sink_logits.float()[:, :, None, None] - reference).exp_()
     return (sums.total / mass.masked_fill(mass == 0, 1.0)).to(query.dtype)
 
 

@@ -70,7 +70,7 @@ def paged_attention(
     num_sink_pages: int,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     means: Tensor | None = None,
     estimated: Tensor | None = None,
@@ -80,9 +80,9 @@ def paged_attention(
 ) -> Tensor:
     """`reference_attention.paged_attention` in the query's dtype: [R, G, value_dim], contiguous.
 
-    query in any strides but the last, sinks and biases in any, all else contiguous. Nothing waits
-    for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype, a
-    device or strides that the kernels do not read.
+    query in any strides but the last, sink_logits and biases in any, all else contiguous. Nothing
+    waits for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype,
+    a device or strides that the kernels do not read.
 
     Args:
         tickets: int32 [R], zeros, and zeros again when the call is done: with them one launch does
@@ -93,8 +93,8 @@ def paged_attention(
     if layout is None:
         layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
     tensors = (
-        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
-        bias, means, estimated, page_bias, log_mass, tickets,
+        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed,
+        sink_logits, bias, means, estimated, page_bias, log_mass, tickets,
     )  # fmt: skip
     key = (signature(*tensors), layout, num_sink_pages)
     if key not in _checked:
@@ -117,12 +117,12 @@ def paged_attention(
     num_lines = rows * group * num_splits
     nelements = 2 * aligned(num_lines) + num_lines * value_dim  # as `_parts_of` divides them
     parts = torch.empty(nelements, dtype=torch.float32, device=query.device)
-    sinks_strides = (0, 0) if sinks is None else sinks.stride()
+    sink_logits_strides = (0, 0) if sink_logits is None else sink_logits.stride()
     merged: tuple[Tensor | None, ...] = (None, None, None, None)
     is_small = num_splits <= MOST_MERGED and value_dim <= WIDEST_MERGED and group <= BLOCK_HEADS
     # On AMD a barrier does not wait for stores: one thread could not vouch for those of others.
     if tickets is not None and is_small and torch.version.hip is None:
-        merged = (tickets, sinks, output, log_mass)
+        merged = (tickets, sink_logits, output, log_mass)
     with torch.cuda.device_of(query):
         partial_kernel[(rows, num_splits, cdiv(group, BLOCK_HEADS))](
             query, *views, chosen, num_chosen, page_of, window_key, window_value,
@@ -131,12 +131,12 @@ def paged_attention(
             scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
             mean_splits, num_means,
             *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
-            *((0, 0, 0) if page_bias is None else page_bias.stride()), *sinks_strides,
+            *((0, 0, 0) if page_bias is None else page_bias.stride()), *sink_logits_strides,
             LOG_SIZE=log(layout.page_size), **sizes,
         )  # fmt: skip
         if merged[0] is None:
             merge_kernel[(rows, group)](
-                parts, sinks, output, log_mass, num_splits, *sinks_strides, value_dim,
+                parts, sink_logits, output, log_mass, num_splits, *sink_logits_strides, value_dim,
                 BLOCK_TILE=16, BLOCK_VALUE=sizes["MERGE_VALUE"],
             )  # fmt: skip
     return output
@@ -201,7 +201,7 @@ def _check_all(
     window_value: Tensor,
     lengths: Tensor,
     sealed: Tensor,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     bias: Tensor | None,
     means: Tensor | None,
     estimated: Tensor | None,
@@ -222,7 +222,7 @@ def _check_all(
     _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
     _check("lengths", lengths, torch.int32, (rows,), query)
     _check("sealed", sealed, torch.int32, (rows,), query)
-    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
+    _check("sink_logits", sink_logits, torch.float32, (rows, group), query, whole=False)
     _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
     _check("log_mass", log_mass, torch.float32, (rows, group), query)
     _check("tickets", tickets, torch.int32, (rows,), query)

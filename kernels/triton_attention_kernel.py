@@ -105,12 +105,12 @@ def _parts_of(parts_ptr, num_lines):
 
 @triton.jit
 def _merge(
-    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, first_head, group, num_splits,
-    stride_sinks_row, stride_sinks_head,
+    parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, first_head, group, num_splits,
+    stride_sink_logits_row, stride_sink_logits_head,
     VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_TILE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of HEADS heads of a row, and their sinks; note the mass of all of them."""
+    """Merge the splits of HEADS heads of a row, and their sink logits; note the mass of all."""
     num_lines = tl.num_programs(0) * group * num_splits
     peak_ptr, mass_ptr, total_ptr = _parts_of(parts_ptr, num_lines)
     first = row * group * num_splits
@@ -124,8 +124,10 @@ def _merge(
     peak = tl.full((HEADS,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((HEADS,), dtype=tl.float32)
     total = tl.zeros((HEADS, BLOCK_VALUE), dtype=tl.float32)
-    if sinks_ptr is not None:
-        peak = tl.load(sinks_ptr + row * stride_sinks_row + head * stride_sinks_head)
+    if sink_logits_ptr is not None:
+        peak = tl.load(
+            sink_logits_ptr + row * stride_sink_logits_row + head * stride_sink_logits_head
+        )
         mass += 1.0
     for start in range(0, num_splits, BLOCK_TILE):
         part = start + tl.arange(0, BLOCK_TILE)[None, :]
@@ -160,12 +162,12 @@ def partial_kernel(
     query_ptr, elements_ptr, meta_ptr, codes_ptr,  # the last three: slots, in three dtypes
     chosen_ptr, num_chosen_ptr, page_of_ptr, window_key_ptr, window_value_ptr,
     lengths_ptr, sealed_ptr, bias_ptr, means_ptr, estimated_ptr, page_bias_ptr,
-    parts_ptr, tickets_ptr, sinks_ptr, output_ptr, log_mass_ptr,
+    parts_ptr, tickets_ptr, sink_logits_ptr, output_ptr, log_mass_ptr,
     scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
     mean_splits, num_means,
     stride_query_row, stride_query_head, stride_bias_row, stride_bias_head, stride_bias_token,
     stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
-    stride_sinks_row, stride_sinks_head,
+    stride_sink_logits_row, stride_sink_logits_head,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BITS: tl.constexpr, KEY_PLANE: tl.constexpr, KEY_BYTES: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_PLANE: tl.constexpr, PAGE_BYTES: tl.constexpr,
@@ -290,21 +292,22 @@ def partial_kernel(
         if ticket == num_splits - 1:
             tl.store(tickets_ptr + row, 0)  # for the next launch
             _merge(
-                parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, 0, group, num_splits,
-                stride_sinks_row, stride_sinks_head,
+                parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, 0, group, num_splits,
+                stride_sink_logits_row, stride_sink_logits_head,
                 VALUE_DIM, MERGE_HEADS, MERGE_TILE, MERGE_VALUE,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, num_splits,
-    stride_sinks_row, stride_sinks_head,
+    parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, num_splits,
+    stride_sink_logits_row, stride_sink_logits_head,
     VALUE_DIM: tl.constexpr, BLOCK_TILE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head) merges the splits and the sink."""
+    """Program (row, head) merges the splits and the sink logit."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _merge(
-        parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, head, tl.num_programs(1), num_splits,
-        stride_sinks_row, stride_sinks_head, VALUE_DIM, 1, BLOCK_TILE, BLOCK_VALUE,
+        parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, head, tl.num_programs(1),
+        num_splits, stride_sink_logits_row, stride_sink_logits_head,
+        VALUE_DIM, 1, BLOCK_TILE, BLOCK_VALUE,
     )  # fmt: skip

@@ -298,7 +298,7 @@ class Oracle:
             value,
             scale=how.get("scale") or query.shape[3] ** -0.5,
             softcap=how.get("softcap"),
-            sinks=how.get("sinks"),
+            sink_logits=how.get("sinks"),
             mask=mask,
         )
 
@@ -531,7 +531,7 @@ class Oracle:
             value,
             scale=how.get("scale") or query.shape[3] ** -0.5,
             softcap=how.get("softcap"),
-            sinks=None if sinks is None else sinks[own],
+            sink_logits=None if sinks is None else sinks[own],
             mask=torch.cat((bias[:, choice.tokens], weight), dim=1)[None, :, None],
         )[0, :, 0]
 

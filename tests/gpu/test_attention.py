@@ -34,7 +34,7 @@ EXTRAS = ["", "softcap", "sinks", "bias", "everything", "window"]
 
 
 def test_attention(card: Card) -> None:
-    """Every format and shape; softcap, sinks and bias; all pages; the window alone; nothing."""
+    """Every format and shape; softcap, sink logits, bias; all pages; the window alone; nothing."""
     run_cases(card, some(card, attention_cases(card)))
 
 
@@ -98,7 +98,7 @@ def _extra(extra: str, rows: int, group: int, tokens: int) -> dict[str, Any]:
     if extra == "softcap":
         return {"softcap": 2.0}
     if extra == "sinks":
-        return {"sinks": randn(6, rows, group)}
+        return {"sink_logits": randn(6, rows, group)}
     if extra == "bias":
         bias = randn(7, rows, 1, tokens)
         return {"bias": bias.masked_fill(bias > 1.5, -math.inf).expand(-1, group, -1)}
@@ -142,7 +142,7 @@ def _plain_row(row: int, packer: PagePacker, given: dict[str, Any]) -> Tensor:
         logits = given["softcap"] * torch.tanh(logits / given["softcap"])
     if "bias" in given:
         logits = logits + given["bias"][row][:, torch.cat((*tokens, recent))].to(logits)
-    if "sinks" in given:
-        logits = torch.cat((logits, given["sinks"][row, :, None].to(logits)), dim=1)
+    if "sink_logits" in given:
+        logits = torch.cat((logits, given["sink_logits"][row, :, None].to(logits)), dim=1)
     share = logits.softmax(dim=-1)[:, : len(key)] if logits.shape[1] else logits
     return (share @ value).nan_to_num(0.0)

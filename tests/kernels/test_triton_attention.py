@@ -135,7 +135,7 @@ def plain(
     *,
     scale: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
     """What anybody would write, in the dtype of the inputs: `reference.attention` without fp32."""
@@ -144,8 +144,8 @@ def plain(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits + mask.to(query.dtype)
-    if sinks is not None:
-        logits = torch.cat((logits, sinks.to(query.dtype)[None, :, None, None]), dim=-1)
+    if sink_logits is not None:
+        logits = torch.cat((logits, sink_logits.to(query.dtype)[None, :, None, None]), dim=-1)
     return (logits.softmax(dim=-1)[..., : key.shape[2]] @ value).float()
 
 
@@ -163,7 +163,7 @@ def assert_as_good(given: Inputs) -> None:
 
 
 def extras_of(given: Inputs, bias: str = "head") -> Inputs:
-    """Softcap, sinks and a bias that is NaN where nothing may be read."""
+    """Softcap, sink logits and a bias that is NaN where nothing may be read."""
     rows, group, _ = given["query"].shape
     tokens = int(given["lengths"].max()) + 3
     shapes = {"head": (rows, group), "row": (rows, 1), "all": (1, 1)}
@@ -174,7 +174,7 @@ def extras_of(given: Inputs, bias: str = "head") -> Inputs:
     numbers = numbers.masked_fill(torch.rand(numbers.shape) < 0.3, -math.inf)
     return given | {
         "softcap": 2.0,
-        "sinks": torch.randn(group, rows).T,
+        "sink_logits": torch.randn(group, rows).T,
         "bias": numbers.expand(rows, group, tokens),
     }
 
@@ -240,7 +240,7 @@ def test_strides_of_biases(bias: str) -> None:
     assert_as_good(extras_of(inputs(bits=(4, 4)), bias))
 
 
-@pytest.mark.parametrize("absent", ["softcap", "sinks", "bias"])
+@pytest.mark.parametrize("absent", ["softcap", "sink_logits", "bias"])
 def test_extras(absent: str) -> None:
     assert_as_good(extras_of(inputs()) | {absent: None})
 
@@ -300,7 +300,7 @@ def test_long_contexts_have_more_splits_than_short_ones_fill() -> None:
 def test_nothing_to_attend_gives_zeros(extras: bool) -> None:
     given = inputs(sealed=(0, 2, 2), num_chosen=(0, 1, 1), newest=(0, 5, 5))
     if extras:
-        given["sinks"] = torch.randn(3, 3)
+        given["sink_logits"] = torch.randn(3, 3)
     given["bias"] = torch.zeros(3, 3, 15)
     given["bias"][1] = -math.inf
     output = run(given)
@@ -353,7 +353,7 @@ def test_what_is_held_and_where_changes_nothing_but_rounding() -> None:
     moved["chosen"] = given["chosen"].clone()
     moved["chosen"][0, :6] = places[torch.randperm(6)].int()
     given, moved = (extras_of(each) for each in (given, moved))
-    moved |= {name: given[name] for name in ("softcap", "sinks", "bias")}
+    moved |= {name: given[name] for name in ("softcap", "sink_logits", "bias")}
     torch.testing.assert_close(run(moved), run(given), rtol=1e-6, atol=1e-6)
 
 
@@ -472,7 +472,7 @@ def test_log_mass(with_tickets: bool) -> None:
     """Of all that is attended, sink logits included; -inf where that is nothing."""
     given = extras_of(inputs(sealed=(9, 3, 0), num_chosen=(4, 1, 0), newest=(37, 1, 0)))
     tickets = {"tickets": ints(0, 0, 0).to(DEVICE)} if with_tickets else {}
-    for each in (given, given | {"sinks": None, "bias": None}, estimates_of(given)):
+    for each in (given, given | {"sink_logits": None, "bias": None}, estimates_of(given)):
         own, expected = (torch.full((3, 3), math.nan) for _ in range(2))
         output = run(each | tickets)
         held = own.to(DEVICE)
@@ -481,7 +481,9 @@ def test_log_mass(with_tickets: bool) -> None:
         how = {name: value for name, value in each.items() if name not in NAMES}
         reference_attention.paged_attention(*positional, **how, log_mass=expected)
         torch.testing.assert_close(held.cpu(), expected, rtol=1e-5, atol=1e-5)
-        nothing = torch.full((3,), -math.inf) if each["sinks"] is None else each["sinks"][2]
+        nothing = (
+            torch.full((3,), -math.inf) if each["sink_logits"] is None else each["sink_logits"][2]
+        )
         assert torch.equal(held[2].cpu(), nothing)
 
 
@@ -498,7 +500,7 @@ REFUSED: dict[str, Inputs] = {
     "no window": {"window_key": torch.zeros(3, 0, 24), "window_value": torch.zeros(3, 0, 16)},
     "lengths": {"lengths": torch.zeros(3)},
     "sealed": {"sealed": torch.zeros(4, dtype=torch.int32)},
-    "sinks": {"sinks": torch.zeros(3)},
+    "sink_logits": {"sink_logits": torch.zeros(3)},
     "bias": {"bias": torch.zeros(3, 1, 100)},
     "tickets": {"tickets": torch.zeros(3, 3, dtype=torch.int32)},
     "layout": {"layout": PageLayout(PageFormat(), 5, 24, 16, 2)},

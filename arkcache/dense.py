@@ -71,8 +71,8 @@ class DenseLayer:
                 tokens,
             )
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
-        """Host blocks that growing to these lengths takes: none."""
+    def pieces_needed(self, _new_lengths: Ids) -> int:
+        """Pieces of the host tier that growing to these lengths takes: none."""
         return 0
 
     def crop(self, lengths: Ids) -> None:
@@ -90,11 +90,11 @@ class DenseLayer:
     def release(self) -> None:
         """Free what the layer holds outside itself: nothing."""
 
-    def move_blocks(self, _host: HostTier) -> None:
-        """Follow the layer's blocks into another host tier: there are none."""
+    def move_pieces(self, _host: HostTier) -> None:
+        """Follow the layer's pages into another host tier: it has none there."""
 
-    def held_blocks(self) -> Ids:
-        """Host blocks that the layer refers to: none."""
+    def held_pieces(self) -> Ids:
+        """Pieces of the host tier that the layer refers to: none."""
         return np.zeros(0, dtype=np.int64)
 
     def check(self) -> None:

@@ -160,7 +160,7 @@ class KVCacheManager:
                 raise
         if self._host is not None:
             # Again for this layer alone: a copy that shares the host tier may have filled it.
-            self._host.check_room([state.blocks_needed(self._log.lengths(stop))])
+            self._host.check_room([state.pieces_needed(self._log.lengths(stop))])
         self._store(state, key, value, stop)
         state.columns = stop
         if isinstance(state, PagedLayer):
@@ -303,7 +303,7 @@ class KVCacheManager:
         self.steps.reserve(tokens)
         if self._host is not None:
             lengths = np.full(self.batch, tokens)
-            needed = sum(state.blocks_needed(lengths) for state in self._layers)
+            needed = sum(state.pieces_needed(lengths) for state in self._layers)
             self._host.check_room([max(1, needed)])
 
     def next_step_seals(self) -> bool:
@@ -489,7 +489,7 @@ class KVCacheManager:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
             device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_blocks()),
+            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_pieces()),
         )
         for state in self._layers:
             total += state.stats()
@@ -518,16 +518,16 @@ class KVCacheManager:
         vars(clone).update(state)
         if host is not None:
             for layer in self._layers:
-                host.retain(layer.held_blocks())
+                host.retain(layer.held_pieces())
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
         """A state that shares nothing: the pages held here, and no other cache's."""
         clone = copy.deepcopy(self)
         if clone._host is not None:
-            own = clone._host.extract(clone._held_blocks())
+            own = clone._host.extract(clone._held_pieces())
             for layer in clone._layers:
-                layer.move_blocks(own)
+                layer.move_pieces(own)
             clone._host = own
         state = dict(vars(clone))
         clone._layers = []
@@ -540,8 +540,8 @@ class KVCacheManager:
                 state = copy.deepcopy(state)
         vars(self).update(state)
 
-    def _held_blocks(self) -> Ids:
-        return np.concatenate([layer.held_blocks() for layer in self._layers])
+    def _held_pieces(self) -> Ids:
+        return np.concatenate([layer.held_pieces() for layer in self._layers])
 
     def __copy__(self) -> KVCacheManager:
         return copy.deepcopy(self)
@@ -592,7 +592,7 @@ class KVCacheManager:
         log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
         if self._host is not None:
             lengths = log.lengths(log.num_columns)
-            self._host.check_room([sum(state.blocks_needed(lengths) for state in self._layers)])
+            self._host.check_room([sum(state.pieces_needed(lengths) for state in self._layers)])
         return log
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

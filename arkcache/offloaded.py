@@ -150,7 +150,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         try:
             OffloadedLayer._hold(layers, seals, pages, handles)
         except BaseException:  # interrupted: what no layer holds yet is nobody's
-            held = np.concatenate([layer.held_blocks() for layer in layers])
+            held = np.concatenate([layer.held_pieces() for layer in layers])
             first.host.release(np.setdiff1d(handles, held))
             raise
         lines = np.full((*seals.shape, heads), -1, dtype=np.int64)
@@ -301,9 +301,9 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self.join()
         super().release()
 
-    def move_blocks(self, host: HostTier) -> None:
+    def move_pieces(self, host: HostTier) -> None:
         """Follow the layer's pages into a tier that was extracted from the present one."""
-        super().move_blocks(host)
+        super().move_pieces(host)
         for sequence, sealed in enumerate(self.sealed.tolist()):
             if sealed:
                 lines = self._store.lines(sequence, 0, sealed)

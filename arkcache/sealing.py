@@ -100,17 +100,17 @@ class SealingLayer(ABC):
         sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
         return int(np.maximum(sealed - self.sealed, 0).sum())
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
+    def pieces_needed(self, _new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes: none, unless it is used."""
         return 0
 
     def release(self) -> None:  # noqa: B027 - most layers hold nothing outside themselves
         """Free what the layer holds outside itself: nothing, unless it uses the host tier."""
 
-    def move_blocks(self, _host: HostTier) -> None:  # noqa: B027
+    def move_pieces(self, _host: HostTier) -> None:  # noqa: B027
         """Follow the layer's pages into another host tier, if it uses one."""
 
-    def held_blocks(self) -> Ids:
+    def held_pieces(self) -> Ids:
         """Pieces of the host tier that the layer refers to: none, unless it is used."""
         return np.zeros(0, dtype=np.int64)
 

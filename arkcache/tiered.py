@@ -53,7 +53,7 @@ class TieredLayer(SealingLayer):
         """The host tier."""
         return self._store.host
 
-    def blocks_needed(self, new_lengths: Ids) -> int:
+    def pieces_needed(self, new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes."""
         return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
 
@@ -91,10 +91,10 @@ class TieredLayer(SealingLayer):
         """Give the layer's pages back to the host tier."""
         self._store.release()
 
-    def move_blocks(self, host: HostTier) -> None:
+    def move_pieces(self, host: HostTier) -> None:
         """Follow the layer's pages into a tier that was extracted from the present one."""
         self._store.move(host)
 
-    def held_blocks(self) -> Ids:
+    def held_pieces(self) -> Ids:
         """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
         return self._store.held()

@@ -527,7 +527,7 @@ def test_a_launch_that_fails_leaves_nothing_pending() -> None:
 
 def test_a_full_host_tier_changes_nothing() -> None:
     twins = Twins(on_kernels())
-    room = 9 * twins.block_bytes * 2
+    room = 9 * twins.whole_page_bytes * 2
     twins = Twins(on_kernels(host_bytes=room))
     twins.append(38)
     with pytest.raises(HostTierFullError, match="host_bytes"):

@@ -209,7 +209,7 @@ def test_layers_take_turns() -> None:
     assert seen[12] == [2, 1, 1, 1]
     mine, other = twins.manager.stats(), plain.manager.stats()
     assert mine.attended_tokens == other.attended_tokens
-    assert mine.bytes_streamed == 5 * 24 * twins.block_bytes
+    assert mine.bytes_streamed == 5 * 24 * twins.whole_page_bytes
     assert other.missed_by_layer == ()
     assert mine.missed.num_estimates == 0
     assert mine.missed.estimated is None

@@ -556,7 +556,7 @@ def test_beams_share_what_they_demote() -> None:
     assert sizes[1] < sizes[0] + 2 * fresh
     manager.check_integrity()
     assert manager._host is not None
-    manager._host.check([manager._held_blocks()])
+    manager._host.check([manager._held_pieces()])
 
 
 # -- which pages are demoted ----------------------------------------------------------------------
@@ -831,7 +831,7 @@ def test_coarse_pages_go_back_to_the_window_and_are_sealed_fine() -> None:
 def test_demotion_makes_room() -> None:
     """In a tier with room for a single page more, a conversation goes on for many."""
     name = "K16V16+K2V2"
-    host_bytes = 17 * Attended(name=name).twins.block_bytes
+    host_bytes = 17 * Attended(name=name).twins.whole_page_bytes
     cache = Attended(name=name, host_bytes=host_bytes)
     with pytest.raises(HostTierFullError):
         copy.deepcopy(cache).twins.append(4 * 4)
@@ -858,7 +858,7 @@ def test_demotion_of_shared_pages_takes_no_room_that_was_promised(
     give back 160 bytes each; the page itself needs 512.
     """
     name = "K16V16+K2V2"
-    host_bytes = num_layers * (14 + 3) * Attended(name=name).twins.block_bytes + room
+    host_bytes = num_layers * (14 + 3) * Attended(name=name).twins.whole_page_bytes + room
     cache = Attended(name=name, num_layers=num_layers, host_bytes=host_bytes)
     clone = copy.deepcopy(cache)
     for _ in range(12):

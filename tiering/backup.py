@@ -37,7 +37,7 @@ _FAILURES = (RuntimeError, MemoryError, OSError)
 
 
 @dataclass(eq=False)
-class Block:
+class StagingBlock:
     """A staging block while it is borrowed.
 
     Attributes:
@@ -52,7 +52,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.storage: Tensor | None = None
-        self.lent: Block | None = None
+        self.lent: StagingBlock | None = None
         self.copied: Event | None = None
         self.failed: Ticket | None = None
 
@@ -104,7 +104,7 @@ class BackupEngine:
         """Bytes of the staging blocks allocated so far."""
         return sum(slot.storage.numel() for slot in self._slots if slot.storage is not None)
 
-    def borrow(self, nbytes: int) -> Block:
+    def borrow(self, nbytes: int) -> StagingBlock:
         """A block to fill on the main stream: it is free when the stream gets there.
 
         Where all are lent, whoever borrowed first has not submitted and does not mean to: an error
@@ -122,10 +122,10 @@ class BackupEngine:
             with torch.inference_mode(False):
                 size = max(nbytes, self.block_bytes)
                 slot.storage = torch.empty(size, dtype=torch.uint8, device=self.device)
-        slot.lent = Block(slot.storage[:nbytes])
+        slot.lent = StagingBlock(slot.storage[:nbytes])
         return slot.lent
 
-    def submit(self, block: Block, host: HostTier, handles: Ids) -> Ticket:
+    def submit(self, block: StagingBlock, host: HostTier, handles: Ids) -> Ticket:
         """Copy a block, [len(handles), bytes of a piece], to where the host tier has its pieces.
 
         handles: int64 [pieces], distinct. Where the tier is pageable, it is written at once. Raises

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from arkcache import HostTierFullError, InputError, TransferError
 from arkcache.tiering import backup, pinned
-from arkcache.tiering.backup import BackupEngine, Block, Ticket, backup_engine_of
+from arkcache.tiering.backup import BackupEngine, StagingBlock, Ticket, backup_engine_of
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.streams import streams_of
 from tests.tiering.fake_cupy import GPU, FakeCupy, cupy
@@ -42,7 +42,7 @@ def random_bytes(count: int) -> Tensor:
     return torch.randint(0, 256, (count, SIZE), dtype=torch.uint8)
 
 
-def fill(engine: BackupEngine, content: Tensor) -> Block:
+def fill(engine: BackupEngine, content: Tensor) -> StagingBlock:
     """A borrowed block that the main stream fills."""
     block = engine.borrow(content.numel())
     data = block.data

@@ -64,7 +64,7 @@ class PageTable:
         """Make `selected` resident: fill empty places, then those of pages nobody wants.
 
         Args:
-            selected: pages [rows, most], no page twice in a row.
+            selected: pages [rows, max_selected], no page twice in a row.
             num_pages: more than the largest page number.
             num_selected: [rows], row r wants its first `num_selected[r]`; None is all.
             keep_score: [rows, places], how much each resident page deserves to stay, where there

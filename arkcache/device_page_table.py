@@ -36,7 +36,7 @@ class DevicePageTable:
         device: where the kernels run.
 
     Attributes:
-        most: pages that any row selects.
+        max_selected: pages that any row selects.
         selected: pages that a step selects, of each row, on the host.
         page_of: int32 [rows, places], -1 where a place is empty.
         may_hold: int32 [rows], places that a row may use.
@@ -53,7 +53,7 @@ class DevicePageTable:
         pool_factor: float,
         device: torch.device,
     ) -> None:
-        self._config, self.selected, self.most = config, selected, int(selected.max())
+        self._config, self.selected, self.max_selected = config, selected, int(selected.max())
         may_hold = np.ceil(selected * pool_factor).astype(np.int64)
         self.has_spare = bool((may_hold > selected).any())
         rows = len(selected)
@@ -89,7 +89,7 @@ class DevicePageTable:
             self._speculated,
             self._counters,
             num_sink_pages=self._config.num_sink_pages,
-            most=self.page_of.shape[1] if speculative else self.most,
+            max_selected=self.page_of.shape[1] if speculative else self.max_selected,
             reduction=self._config.score_reduction,
             speculative=speculative,
             num_estimated=0 if speculative else self._config.estimate_pages,
@@ -144,10 +144,10 @@ class DevicePageTable:
             MissedMass(
                 num_estimates=int(steps),
                 estimated_sum=total,
-                estimated_worst=most,
+                estimated_worst=highest,
                 num_capped=int(capped),
             )
-            for steps, total, _, capped, _, most in heads
+            for steps, total, _, capped, _, highest in heads
         ]
 
     @property

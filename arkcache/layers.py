@@ -23,9 +23,9 @@ if TYPE_CHECKING:  # they import Triton
 
 
 def make_layers(
-    planner: Planner, tier: DeviceTier, host: HostTier | None, most: int, *, latent: bool
+    planner: Planner, tier: DeviceTier, host: HostTier | None, max_selected: int, *, latent: bool
 ) -> list[Layer]:
-    """The layers of a manager, empty. `most`: pages that a KV head may select at most."""
+    """The layers of a manager, empty. `max_selected`: pages that a KV head may select at most."""
     config = planner.config
     layers: list[Layer] = []
     numbers = iter(range(planner.num_layers))
@@ -34,7 +34,7 @@ def make_layers(
             layers.append(_dense(config, tier, planner.packers[0], planner.backend))
             continue
         assert host is not None
-        selected = planner.selected(number, most)
+        selected = planner.selected(number, max_selected)
         if planner.backend == "triton":
             from arkcache.recalled import RecalledLayer
 

@@ -118,7 +118,7 @@ class KVCacheManager:
     def _clear(self) -> None:
         self.steps: CapturableSteps | None = None
         self._log = self._log_before = TokenLog(0)
-        self._most_selected = 0
+        self._max_selected = 0
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
@@ -418,17 +418,17 @@ class KVCacheManager:
         if np.array_equal(order, np.arange(self.batch)):
             return
         assert self._device_tier is not None
-        most, factor = self._most_selected, self._device_tier.plan.pool_factor
+        max_selected, factor = self._max_selected, self._device_tier.plan.pool_factor
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
-            most = self.planner.pages_that_fit(len(order))
-            factor = self.planner.pool_factor(len(order), most)
-        tier = DeviceTier(self.planner.plan(len(order), most, factor))
+            max_selected = self.planner.pages_that_fit(len(order))
+            factor = self.planner.pool_factor(len(order), max_selected)
+        tier = DeviceTier(self.planner.plan(len(order), max_selected, factor))
         for number, state in enumerate(self._layers):
             if isinstance(state, TieredLayer):
-                state.keep_sequences(order, tier, self.planner.selected(number, most))
+                state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
             else:
                 state.keep_sequences(order, tier)
-        self._device_tier, self._most_selected = tier, most
+        self._device_tier, self._max_selected = tier, max_selected
         self._log.keep_sequences(order)
 
     @torch.no_grad()
@@ -556,13 +556,13 @@ class KVCacheManager:
 
     def _allocate(self, batch: int) -> None:
         host = self._make_host()
-        most = self.planner.pages_that_fit(batch)
-        tier = DeviceTier(self.planner.plan(batch, most))
-        self._layers = make_layers(self.planner, tier, host, most, latent=self.latent)
+        max_selected = self.planner.pages_that_fit(batch)
+        tier = DeviceTier(self.planner.plan(batch, max_selected))
+        self._layers = make_layers(self.planner, tier, host, max_selected, latent=self.latent)
         if self.planner.backend == "triton":
             self.steps = CapturableSteps(cast(list[CapturableLayer], self._layers))
         self._host = host
-        self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
+        self._device_tier, self._log, self._max_selected = tier, TokenLog(batch), max_selected
 
     def _make_host(self) -> HostTier | None:
         """The host tier, if any layer needs one.

@@ -143,9 +143,9 @@ class OffloadedLayer(RingLayer, TieredLayer):
             return
         first, heads = layers[0], layers[0].geometry.num_kv_heads
         pages = np.stack([layer.sealed for layer in layers])[seals]
-        most = int(pages.max()) + 1
+        num_pages = int(pages.max()) + 1
         for layer in layers:
-            layer._directory.reserve(most)
+            layer._directory.reserve(num_pages)
         handles = first.host.allocate(len(pages))
         try:
             OffloadedLayer._hold(layers, seals, pages, handles)

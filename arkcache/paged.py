@@ -167,11 +167,11 @@ class PagedLayer(TieredLayer):
         if self._plain and self.lengths.uniform and step.bias is None:
             return self._attend_alike(step)
         selectable = np.maximum(self.sealed - self.config.num_sink_pages, 0)
-        most = int(selectable.max())
+        max_selectable = int(selectable.max())
         chosen, rating = None, None
         least = self._least_selected if self.config.target_missed_mass is None else 0
-        if most > least:
-            chosen, rating = self._select(step, selectable, most)
+        if max_selectable > least:
+            chosen, rating = self._select(step, selectable, max_selectable)
         else:
             self._complete_residents(selectable)
             if self._missed is not None and self.config.target_missed_mass is not None:
@@ -212,30 +212,30 @@ class PagedLayer(TieredLayer):
 
     def ratings(self, step: Step) -> Tensor:
         """What selects for a step: all selectable pages [rows, pages], the best the highest."""
-        most = int(np.maximum(self.sealed - self.config.num_sink_pages, 0).max())
-        if most == 0:
+        max_selectable = int(np.maximum(self.sealed - self.config.num_sink_pages, 0).max())
+        if max_selectable == 0:
             return torch.empty((self.geometry.num_rows, 0), device=self.geometry.device)
-        return self._ordering(step, most)
+        return self._ordering(step, max_selectable)
 
     def log_missed(self, log: MissedLog) -> None:
         """Note what steps miss in this log from now on; it says which of them are audited."""
         self._missed = log
 
-    def _ordering(self, step: Step, most: int) -> Tensor:
+    def _ordering(self, step: Step, max_selectable: int) -> Tensor:
         """What pages are chosen by: ratings [rows, pages], or shares of attention."""
         group = step.query.shape[1] // self.geometry.num_kv_heads
         if not (self.config.orders_by_share(group) and self._ratings.are_mass):
-            return self._rate(step, most)
-        shares = self._shares(step, most)
+            return self._rate(step, max_selectable)
+        shares = self._shares(step, max_selectable)
         if self.lengths.uniform or self.config.target_missed_mass is not None:
             return shares  # to meet a target they are added up
         return self._ratings.rank_last(shares, self.sealed)
 
-    def _rate(self, step: Step, most: int) -> Tensor:
-        """Rate the first `most` selectable pages of every row [rows, pages]."""
-        return self._ratings.rate(step, self.sealed, most, uniform=self.lengths.uniform)
+    def _rate(self, step: Step, max_selectable: int) -> Tensor:
+        """Rate the first `max_selectable` pages of every row, sinks apart, [rows, pages]."""
+        return self._ratings.rate(step, self.sealed, max_selectable, uniform=self.lengths.uniform)
 
-    def _shares(self, step: Step, most: int) -> Tensor:
+    def _shares(self, step: Step, max_selectable: int) -> Tensor:
         """Estimate which share of attention each selectable page holds [rows, pages]."""
         sinks, recent = self._fixed()
         num_pages, uniform = int(sinks.max()), self.lengths.uniform
@@ -243,7 +243,7 @@ class PagedLayer(TieredLayer):
         mask = self._view_mask(step, held, num_pages, alike=uniform)
         mass = log_mass(step, self._parts(num_pages, int(recent.max())), mask)
         fixed = mass.reshape(self.geometry.num_rows, -1)
-        return self._ratings.shares(step, self.sealed, most, fixed, uniform=uniform)
+        return self._ratings.shares(step, self.sealed, max_selectable, fixed, uniform=uniform)
 
     def _fixed(self) -> tuple[Ids, Ids]:
         """Sink pages and window tokens of each sequence."""
@@ -257,11 +257,13 @@ class PagedLayer(TieredLayer):
             return working_set.parts(num_pages, recent)
         return iter([working_set.view(num_pages, recent)])
 
-    def _select(self, step: Step, selectable: Ids, most: int) -> tuple[Held | None, Tensor]:
+    def _select(
+        self, step: Step, selectable: Ids, max_selectable: int
+    ) -> tuple[Held | None, Tensor]:
         """Make the best pages resident; returns which places hold them, where places are spare,
         and all ratings."""
         count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
-        rating = self._ordering(step, most)
+        rating = self._ordering(step, max_selectable)
         target = self.config.target_missed_mass
         if target is None:
             selected = ranked_pages(rating, int(count.max()))
@@ -276,8 +278,8 @@ class PagedLayer(TieredLayer):
     def _recall(self, selected: Ids, count: Ids | None, rating: Tensor | None) -> None:
         """Bring what is selected and not resident into the working set.
 
-        selected: selectable pages [rows, most], of which row r wants the first `count[r]` (None is
-        all). rating [rows, pages] decides who stays where places are spare.
+        selected: selectable pages [rows, max_selected], of which row r wants the first `count[r]`
+        (None is all). rating [rows, pages] decides who stays where places are spare.
         """
         sinks = self.config.num_sink_pages
         keep = None

@@ -144,8 +144,8 @@ class RecalledLayer(OffloadedLayer):
         query, sealed = self.grouped(step.index_query), self._metadata.sealed
         if self.config.orders_by_share(query.shape[1]):  # all that attention does is part of it
             return self._directory.score(query, sealed, step.scale, None, step.softcap, bias)
-        most = self._directory.num_pages - self.config.num_sink_pages
-        hidden = hidden_pages(step, self.config, self.geometry, most)
+        max_selectable = self._directory.num_pages - self.config.num_sink_pages
+        hidden = hidden_pages(step, self.config, self.geometry, max_selectable)
         mask = hidden if isinstance(hidden, Tensor) else None
         return self._directory.score(query, sealed, step.scale, mask)
 

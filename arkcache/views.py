@@ -61,17 +61,20 @@ def view_tokens(
     return np.concatenate((tokens.reshape(batch, heads, -1), window), axis=2)
 
 
-def hidden_pages(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | bool:
-    """Which of the first `most` selectable pages the user's mask hides whole [rows, pages]; False
-    for none."""
+def hidden_pages(
+    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+) -> Tensor | bool:
+    """Which of the first `max_selectable` pages the user's mask hides whole [rows, pages].
+
+    Pages are counted from the first behind the sinks. Returns False for none."""
     if step.bias is None:
         return False
     sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    tokens = np.arange(sinks * page_size, (sinks + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))
     # Some models hide with the most negative number rather than with -inf.
     seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
-    seen = seen.unflatten(2, (most, page_size)).any(dim=3)
+    seen = seen.unflatten(2, (max_selectable, page_size)).any(dim=3)
     if seen.shape[1] > geometry.num_kv_heads:  # expanded latents share their pages
         seen = seen.any(dim=1, keepdim=True)
     hidden: Tensor = ~seen.expand(-1, geometry.num_kv_heads, -1).flatten(0, 1)
@@ -94,31 +97,40 @@ def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
     return mean
 
 
-def token_bias(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | None:
-    """The user's mask over the tokens of the first `most` selectable pages, for every row.
+def token_bias(
+    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+) -> Tensor | None:
+    """The user's mask over the tokens of the first `max_selectable` pages, for every row.
 
-    Returns [rows, group or 1, most, page_size]; None for none.
+    Pages are counted from the first behind the sinks. Returns [rows, group or 1, max_selectable,
+    page_size]; None for none.
     """
     if step.bias is None:
         return None
     sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    tokens = np.arange(sinks * page_size, (sinks + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
     heads = geometry.num_kv_heads
     if bias.shape[1] > heads:  # expanded latents share their pages
         bias = bias.reshape(geometry.batch, heads, -1, len(tokens))
-    own: Tensor = bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (most, page_size))
+    own: Tensor = (
+        bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (max_selectable, page_size))
+    )
     return own
 
 
 def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sink_pages: int) -> Held:
-    """Which selectable pages exist and are not attended [rows, most pages selectable].
+    """Which selectable pages exist and are not attended [rows, max_selectable].
 
     page_of: the page in each place [rows, places]; held: which places are attended; selectable:
     pages of each row that there are to select from.
     """
-    most = int(selectable.max(initial=0))
-    attended = np.zeros((len(page_of), most + 1), dtype=np.bool_)
-    np.put_along_axis(attended, np.where(held, page_of - num_sink_pages, most), True, axis=1)
-    left_out: Held = ~attended[:, :most] & (np.arange(most) < selectable[:, None])
+    max_selectable = int(selectable.max(initial=0))
+    attended = np.zeros((len(page_of), max_selectable + 1), dtype=np.bool_)
+    np.put_along_axis(
+        attended, np.where(held, page_of - num_sink_pages, max_selectable), True, axis=1
+    )
+    left_out: Held = ~attended[:, :max_selectable] & (
+        np.arange(max_selectable) < selectable[:, None]
+    )
     return left_out

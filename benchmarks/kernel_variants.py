@@ -183,7 +183,7 @@ def _select(shape: _Shape, reduction: str, capacity: int = CAPACITY, **options: 
         torch.zeros((ROWS, NUM_PLACES), dtype=torch.int8),
         _int64(ROWS, 5),
         num_sink_pages=NUM_SINK_PAGES,
-        most=NUM_PLACES,
+        max_selected=NUM_PLACES,
         reduction=reduction,
         **options,
     )

@@ -40,7 +40,7 @@ def paged_attention(
     Args:
         query: [R, G, head_dim].
         slots: uint8 [R, num_slots, nbytes], pages as `layout` says; None attends the window only.
-        chosen: int32 [R, most]: page places, attended with the sealed ones of the first
+        chosen: int32 [R, max_selected]: page places, attended with the sealed ones of the first
             `num_sink_pages` pages; place i is slot num_sink_pages + i. None attends all sealed
             pages, page p in slot p.
         num_chosen: int32 [R], how many entries of `chosen` count.

@@ -112,7 +112,7 @@ def select(
     counters: Tensor,
     *,
     num_sink_pages: int,
-    most: int,
+    max_selected: int,
     reduction: str,
     speculative: bool = False,
     num_estimated: int | None = 0,
@@ -123,7 +123,7 @@ def select(
     """Choose pages and the places of those that are missing; the lists' unused ends are -1."""
     rows, num_pages = page_of.shape[0], scores.score.shape[-1]
     estimated = None if num_estimated == 0 else torch.zeros(rows, num_pages, dtype=torch.int32)
-    lists = [torch.full((rows, most), -1, dtype=torch.int32) for _ in range(3)]
+    lists = [torch.full((rows, max_selected), -1, dtype=torch.int32) for _ in range(3)]
     counts = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
     for row in range(rows):
         selectable = max(0, int(sealed[row]) - num_sink_pages)
@@ -131,7 +131,7 @@ def select(
         rating = _ratings(scores.score[row, :, :selectable], reduction)
         if fixed is not None:
             rating = _shares(scores.score[row, :, :selectable], fixed[row])
-        count = min(int(num_selected[row]), selectable, len(places), most)
+        count = min(int(num_selected[row]), selectable, len(places), max_selected)
         best = sorted(range(selectable), key=lambda page: (rating[page], -page), reverse=True)
         if target is not None and missed is not None:
             count = _cover([rating[page][1] for page in best], count, target, missed[row])
@@ -181,14 +181,16 @@ def _shares(score: Tensor, fixed: Tensor) -> list[tuple[bool, float]]:
     return list(zip(visible.tolist(), share.tolist(), strict=True))
 
 
-def _cover(shares: list[float], most: int, target: float, missed: Tensor) -> int:
+def _cover(shares: list[float], max_selected: int, target: float, missed: Tensor) -> int:
     """How many of these shares, largest first, a row takes so as to miss no more than a target."""
     needed = next(count for count in range(len(shares) + 1) if sum(shares[count:]) <= target)
-    count = min(needed, most)
+    count = min(needed, max_selected)
     own = sum(shares[count:])
     log = missed.tolist()
     steps, total, worst, capped = log[0] + 1, log[1] + own, max(log[2], own), log[3]
-    missed.copy_(torch.tensor([steps, total, worst, capped + (needed > most), most - count]))
+    missed.copy_(
+        torch.tensor([steps, total, worst, capped + (needed > max_selected), max_selected - count])
+    )
     return count
 
 

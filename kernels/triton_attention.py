@@ -105,8 +105,10 @@ def paged_attention(
     if output.numel() == 0:
         return output
     sizes = _sizes(layout, query.dtype, group)
-    num_slots, most, num_places = (0 if x is None else x.shape[1] for x in (slots, chosen, page_of))
-    num_pages = num_slots if chosen is None else min(num_slots, num_sink_pages + most)
+    num_slots, max_selected, num_places = (
+        0 if x is None else x.shape[1] for x in (slots, chosen, page_of)
+    )
+    num_pages = num_slots if chosen is None else min(num_slots, num_sink_pages + max_selected)
     page_splits = min(MAX_SPLITS, cdiv(num_pages, sizes["PAGES_PER_SPLIT"]))
     num_means = 0 if means is None else means.shape[1]
     mean_splits = min(MAX_SPLITS, cdiv(num_means, WINDOW_SPLIT))
@@ -128,8 +130,8 @@ def paged_attention(
             query, *views, chosen, num_chosen, page_of, window_key, window_value,
             lengths, sealed, bias, means if mean_splits else None, estimated, page_bias,
             parts, *merged,
-            scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
-            mean_splits, num_means,
+            scale, softcap, group, num_slots, num_sink_pages, max_selected, num_places, ring,
+            page_splits, mean_splits, num_means,
             *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
             *((0, 0, 0) if page_bias is None else page_bias.stride()), *sink_logits_strides,
             LOG_SIZE=log(layout.page_size), **sizes,

@@ -18,7 +18,7 @@ from triton.language.target_info import is_hip
 from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to, tanh
 
 SIZES = [
-    *("group", "num_slots", "num_sink_pages", "most", "num_places", "ring", "page_splits"),
+    *("group", "num_slots", "num_sink_pages", "max_selected", "num_places", "ring", "page_splits"),
     *("stride_bias_row", "stride_bias_head", "mean_splits", "num_means"),
     *("stride_page_bias_row", "stride_page_bias_head"),
 ]
@@ -163,7 +163,7 @@ def partial_kernel(
     chosen_ptr, num_chosen_ptr, page_of_ptr, window_key_ptr, window_value_ptr,
     lengths_ptr, sealed_ptr, bias_ptr, means_ptr, estimated_ptr, page_bias_ptr,
     parts_ptr, tickets_ptr, sink_logits_ptr, output_ptr, log_mass_ptr,
-    scale, softcap, group, num_slots, num_sink_pages, most, num_places, ring, page_splits,
+    scale, softcap, group, num_slots, num_sink_pages, max_selected, num_places, ring, page_splits,
     mean_splits, num_means,
     stride_query_row, stride_query_head, stride_bias_row, stride_bias_head, stride_bias_token,
     stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
@@ -222,7 +222,7 @@ def partial_kernel(
             page = slot
             if chosen_ptr is not None:
                 at = slot - num_first
-                place = tl.load(chosen_ptr + row * most + at, at >= 0, other=0)
+                place = tl.load(chosen_ptr + row * max_selected + at, at >= 0, other=0)
                 held = tl.load(page_of_ptr + row * num_places + place, at >= 0, other=0)
                 page = tl.where(at >= 0, held, slot)
                 slot = tl.where(at >= 0, num_sink_pages + place, slot)

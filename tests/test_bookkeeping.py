@@ -41,12 +41,14 @@ Scores = NDArray[np.float64]
 class PageTableRules(RuleBasedStateMachine):
     """Rows that want different numbers of pages, while pages are sealed, cropped and selected."""
 
-    @initialize(most=st.lists(st.integers(0, 5), min_size=1, max_size=4), spare=st.integers(0, 3))
-    def begin(self, most: list[int], spare: int) -> None:
-        self.most = np.array(most)
+    @initialize(
+        max_selected=st.lists(st.integers(0, 5), min_size=1, max_size=4), spare=st.integers(0, 3)
+    )
+    def begin(self, max_selected: list[int], spare: int) -> None:
+        self.max_selected = np.array(max_selected)
         self.spare = spare
-        self.available = np.zeros(len(most), dtype=np.int64)
-        self.page_table = PageTable(len(most), max(most) + spare)
+        self.available = np.zeros(len(max_selected), dtype=np.int64)
+        self.page_table = PageTable(len(max_selected), max(max_selected) + spare)
 
     @property
     def num_rows(self) -> int:
@@ -59,7 +61,9 @@ class PageTableRules(RuleBasedStateMachine):
         for _ in range(min(count, NUM_PAGES - int(self.available[row]))):
             page = int(self.available[row])
             if page < self.page_table.page_of.shape[1]:
-                self.page_table.place(slice(row, row + 1), page, page, self.most + self.spare)
+                self.page_table.place(
+                    slice(row, row + 1), page, page, self.max_selected + self.spare
+                )
             self.available[row] += 1
 
     @rule(data=st.data())
@@ -76,11 +80,11 @@ class PageTableRules(RuleBasedStateMachine):
     @rule(data=st.data())
     def fetch(self, data: st.DataObject) -> None:
         """What is wanted is there, nothing moved without need, and the worst of the others went."""
-        count = np.minimum(self.most, self.available)
+        count = np.minimum(self.max_selected, self.available)
         selected = np.zeros((self.num_rows, int(count.max())), dtype=np.int64)
-        for row, most in enumerate(count):
+        for row, max_selected in enumerate(count):
             pages = data.draw(st.permutations(range(self.available[row])))
-            selected[row, :most] = pages[:most]
+            selected[row, :max_selected] = pages[:max_selected]
         keep, before = None, self.page_table.page_of.copy()
         if self.spare:
             keep = np.random.default_rng(int(selected.sum())).random(before.shape)
@@ -94,7 +98,7 @@ class PageTableRules(RuleBasedStateMachine):
     def fetch_alike(self, data: st.DataObject) -> None:
         """Every row fills all of its places."""
         places = self.page_table.page_of.shape[1]
-        if self.spare or (self.most < places).any() or (self.available < places).any():
+        if self.spare or (self.max_selected < places).any() or (self.available < places).any():
             return
         chosen = [data.draw(st.permutations(range(n)))[:places] for n in self.available]
         before = self.page_table.page_of.copy()
@@ -132,7 +136,7 @@ class PageTableRules(RuleBasedStateMachine):
         order = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4))
         before = self.page_table.page_of.copy()
         self.page_table.keep_rows(np.array(order))
-        self.most, self.available = self.most[order], self.available[order]
+        self.max_selected, self.available = self.max_selected[order], self.available[order]
         assert np.array_equal(self.page_table.page_of, before[order])
 
     @invariant()

@@ -187,7 +187,7 @@ def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def queued_select(self: DevicePageTable, *args: Any, speculative: bool = False) -> Selection:
         if speculative:
             return select(self, *args, speculative=True)
-        rows, table = len(self.selected), (len(self.selected), self.most)
+        rows, table = len(self.selected), (len(self.selected), self.max_selected)
         shapes = (table, table, (rows,), table, (rows,))
         output = Selection(*(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
 

@@ -163,7 +163,7 @@ def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
             speculated,
             counters,
             num_sink_pages=NUM_SINK_PAGES,
-            most=NUM_SELECTED,
+            max_selected=NUM_SELECTED,
             reduction="softmax-mean",
         )
 

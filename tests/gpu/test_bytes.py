@@ -226,8 +226,8 @@ def _lines(rows: int, capacity: int, seed: int) -> Tensor:
 def _gather(card: Card, nbytes: int, num_sink_pages: int) -> None:
     from arkcache.kernels import triton_copy
 
-    rows, capacity, most = 4, 12, 7
-    order = torch.stack([torch.randperm(most) for _ in range(rows)]).int()
+    rows, capacity, max_selected = 4, 12, 7
+    order = torch.stack([torch.randperm(max_selected) for _ in range(rows)]).int()
     pair = on_both(
         card,
         triton_copy.gather,
@@ -235,10 +235,10 @@ def _gather(card: Card, nbytes: int, num_sink_pages: int) -> None:
         ("pieces",),
         pieces=random_bytes(1, rows * capacity, nbytes),
         located=_lines(rows, capacity, 2),
-        pages=_lines(rows, capacity, 3).argsort(dim=1)[:, :most].int().contiguous(),
+        pages=_lines(rows, capacity, 3).argsort(dim=1)[:, :max_selected].int().contiguous(),
         places=order,
-        counts=int32(0, 1, 4, most),
-        slots=random_bytes(5, rows, num_sink_pages + most, nbytes),
+        counts=int32(0, 1, 4, max_selected),
+        slots=random_bytes(5, rows, num_sink_pages + max_selected, nbytes),
         num_sink_pages=num_sink_pages,
     )
     pair.check_equal("slots")

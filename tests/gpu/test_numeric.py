@@ -214,7 +214,7 @@ def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -
         speculated=(randn(5, rows, places) > 0).to(torch.int8) * (held >= 0),
         counters=torch.arange(rows * 5).view(rows, 5),
         num_sink_pages=num_sink_pages,
-        most=int(selected.max()),
+        max_selected=int(selected.max()),
         reduction=reduction,
         speculative=guesses,
     )
@@ -245,10 +245,10 @@ def _held_pages(
 ) -> Tensor:
     """What is in the places of each row: some empty, the others random pages."""
     held = torch.full((len(limits), places), -1, dtype=torch.int32)
-    for row, (_, most) in enumerate(limits):
+    for row, (_, max_selected) in enumerate(limits):
         order = torch.randperm(
             max(0, int(sealed[row]) - num_sink_pages), generator=torch.Generator().manual_seed(row)
         )
-        count = min(len(order), max(0, most - 2))
+        count = min(len(order), max(0, max_selected - 2))
         held[row, 1 : 1 + count] = (order[:count] + num_sink_pages).int()
     return held

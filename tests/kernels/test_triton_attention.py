@@ -51,11 +51,11 @@ def inputs(
     rows = len(sealed)
     page_format = PageFormat(*bits, dims[2])
     layout = PageLayout(page_format, page_size, dims[0], dims[1], dtype.itemsize)
-    most = max(sealed) if num_chosen is None else max(num_chosen) + 2
-    num_slots = most + (0 if num_chosen is None else num_sink_pages)
+    max_selected = max(sealed) if num_chosen is None else max(num_chosen) + 2
+    num_slots = max_selected + (0 if num_chosen is None else num_sink_pages)
     slots = torch.full((rows, num_slots, layout.nbytes), 255, dtype=torch.uint8)
-    chosen = torch.full((rows, most), NOWHERE, dtype=torch.int32)
-    page_of = torch.full((rows, most), NOWHERE, dtype=torch.int32)
+    chosen = torch.full((rows, max_selected), NOWHERE, dtype=torch.int32)
+    page_of = torch.full((rows, max_selected), NOWHERE, dtype=torch.int32)
     packer = PagePacker(layout, dtype)
     window_key = torch.full((rows, ring, dims[0]), math.nan, dtype=dtype)
     window_value = torch.full((rows, ring, dims[1]), math.nan, dtype=dtype)
@@ -63,7 +63,7 @@ def inputs(
         attended = torch.arange(pages)
         if num_chosen is not None:
             count, first = num_chosen[row], min(num_sink_pages, pages)
-            places = torch.randperm(most)[:count]
+            places = torch.randperm(max_selected)[:count]
             chosen[row, :count] = places.int()
             held = torch.randperm(pages - first)[:count] + first
             page_of[row, places] = held.int()

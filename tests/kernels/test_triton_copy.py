@@ -33,7 +33,7 @@ class Recall:
 
     counts: list[int]
     nbytes: int
-    most: int = 5
+    max_selected: int = 5
     capacity: int = 9
     num_places: int = 6
 
@@ -42,8 +42,10 @@ class Recall:
         self.pieces = host(random_bytes(rows * self.capacity, self.nbytes))
         lines = torch.randperm(rows * self.capacity)
         self.located = lines.view(rows, self.capacity).to(DEVICE)
-        pages = torch.randint(self.capacity, (rows, self.most), dtype=torch.int32)
-        places = torch.stack([torch.randperm(self.num_places)[: self.most] for _ in range(rows)])
+        pages = torch.randint(self.capacity, (rows, self.max_selected), dtype=torch.int32)
+        places = torch.stack(
+            [torch.randperm(self.num_places)[: self.max_selected] for _ in range(rows)]
+        )
         for row, count in enumerate(self.counts):  # what lies behind the count must not be read
             pages[row, count:] = places[row, count:] = torch.iinfo(torch.int32).max
         self.pages, self.places = pages.to(DEVICE), places.int().to(DEVICE)
@@ -104,8 +106,10 @@ def test_gather_of_lines_that_rows_share() -> None:
 
 
 def test_gather_of_more_chunks_than_programs() -> None:
-    most = 2 * triton_copy.PROGRAMS_PER_ROW + 1
-    assert_gathers_as_the_reference(Recall([most, 1], 24, most, capacity=most, num_places=most))
+    max_selected = 2 * triton_copy.PROGRAMS_PER_ROW + 1
+    assert_gathers_as_the_reference(
+        Recall([max_selected, 1], 24, max_selected, capacity=max_selected, num_places=max_selected)
+    )
 
 
 def test_gather_splits_pages_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +141,7 @@ def test_nothing_to_copy_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     recall, pieces = Recall([1], 24), host(random_bytes(3, 24))
     none = {name: tensor[:0] for name, tensor in recall.arguments().items() if name != "pieces"}
     triton_copy.gather(**recall.arguments(**none), num_sink_pages=NUM_SINKS)
-    triton_copy.gather(**Recall([0, 0], 24, most=0).arguments(), num_sink_pages=NUM_SINKS)
+    triton_copy.gather(**Recall([0, 0], 24, max_selected=0).arguments(), num_sink_pages=NUM_SINKS)
     lines, located, sealed, slots = (
         none[name] for name in ("counts", "located", "counts", "slots")
     )

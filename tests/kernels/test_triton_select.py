@@ -69,7 +69,7 @@ def check(
     """Select with both and compare everything; returns new metadata and the reference's lists."""
     mine, theirs = metadata.clone(device), metadata.clone("cpu")
     options.setdefault("reduction", "raw-mean")
-    options.setdefault("most", max(num_selected.tolist(), default=0))
+    options.setdefault("max_selected", max(num_selected.tolist(), default=0))
     own = select(
         Scores(*(tensor.to(device) for tensor in scores)),
         sealed.to(device),
@@ -116,12 +116,16 @@ def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
     digests = torch.randn(rows, 36, 32, device=device)
     sealed, limit = (torch.tensor([[33], [5]], dtype=torch.int32).repeat(1, rows)).to(device)
     scores = score_volumes(query, digests, sealed, num_sink_pages=1, kind="cuboid-max", scale=1.0)
-    metadata, most = empty_metadata(rows, 7).clone(device), 5
-    how: dict[str, Any] = {"num_sink_pages": 1, "most": most, "reduction": "raw-mean"}
+    metadata, max_selected = empty_metadata(rows, 7).clone(device), 5
+    how: dict[str, Any] = {
+        "num_sink_pages": 1,
+        "max_selected": max_selected,
+        "reduction": "raw-mean",
+    }
     how |= {"num_estimated": None}
     selection = select(scores, sealed, metadata.page_of, limit, limit, *metadata[1:], **how)
-    shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, most)] * 2, (rows,)]
-    shapes += [(rows, most), (rows,), (rows, 35)]
+    shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, max_selected)] * 2, (rows,)]
+    shapes += [(rows, max_selected), (rows,), (rows, 35)]
     for tensor, shape in zip((*scores, *selection), shapes, strict=True):
         assert tensor.shape == shape
         assert tensor.is_contiguous()
@@ -169,7 +173,7 @@ def aim(
     limits, places = ints(*counts), max(counts)
     how: dict[str, Any] = {
         "num_sink_pages": num_sink_pages,
-        "most": max(counts),
+        "max_selected": max(counts),
         "reduction": "raw-mean",
     }
     how |= {"target": target, "num_estimated": 2}
@@ -209,14 +213,14 @@ def test_a_target(target: float, group: int, chunk: int, monkeypatch: pytest.Mon
     fixed = torch.tensor([1.0, -2.0, 4.0, -float("inf")])[:, None].expand(4, group).contiguous()
     missed, selection = aim(score, fixed, target, [35, 35, 4, 20])
     log = missed.tolist()
-    for (steps, total, worst, capped, spared), count, most in zip(
+    for (steps, total, worst, capped, spared), count, max_selected in zip(
         log, selection.num_chosen.tolist(), (35, 35, 4, 20), strict=True
     ):
         assert steps == 1
         assert total == worst
         assert capped == (worst > target)
-        assert spared == most - count
-        assert worst <= target or count == most
+        assert spared == max_selected - count
+        assert worst <= target or count == max_selected
 
 
 def test_a_target_by_hand() -> None:
@@ -323,7 +327,7 @@ def test_nothing_to_select() -> None:
 def test_empty_shapes(rows: int, pages: int, places: int) -> None:
     scores, full = make_scores(torch.randn(rows, 2, pages), [pages] * rows), [3] * rows
     limits = ints(*[pages] * rows), ints(*full), ints(*full)
-    check(scores, empty_metadata(rows, places), *limits, num_sink_pages=0, most=3)
+    check(scores, empty_metadata(rows, places), *limits, num_sink_pages=0, max_selected=3)
 
 
 def test_places_beyond_the_limit_are_left_alone() -> None:
@@ -388,8 +392,8 @@ def check_sequence(data: st.DataObject) -> None:
             if factor > 1 and draw(st.booleans()):
                 state = ints(*sealed), selected * factor, selected * factor
                 metadata, _ = check(scores, metadata, *state, **options, speculative=True)
-            most = capacity + num_sink_pages
-            sealed = [min(most, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
+            max_sealed = capacity + num_sink_pages
+            sealed = [min(max_sealed, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
 
 
 @settings(max_examples=10)
@@ -410,14 +414,14 @@ def test_inputs_that_do_not_fit() -> None:
     limit = ints(3, 3)
 
     def attempt(scores: Scores, page_of: Tensor, sealed: Tensor, **options: Any) -> None:
-        options = {"num_sink_pages": 0, "most": 3, "reduction": "raw-mean"} | options
+        options = {"num_sink_pages": 0, "max_selected": 3, "reduction": "raw-mean"} | options
         select(
             scores, sealed, page_of, limit, limit, metadata.speculated, metadata.counters, **options
         )
 
     for change, message in (
         ({"reduction": "max"}, "reduction='max'"),
-        ({"most": -1}, "most=-1"),
+        ({"max_selected": -1}, "max_selected=-1"),
         ({"page_of": metadata.page_of.long()}, "page_of"),
         ({"page_of": metadata.page_of[:, :2]}, "page_of"),
         ({"page_of": metadata.page_of[0]}, "page_of"),

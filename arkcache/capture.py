@@ -88,7 +88,7 @@ class CapturableLayer(Protocol):
         """Hold what was held before a token was counted, however far its step came."""
         ...
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
         """Queue the storing of one token of each sequence; `seals` is what counting it said."""
         ...
 

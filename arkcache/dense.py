@@ -35,12 +35,12 @@ class DenseLayer:
             (*shape, geometry.value_dim), 2, geometry.dtype, geometry.device
         )
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        length = int(self.lengths.of[rows.start])
-        self._key.write(rows, length, key)
-        self._value.write(rows, length, value)
-        self.lengths.set(rows, length + key.shape[2])
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+        length = int(self.lengths.of[seqs.start])
+        self._key.write(seqs, length, key)
+        self._value.write(seqs, length, value)
+        self.lengths.set(seqs, length + key.shape[2])
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over all tokens."""

@@ -52,18 +52,18 @@ class DeviceDenseLayer(DenseLayer):
         sizes = (geometry.head_dim, geometry.value_dim, geometry.dtype.itemsize)
         self._layout = PageLayout(PageFormat(), 1, *sizes)
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim]; several to sequences of equal length."""
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.count_token(rows))
+            self.launch_append(seqs, key, value, self.count_token(seqs))
             return
-        super().append(rows, key, value)
-        self._metadata.set(rows, self.lengths.of[rows], self.sealed[rows])
+        super().append(seqs, key, value)
+        self._metadata.set(seqs, self.lengths.of[seqs], self.sealed[seqs])
 
-    def count_token(self, rows: slice) -> bool:
+    def count_token(self, seqs: slice) -> bool:
         """Count one more token of these sequences; no page ever seals."""
-        self.reserve(int(self.lengths.of[rows].max()) + 1)
-        self.lengths.of[rows] += 1
+        self.reserve(int(self.lengths.of[seqs].max()) + 1)
+        self.lengths.of[seqs] += 1
         return False
 
     @property
@@ -82,17 +82,17 @@ class DeviceDenseLayer(DenseLayer):
         self.lengths.of[:] = lengths
         self._set_metadata()
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
         """Queue the storing of one token of each sequence."""
         heads = self.geometry.num_kv_heads
-        cache_rows = slice(rows.start * heads, rows.stop * heads)
+        rows = slice(seqs.start * heads, seqs.stop * heads)
         append(
             key[:, :, 0],
             value[:, :, 0],
-            self._key.data.flatten(0, 1)[cache_rows],
-            self._value.data.flatten(0, 1)[cache_rows],
-            self._metadata.lengths[cache_rows],
-            self._metadata.sealed[cache_rows],
+            self._key.data.flatten(0, 1)[rows],
+            self._value.data.flatten(0, 1)[rows],
+            self._metadata.lengths[rows],
+            self._metadata.sealed[rows],
             recent=NEVER,
             page_size=1,
         )
@@ -243,18 +243,18 @@ class DevicePackedDenseLayer(RingLayer):
             if own.any():
                 layer._pages.reserve(int(layer.sealed[own].max()) + 1)
 
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         key, value = self.by_row(self._window)
         seal_newest(
-            key[cache_rows],
-            value[cache_rows],
+            key[rows],
+            value[rows],
             digest_window,
-            self._metadata.lengths[cache_rows],
-            self._metadata.sealed[cache_rows],
-            self._pages.data.flatten(0, 1)[cache_rows],
+            self._metadata.lengths[rows],
+            self._metadata.sealed[rows],
+            self._pages.data.flatten(0, 1)[rows],
             None,
             None,
-            self._newest[cache_rows],
+            self._newest[rows],
             None,
             recent=self.config.num_recent_tokens,
             num_sink_pages=0,
@@ -262,9 +262,9 @@ class DevicePackedDenseLayer(RingLayer):
             index=self.config.index,
         )
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         self._pages.reserve(first + key.shape[2])
-        for number, sequence in enumerate(range(rows.start, rows.stop)):
+        for number, sequence in enumerate(range(seqs.start, seqs.stop)):
             seal_pages(
                 key[number],
                 value[number],

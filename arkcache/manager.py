@@ -172,14 +172,14 @@ class KVCacheManager:
         real = self._log.real(state.columns, stop)
         if real is None:
             alike = key.shape[2] == 1 and state.takes_ragged
-            for rows in [slice(0, self.batch)] if alike else state.lengths.groups():
-                state.append(rows, key[rows], value[rows])
+            for seqs in [slice(0, self.batch)] if alike else state.lengths.groups():
+                state.append(seqs, key[seqs], value[seqs])
             return
         for sequence in range(key.shape[0]):
-            rows = slice(sequence, sequence + 1)
+            seqs = slice(sequence, sequence + 1)
             own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
             if len(own):
-                state.append(rows, key[rows].index_select(2, own), value[rows].index_select(2, own))
+                state.append(seqs, key[seqs].index_select(2, own), value[seqs].index_select(2, own))
         state.lengths.settle()
 
     @torch.no_grad()

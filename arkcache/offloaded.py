@@ -170,21 +170,21 @@ class OffloadedLayer(RingLayer, TieredLayer):
             layer._store.enter(sequences[own], pages[own], handles[own])
             layer.counters.bytes_backed_up += number * page_bytes
 
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         metadata, means = self._metadata, self._directory.means
         key, value = self.by_row(self.window)
         seal_newest(
-            key[cache_rows],
-            value[cache_rows],
+            key[rows],
+            value[rows],
             digest_window,
-            metadata.lengths[cache_rows],
-            metadata.sealed[cache_rows],
-            self._slots[cache_rows],
-            self._page_table.page_of[cache_rows],
-            self._page_table.may_hold[cache_rows],
-            self._newest[cache_rows],
-            self._directory.digests[cache_rows],
-            None if means is None else means[cache_rows],
+            metadata.lengths[rows],
+            metadata.sealed[rows],
+            self._slots[rows],
+            self._page_table.page_of[rows],
+            self._page_table.may_hold[rows],
+            self._newest[rows],
+            self._directory.digests[rows],
+            None if means is None else means[rows],
             recent=self.config.num_recent_tokens,
             num_sink_pages=self.config.num_sink_pages,
             layout=self._packer.layout,
@@ -192,20 +192,20 @@ class OffloadedLayer(RingLayer, TieredLayer):
             index_bits=self.config.packed_index_bits,
         )
         scatter(
-            self._newest[cache_rows],
-            self._lines[cache_rows],
+            self._newest[rows],
+            self._lines[rows],
             self._store.pieces(),
-            self._directory.located[cache_rows],
-            metadata.sealed[cache_rows],
+            self._directory.located[rows],
+            metadata.sealed[rows],
         )
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, pack, back up and, where there is room, place pages from number `first` on."""
         heads, count = key.shape[1:3]
         nbytes, layout = self._packer.layout.nbytes, self._packer.layout
-        handles = self._store.allot(rows, first, count).reshape(key.shape[0], -1)
+        handles = self._store.allot(seqs, first, count).reshape(key.shape[0], -1)
         self._directory.locate(
-            rows, first, np.stack([self._store.lines(s, first, first + count) for s in _each(rows)])
+            seqs, first, np.stack([self._store.lines(s, first, first + count) for s in _each(seqs)])
         )
         digest_key = rotate(key) if self.config.rotates_keys else key
         digests = self._directory.digests.unflatten(0, (-1, heads))
@@ -214,7 +214,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             if self._directory.means is None
             else self._directory.means.unflatten(0, (-1, heads))
         )
-        for number, sequence in enumerate(_each(rows)):
+        for number, sequence in enumerate(_each(seqs)):
             block = self._backups.borrow(count * heads * nbytes)
             packed = block.data.view(count, heads, nbytes).transpose(0, 1)
             seal_pages(
@@ -233,13 +233,13 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._ticket = self._backups.submit(block, self.host, handles[number])
             self.counters.bytes_backed_up += packed.numel()
 
-    def _place(self, rows: slice, first: int, packed: Tensor) -> None:
-        """Put new pages [sequences, kv_heads, pages, nbytes] where `seal_newest` would."""
+    def _place(self, seqs: slice, first: int, packed: Tensor) -> None:
+        """Put new pages [seqs, kv_heads, pages, nbytes] where `seal_newest` would."""
         working_set = self._working_set
         last = min(first + packed.shape[2], working_set.num_slots)
         if last > first:
-            working_set.slots[rows, :, first:last] = packed[:, :, : last - first]
-            self._page_table.place(self.cache_rows(rows), first, last)
+            working_set.slots[seqs, :, first:last] = packed[:, :, : last - first]
+            self._page_table.place(self.rows_of(seqs), first, last)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
@@ -260,7 +260,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
     # -- changes of shape -------------------------------------------------------------------------
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
-        rows = self.cache_rows(slice(sequence, sequence + 1))
+        rows = self.rows_of(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
         self._page_table.drop_from(rows, first)
 
@@ -269,7 +269,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self._store.forget_from(sequence, first)
-            self._page_table.drop_from(self.cache_rows(slice(sequence, sequence + 1)), first)
+            self._page_table.drop_from(self.rows_of(slice(sequence, sequence + 1)), first)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
@@ -344,5 +344,5 @@ class OffloadedLayer(RingLayer, TieredLayer):
                     raise IntegrityError(f"page {pages[slot]} of row {row} differs from its backup")
 
 
-def _each(rows: slice) -> range:
-    return range(rows.start, rows.stop)
+def _each(seqs: slice) -> range:
+    return range(seqs.start, seqs.stop)

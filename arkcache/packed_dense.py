@@ -78,8 +78,8 @@ class PackedDenseLayer(SealingLayer):
         size = self._pages.nbytes + sum(plane.nbytes for plane in self._window)
         return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        self._pages.write(rows, first, self._packer.pack(key, value))
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        self._pages.write(seqs, first, self._packer.pack(key, value))
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         key, value = self._packer.unpack(self._pages.read(first, last)[sequence])

@@ -84,10 +84,10 @@ class PageDirectory:
         for tensor in self._all:
             tensor.reserve(num_pages)
 
-    def locate(self, rows: slice, first: int, lines: Ids) -> None:
-        """Note where pages from `first` on are: lines [sequences, kv_heads, pages]."""
+    def locate(self, seqs: slice, first: int, lines: Ids) -> None:
+        """Note where pages from `first` on are: lines [seqs, kv_heads, pages]."""
         self.reserve(first + lines.shape[2])
-        self._located.write(rows, first, upload(lines, self._geometry.device))
+        self._located.write(seqs, first, upload(lines, self._geometry.device))
 
     def score(
         self,

@@ -95,34 +95,34 @@ class PagedLayer(TieredLayer):
 
     # -- append and seal ------------------------------------------------------------------------
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        sealed = int(self.sealed[rows.start])
-        super().append(rows, key, value)
-        self._may_demote |= sealed < int(self.sealed[rows.start])
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+        sealed = int(self.sealed[seqs.start])
+        super().append(seqs, key, value)
+        self._may_demote |= sealed < int(self.sealed[seqs.start])
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
-        self._ratings.write(rows, first, key, value)
+        self._ratings.write(seqs, first, key, value)
         if self._summaries is not None:
-            self._summaries.write(rows, first, key, value)
+            self._summaries.write(seqs, first, key, value)
         packed = self._packer.pack(key, value)
-        self._store.append(rows, first, packed.cpu())
+        self._store.append(seqs, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
         last, working_set = first + key.shape[2], self.working_set
-        sinks, cache_rows = self.config.num_sink_pages, self.cache_rows(rows)
+        sinks, rows = self.config.num_sink_pages, self.rows_of(seqs)
         if self._importance is not None:
-            self._importance.seal(cache_rows, first, last)
+            self._importance.seal(rows, first, last)
         room = min(last, working_set.num_slots) - first
         if room <= 0:
             return
         if isinstance(working_set, PackedWorkingSet):
-            working_set.fill_places(rows, first, packed[:, :, :room])
+            working_set.fill_places(seqs, first, packed[:, :, :room])
         else:
             # What is attended must not depend on whether the page stayed or was recalled.
-            working_set.fill_places(rows, first, *self._packer.unpack(packed[:, :, :room]))
+            working_set.fill_places(seqs, first, *self._packer.unpack(packed[:, :, :room]))
         for page in range(max(first, sinks), first + room):
-            self._page_table.place(cache_rows, page - sinks, page, self._may_hold)
+            self._page_table.place(rows, page - sinks, page, self._may_hold)
 
     def rate_with(self, index: PageIndex) -> None:
         """Rate pages by another index from now on; what is sealed is digested anew."""
@@ -441,7 +441,7 @@ class PagedLayer(TieredLayer):
     # -- changes of shape -------------------------------------------------------------------------
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
-        rows = self.cache_rows(slice(sequence, sequence + 1))
+        rows = self.rows_of(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
         if self._importance is not None:
             self._importance.unseal(rows, first)

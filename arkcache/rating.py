@@ -51,8 +51,8 @@ class PageRatings:
         """Rate by another index, and forget all digests."""
         self._index, self.digests = index, None
 
-    def write(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        """Digest pages [sequences, kv_heads, pages, page_size, dim] from number `first` on."""
+    def write(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Digest pages [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
         # Boxes fit keys better as the model made them: a rotation evens out their channels.
         key = rotate(key) if self._config.rotates_keys else key
         if self._latent:
@@ -64,7 +64,7 @@ class PageRatings:
             shape = list(digest.shape)
             shape[0], shape[dim] = self._geometry.batch, FIRST_PAGES
             self.digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
-        self.digests.write(rows, first, digest)
+        self.digests.write(seqs, first, digest)
 
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""

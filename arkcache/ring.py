@@ -49,9 +49,9 @@ class DeviceMetadata:
             empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
             self.lengths, self.sealed, self.tickets = empty, empty.clone(), empty.clone()
 
-    def set(self, rows: slice, lengths: Ids, sealed: Ids) -> None:
-        """What sequences `rows` hold from now on: tokens and sealed pages of each."""
-        where = slice(rows.start * self._heads, rows.stop * self._heads)
+    def set(self, seqs: slice, lengths: Ids, sealed: Ids) -> None:
+        """What sequences `seqs` hold from now on: tokens and sealed pages of each."""
+        where = slice(seqs.start * self._heads, seqs.stop * self._heads)
         both = np.stack((lengths, sealed)).astype(np.int32).repeat(self._heads, axis=1)
         on_device = upload(both, self.lengths.device)
         self.lengths[where], self.sealed[where] = on_device[0], on_device[1]
@@ -82,7 +82,7 @@ class RingLayer(SealingLayer):
         pages that seal: of which layer and sequence [layers, batch]."""
 
     @abstractmethod
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         """Seal the newest page of those rows whose last token completed one."""
 
     @abstractmethod
@@ -99,43 +99,43 @@ class RingLayer(SealingLayer):
     def abandon(self) -> None:
         """Forget what other streams were asked for: recording it failed, so nobody does it."""
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim]; several to sequences of equal length."""
         self.join()  # before anything moves that other streams read
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.count_token(rows))
+            self.launch_append(seqs, key, value, self.count_token(seqs))
             return
-        super().append(rows, key, value)
-        self._metadata.set(rows, self.lengths.of[rows], self.sealed[rows])
+        super().append(seqs, key, value)
+        self._metadata.set(seqs, self.lengths.of[seqs], self.sealed[seqs])
 
-    def count_token(self, rows: slice) -> bool:
+    def count_token(self, seqs: slice) -> bool:
         """Enter one more token of these sequences; returns whether any seals a page with it."""
-        config, lengths = self.config, self.lengths.of[rows] + 1
+        config, lengths = self.config, self.lengths.of[seqs] + 1
         sealed = np.maximum((lengths - config.num_recent_tokens) // config.page_size, 0)
         seals = np.zeros((1, self.geometry.batch), dtype=np.bool_)
-        seals[0, rows] = sealed > self.sealed[rows]
+        seals[0, seqs] = sealed > self.sealed[seqs]
         self.make_ready([self], seals, int(lengths.max()))
-        self.lengths.of[rows], self.sealed[rows] = lengths, sealed
+        self.lengths.of[seqs], self.sealed[seqs] = lengths, sealed
         return bool(seals.any())
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
         """Queue the storing of one token of each sequence; `seals` is what counting it said."""
-        config, metadata, cache_rows = self.config, self._metadata, self.cache_rows(rows)
-        key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
+        config, metadata, rows = self.config, self._metadata, self.rows_of(seqs)
+        key_window, value_window = (plane[rows] for plane in self.by_row(self.window))
         append(
             key[:, :, 0],
             value[:, :, 0],
             key_window,
             value_window,
-            metadata.lengths[cache_rows],
-            metadata.sealed[cache_rows],
+            metadata.lengths[rows],
+            metadata.sealed[rows],
             recent=config.num_recent_tokens,
             page_size=config.page_size,
         )
         if seals:
             # Boxes fit keys better as the model made them: see `PagedLayer`.
             digest_window = rotate(key_window) if config.rotates_keys else key_window
-            self._launch_seal(cache_rows, digest_window)
+            self._launch_seal(rows, digest_window)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
         """Hold what was held before a token was counted, however far its step came."""

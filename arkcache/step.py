@@ -85,9 +85,9 @@ class Lengths:
             output[torch.from_numpy(self.of == 0).to(output.device)] = 0
         return output
 
-    def set(self, rows: slice, length: int) -> None:
-        """Sequences `rows` now hold `length` tokens."""
-        self.of[rows] = length
+    def set(self, seqs: slice, length: int) -> None:
+        """Sequences `seqs` now hold `length` tokens."""
+        self.of[seqs] = length
 
 
 def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -226,7 +226,7 @@ def causal_blocks(
             yield Block(key, value, last_visible.shape[1])
             continue
         for line in lines:
-            yield from line.blocks(key, value, numbers[line.sequences])
+            yield from line.blocks(key, value, numbers[line.seqs])
 
 
 class CausalLine(NamedTuple):
@@ -236,7 +236,7 @@ class CausalLine(NamedTuple):
     next one too.
     """
 
-    sequences: slice
+    seqs: slice
     oldest: int
     first: int
 
@@ -250,11 +250,11 @@ class CausalLine(NamedTuple):
                 continue
             causal = first == past
             yield Block(
-                key[self.sequences, :, first:stop],
-                value[self.sequences, :, first:stop],
+                key[self.seqs, :, first:stop],
+                value[self.seqs, :, first:stop],
                 seen_from=self.first + start + first - self.oldest - 1 if causal else 0,
                 causal=causal,
-                sequences=self.sequences,
+                seqs=self.seqs,
             )
 
 
@@ -275,8 +275,8 @@ def causal_lines(last_visible: Ids) -> list[CausalLine]:
         more = np.maximum(np.arange(new_tokens) - first + 1, 0)
         if not np.array_equal(visible, visible[0] + more):
             return []
-        sequences = slice(0, batch) if alike else slice(sequence, sequence + 1)
-        lines.append(CausalLine(sequences, int(visible[0]), first))
+        seqs = slice(0, batch) if alike else slice(sequence, sequence + 1)
+        lines.append(CausalLine(seqs, int(visible[0]), first))
     return lines
 
 

@@ -95,8 +95,8 @@ def test_causal_blocks(group: int, seen_from: int, path: str) -> None:
 def test_blocks_of_one_sequence(path: str) -> None:
     query, key, value = inputs(3, 6, 50)
     blocks = [
-        Block(key[:1, :, :50], value[:1, :, :50], sequences=slice(0, 1)),
-        Block(key[1:, :, :20], value[1:, :, :20], sequences=slice(1, 2)),
+        Block(key[:1, :, :50], value[:1, :, :50], seqs=slice(0, 1)),
+        Block(key[1:, :, :20], value[1:, :, :20], seqs=slice(1, 2)),
     ]
     output = block_attention(query, blocks, scale=0.3).flatten(1, 2)
     for sequence, tokens in enumerate((50, 20)):

@@ -48,9 +48,12 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     lengths, sealed: tokens and sealed pages of each sequence [..., batch], of as many layers as the
     rule is for. Returns [...].
     """
-    sinks = np.minimum(sealed, rule.num_sink_pages)
+    sink_pages = np.minimum(sealed, rule.num_sink_pages)
     num_heads = rule.selected.shape[-1]
-    pages = np.minimum((sealed - sinks)[..., None], rule.selected).sum(axis=-1) + num_heads * sinks
+    pages = (
+        np.minimum((sealed - sink_pages)[..., None], rule.selected).sum(axis=-1)
+        + num_heads * sink_pages
+    )
     per_head = np.rint((pages * rule.page_size).sum(axis=-1) / num_heads).astype(np.int64)
     attended: Ids = per_head + (lengths - sealed * rule.page_size).sum(axis=-1)
     return attended

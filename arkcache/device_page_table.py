@@ -100,14 +100,16 @@ class DevicePageTable:
 
     def place(self, rows: slice, first: int, last: int) -> None:
         """Note that places hold new pages first..last, each in the place of its own number."""
-        sinks = self._config.num_sink_pages
-        if last <= sinks:
+        num_sink_pages = self._config.num_sink_pages
+        if last <= num_sink_pages:
             return
-        start = max(first, sinks)
-        places = torch.arange(start - sinks, last - sinks, device=self.page_of.device)
+        start = max(first, num_sink_pages)
+        places = torch.arange(
+            start - num_sink_pages, last - num_sink_pages, device=self.page_of.device
+        )
         fits = places < self.may_hold[rows, None]
-        held = self.page_of[rows, start - sinks : last - sinks]
-        held.copy_(torch.where(fits, places + sinks, -1))
+        held = self.page_of[rows, start - num_sink_pages : last - num_sink_pages]
+        held.copy_(torch.where(fits, places + num_sink_pages, -1))
 
     def drop_from(self, rows: slice, page: int) -> None:
         """Forget the pages of `rows` from `page` on."""

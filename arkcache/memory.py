@@ -278,6 +278,6 @@ def _attended(config: CacheConfig, selected: list[int], length: int, sealed: int
     """Tokens that a step attends when it may select so many pages: the mean over all heads."""
     if not selected:
         return float(length)
-    sinks = min(config.num_sink_pages, sealed)
-    pages = [sinks + min(count, sealed - sinks) for count in selected]
+    sink_pages = min(config.num_sink_pages, sealed)
+    pages = [sink_pages + min(count, sealed - sink_pages) for count in selected]
     return fmean(pages) * config.page_size + length - sealed * config.page_size

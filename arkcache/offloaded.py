@@ -320,7 +320,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self.join()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
-        heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
+        heads, num_sink_pages = self.geometry.num_kv_heads, self.config.num_sink_pages
         for name, mine in (("tokens", self.lengths.of), ("sealed pages", self.sealed)):
             theirs = (
                 (self._metadata.lengths if name == "tokens" else self._metadata.sealed)
@@ -337,7 +337,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
             lines = self._store.lines(sequence, 0, sealed)[head]
             if not np.array_equal(located[row, :sealed], lines):
                 raise IntegrityError(f"the device looks for pages of row {row} in wrong places")
-            first = np.arange(sinks)
+            first = np.arange(num_sink_pages)
             pages = np.concatenate((np.where(first < sealed, first, -1), places))
             for slot in np.flatnonzero(pages >= 0).tolist():
                 if not torch.equal(slots[row, slot], self._store.pieces()[lines[pages[slot]]]):

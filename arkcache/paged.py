@@ -110,7 +110,7 @@ class PagedLayer(TieredLayer):
         self._store.append(seqs, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
         last, working_set = first + key.shape[2], self.working_set
-        sinks, rows = self.config.num_sink_pages, self.rows_of(seqs)
+        num_sink_pages, rows = self.config.num_sink_pages, self.rows_of(seqs)
         if self._importance is not None:
             self._importance.seal(rows, first, last)
         room = min(last, working_set.num_slots) - first
@@ -121,8 +121,8 @@ class PagedLayer(TieredLayer):
         else:
             # What is attended must not depend on whether the page stayed or was recalled.
             working_set.fill_places(seqs, first, *self._packer.unpack(packed[:, :, :room]))
-        for page in range(max(first, sinks), first + room):
-            self._page_table.place(rows, page - sinks, page, self._may_hold)
+        for page in range(max(first, num_sink_pages), first + room):
+            self._page_table.place(rows, page - num_sink_pages, page, self._may_hold)
 
     def rate_with(self, index: PageIndex) -> None:
         """Rate pages by another index from now on; what is sealed is digested anew."""
@@ -140,20 +140,26 @@ class PagedLayer(TieredLayer):
 
         Done when a page was sealed since the last time.
         """
-        config, sinks, importance = self.config, self.config.num_sink_pages, self._importance
-        if importance is None or not self._may_demote or int(self.sealed.max()) <= sinks:
+        config, num_sink_pages, importance = (
+            self.config,
+            self.config.num_sink_pages,
+            self._importance,
+        )
+        if importance is None or not self._may_demote or int(self.sealed.max()) <= num_sink_pages:
             return
         self._may_demote = False
-        fine = self._store.is_fine(int(self.sealed.max()))[:, sinks:]
-        demoted = importance.demotable(sinks, fine, config.demote_below, config.demote_after)
+        fine = self._store.is_fine(int(self.sealed.max()))[:, num_sink_pages:]
+        demoted = importance.demotable(
+            num_sink_pages, fine, config.demote_below, config.demote_after
+        )
         rows, pages = np.nonzero(demoted)
         if not len(rows):
             return
-        demoted[rows, pages] = self._store.demote(rows, pages + sinks)
+        demoted[rows, pages] = self._store.demote(rows, pages + num_sink_pages)
         self.counters.pages_demoted += int(np.count_nonzero(demoted))
         self.host.compact()
         resident = self._page_table.page_of
-        numbers = np.maximum(resident - sinks, 0)
+        numbers = np.maximum(resident - num_sink_pages, 0)
         stale = (resident >= 0) & np.take_along_axis(demoted, numbers, axis=1)
         rows, places = np.nonzero(stale)
         self._copy_in(rows, places, resident[rows, places])
@@ -182,8 +188,8 @@ class PagedLayer(TieredLayer):
     def _attend_alike(self, step: Step) -> Tensor:
         """`attend_one` where all rows have as much to select from and to attend: the usual case."""
         sealed, length = int(self.sealed[0]), int(self.lengths.of[0])
-        sinks, page_size = self.config.num_sink_pages, self.config.page_size
-        selectable, num_selected = sealed - sinks, self._num_places
+        num_sink_pages, page_size = self.config.num_sink_pages, self.config.page_size
+        selectable, num_selected = sealed - num_sink_pages, self._num_places
         rating, summaries = None, self._summaries
         if selectable > num_selected and (num_selected > 0 or summaries is not None):
             rating = self._ordering(step, selectable)
@@ -195,7 +201,7 @@ class PagedLayer(TieredLayer):
         if self._importance is not None or summaries is not None or self._is_audit:
             held = self._page_table.page_of >= 0
             estimated = self._leave_out(step, held, rating)
-        num_pages = min(sealed, sinks + num_selected)
+        num_pages = min(sealed, num_sink_pages + num_selected)
         recent = length - sealed * page_size
         self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
         return self._attend_places(step, num_pages, recent, None, held, estimated)
@@ -237,8 +243,8 @@ class PagedLayer(TieredLayer):
 
     def _shares(self, step: Step, max_selectable: int) -> Tensor:
         """Estimate which share of attention each selectable page holds [rows, pages]."""
-        sinks, recent = self._fixed()
-        num_pages, uniform = int(sinks.max()), self.lengths.uniform
+        sink_pages, recent = self._fixed()
+        num_pages, uniform = int(sink_pages.max()), self.lengths.uniform
         held = self._page_table.page_of >= 0
         mask = self._view_mask(step, held, num_pages, alike=uniform)
         mass = log_mass(step, self._parts(num_pages, int(recent.max())), mask)
@@ -247,8 +253,8 @@ class PagedLayer(TieredLayer):
 
     def _fixed(self) -> tuple[Ids, Ids]:
         """Sink pages and window tokens of each sequence."""
-        sinks = np.minimum(self.sealed, self.config.num_sink_pages)
-        return sinks, self.lengths.of - self.sealed * self.config.page_size
+        sink_pages = np.minimum(self.sealed, self.config.num_sink_pages)
+        return sink_pages, self.lengths.of - self.sealed * self.config.page_size
 
     def _parts(self, num_pages: int, recent: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first places and the window, unpacked: in one part, or some pages at a time."""
@@ -281,12 +287,14 @@ class PagedLayer(TieredLayer):
         selected: selectable pages [rows, max_selected], of which row r wants the first `count[r]`
         (None is all). rating [rows, pages] decides who stays where places are spare.
         """
-        sinks = self.config.num_sink_pages
+        num_sink_pages = self.config.num_sink_pages
         keep = None
         if rating is not None:
-            resident = np.maximum(self._page_table.page_of - sinks, 0)
+            resident = np.maximum(self._page_table.page_of - num_sink_pages, 0)
             keep = np.take_along_axis(rating.float().cpu().numpy(), resident, axis=1)
-        moves = self._page_table.fetch(selected + sinks, int(self.sealed.max()), count, keep)
+        moves = self._page_table.fetch(
+            selected + num_sink_pages, int(self.sealed.max()), count, keep
+        )
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self._plain and count is None
@@ -300,11 +308,11 @@ class PagedLayer(TieredLayer):
 
     def _copy_in(self, rows: Ids, places: Ids, pages: Ids) -> None:
         """Copy pages from the host tier into places."""
-        device, sinks = self.geometry.device, self.config.num_sink_pages
+        device, num_sink_pages = self.geometry.device, self.config.num_sink_pages
         working_set = self.working_set
         for part in self._store.read(rows, pages):
             row = torch.from_numpy(rows[part.which]).to(device)
-            place = torch.from_numpy(places[part.which] + sinks).to(device)
+            place = torch.from_numpy(places[part.which] + num_sink_pages).to(device)
             packed = part.packed.to(device)
             if isinstance(working_set, PackedWorkingSet):
                 working_set.write_pages(row, place, packed)
@@ -318,8 +326,8 @@ class PagedLayer(TieredLayer):
         rows = np.arange(self.geometry.num_rows)[:, None]
         pieces = self._store.locate(rows, self._page_table.page_of)
         source = self._store.pieces().view(self.geometry.dtype)
-        sinks = self.config.num_sink_pages
-        self.working_set.load_places(sinks, source, torch.from_numpy(pieces))
+        num_sink_pages = self.config.num_sink_pages
+        self.working_set.load_places(num_sink_pages, source, torch.from_numpy(pieces))
         self.counters.bytes_recalled += pieces.size * self._packer.layout.nbytes
 
     def _chosen_places(self, selected: Ids, count: Ids) -> Held:
@@ -339,9 +347,9 @@ class PagedLayer(TieredLayer):
         """
         if self._summaries is None and not self._is_audit:
             return None
-        sinks = self.config.num_sink_pages
-        selectable = np.repeat(self.sealed - sinks, self.geometry.num_kv_heads)
-        left_out = pages_left_out(self._page_table.page_of, held, selectable, sinks)
+        num_sink_pages = self.config.num_sink_pages
+        selectable = np.repeat(self.sealed - num_sink_pages, self.geometry.num_kv_heads)
+        left_out = pages_left_out(self._page_table.page_of, held, selectable, num_sink_pages)
         if self._is_audit:
             self._audit(step, left_out)
         return None if self._summaries is None else self._summaries.estimate(step, left_out, rating)
@@ -362,10 +370,10 @@ class PagedLayer(TieredLayer):
 
     def _view_mask(self, step: Step, held: Held, num_pages: int, *, alike: bool) -> Tensor | None:
         """The mask of the first places and the window; alike: all rows attend all of them."""
-        sinks, recent = self._fixed()
+        sink_pages, recent = self._fixed()
         mask = None
         if not alike:
-            mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
+            mask = view_mask(self.config, self.geometry, held, sink_pages, recent, num_pages)
         if step.bias is None:
             return mask
         page_of = self._page_table.page_of
@@ -374,16 +382,16 @@ class PagedLayer(TieredLayer):
         return bias if mask is None else mask + bias
 
     def _attend(self, step: Step, chosen: Held | None, rating: Tensor | None) -> Tensor:
-        sinks, recent = self._fixed()
+        sink_pages, recent = self._fixed()
         held = self._page_table.page_of >= 0 if chosen is None else chosen
         estimated = self._leave_out(step, held, rating)
         per_row = held.sum(axis=1)
-        self._count_attended(per_row, sinks, recent)
+        self._count_attended(per_row, sink_pages, recent)
         # Places fill from the first on, so the last held one bounds the view.
         widest = int(per_row.max(initial=0))
         if chosen is not None:
             widest = int((held * np.arange(1, self._num_places + 1)).max(initial=0))
-        num_pages = int(sinks.max()) + widest
+        num_pages = int(sink_pages.max()) + widest
         alike = self.lengths.uniform and chosen is None and int(per_row.min()) == widest
         mask = self._view_mask(step, held, num_pages, alike=alike)
         output = self._attend_places(step, num_pages, int(recent.max()), mask, held, estimated)
@@ -426,8 +434,8 @@ class PagedLayer(TieredLayer):
         pages = np.where(held, self._page_table.page_of, -1)[:, places]
         importance.observe(pages, received)
 
-    def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
-        pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sinks.sum())
+    def _count_attended(self, per_row: Ids, sink_pages: Ids, recent: Ids) -> None:
+        pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sink_pages.sum())
         self.counters.attended_tokens = round(pages * self.config.page_size) + int(recent.sum())
 
     # -- several new tokens: everything, streamed -------------------------------------------------
@@ -480,10 +488,10 @@ class PagedLayer(TieredLayer):
         """Fill a working set of another size: sinks now, pages when they are selected."""
         self._page_table = PageTable(self.geometry.num_rows, self._num_places)
         self._complete = False
-        sinks = self.config.num_sink_pages
-        held = np.minimum(self.sealed, sinks).repeat(self.geometry.num_kv_heads)
-        rows, pages = np.nonzero(np.arange(sinks) < held[:, None])
-        self._copy_in(rows, pages - sinks, pages)
+        num_sink_pages = self.config.num_sink_pages
+        held = np.minimum(self.sealed, num_sink_pages).repeat(self.geometry.num_kv_heads)
+        rows, pages = np.nonzero(np.arange(num_sink_pages) < held[:, None])
+        self._copy_in(rows, pages - num_sink_pages, pages)
 
     def check(self) -> None:
         """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
@@ -494,10 +502,10 @@ class PagedLayer(TieredLayer):
 
     def _check_residents(self) -> None:
         """Every page on the device, sinks included, must be bit-equal to its backup on the host."""
-        sinks = np.arange(self.config.num_sink_pages)
+        sink_pages = np.arange(self.config.num_sink_pages)
         for row, places in enumerate(self._page_table.page_of):
             sequence = row // self.geometry.num_kv_heads
-            own_sinks = np.where(sinks < self.sealed[sequence], sinks, -1)
+            own_sinks = np.where(sink_pages < self.sealed[sequence], sink_pages, -1)
             for place, page in enumerate(np.concatenate((own_sinks, places)).tolist()):
                 if page >= 0 and not self._same(row, place, page):
                     raise IntegrityError(f"page {page} of row {row} differs from its backup")

@@ -21,16 +21,22 @@ Held = NDArray[np.bool_]
 
 
 def view_mask(
-    config: CacheConfig, geometry: Geometry, held: Held, sinks: Ids, recent: Ids, num_pages: int
+    config: CacheConfig,
+    geometry: Geometry,
+    held: Held,
+    sink_pages: Ids,
+    recent: Ids,
+    num_pages: int,
 ) -> Tensor:
     """The additive mask of a view whose rows differ: [batch, kv_heads, 1, tokens].
 
-    sinks, recent: sink pages and window tokens of each sequence; the view has `num_pages` pages.
+    sink_pages, recent: how many of each a sequence has, recent in tokens; the view has `num_pages`
+    pages.
     """
     batch, heads = geometry.batch, geometry.num_kv_heads
     num_sink_pages = config.num_sink_pages
     places = np.zeros((batch, heads, num_sink_pages + held.shape[1]), dtype=np.bool_)
-    places[:, :, :num_sink_pages] = (np.arange(num_sink_pages) < sinks[:, None])[:, None]
+    places[:, :, :num_sink_pages] = (np.arange(num_sink_pages) < sink_pages[:, None])[:, None]
     places[:, :, num_sink_pages:] = held.reshape(batch, heads, -1)
     pages = places[:, :, :num_pages][:, :, ::-1].repeat(config.page_size, axis=2)
     window = np.arange(int(recent.max())) < recent[:, None]
@@ -69,8 +75,8 @@ def hidden_pages(
     Pages are counted from the first behind the sinks. Returns False for none."""
     if step.bias is None:
         return False
-    sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + max_selectable) * page_size)
+    num_sink_pages, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))
     # Some models hide with the most negative number rather than with -inf.
     seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
@@ -107,8 +113,8 @@ def token_bias(
     """
     if step.bias is None:
         return None
-    sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + max_selectable) * page_size)
+    num_sink_pages, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
     heads = geometry.num_kv_heads
     if bias.shape[1] > heads:  # expanded latents share their pages

@@ -1,4 +1,4 @@
-"""Bookkeeping of pages in integers: which tokens are sealed, which pages sit in which slots.
+"""Bookkeeping in integers: which tokens are sealed, which page is in which place, what is padding.
 
 Knows nothing of tensors on a device, of tiers or of models. A row is a (sequence, KV head) pair.
 Of a sequence of L tokens
@@ -61,7 +61,7 @@ class PageTable:
         num_selected: Ids | None = None,
         keep_score: NDArray[np.floating[Any]] | None = None,
     ) -> Moves:
-        """Make `selected` resident: fill empty places, then those of pages nobody wants.
+        """Make `selected` resident: fill empty places first, then those of other pages.
 
         Args:
             selected: pages [rows, max_selected], no page twice in a row.

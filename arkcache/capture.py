@@ -88,7 +88,7 @@ class CapturableLayer(Protocol):
         ...
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was counted, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         ...
 
     def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
@@ -104,7 +104,7 @@ class CapturableLayer(Protocol):
         ...
 
     def abandon(self) -> None:
-        """Forget what other streams were asked for: recording it failed, so nobody does it."""
+        """Forget work that was queued on other streams: recording it failed, so it never runs."""
         ...
 
 
@@ -120,6 +120,7 @@ class TokenCounts:
         self.lengths: Ids = np.stack([layer.lengths.of for layer in layers])
         self.sealed: Ids = np.stack([layer.sealed for layer in layers])
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
+        # From here on each layer counts in its row of the two arrays: views, not copies.
         for layer, rows in zip(layers, self._rows, strict=True):
             layer.lengths.of, layer.sealed = rows
         rules = [layer.rule for layer in layers]
@@ -263,6 +264,6 @@ class CapturableSteps:
             self.launching = None
 
     def abandon(self) -> None:
-        """Forget what other streams were asked for in a step that was to be recorded."""
+        """Forget work that was queued on other streams in a step that was to be recorded."""
         for layer in self.layers:
             layer.abandon()

@@ -30,13 +30,14 @@ from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow
 
 NEVER = 1 << 30
-"""As recent tokens: more than any sequence has, so that no page ever seals."""
+"""A number of recent tokens that no sequence reaches, so that no page is ever sealed."""
 
 FIRST_PAGES = 32
 
 
 def everything(geometry: Geometry) -> Ids:
-    """As pages that a step selects: more than any sequence has [batch, kv_heads]."""
+    """A number of selected pages that no sequence reaches, so that all are attended
+    [batch, kv_heads]."""
     return np.full((geometry.batch, geometry.num_kv_heads), NO_LIMIT, dtype=np.int64)
 
 
@@ -68,7 +69,7 @@ class DeviceDenseLayer(DenseLayer):
 
     @property
     def rule(self) -> Rule:
-        """No page ever seals, so that all tokens are recent ones."""
+        """No page is ever sealed: all tokens are recent ones."""
         return Rule(NEVER, 1, 0, everything(self.geometry), 0)
 
     @staticmethod
@@ -78,7 +79,7 @@ class DeviceDenseLayer(DenseLayer):
             layer.reserve(tokens)
 
     def undo(self, lengths: Ids, _sealed: Ids) -> None:
-        """Hold what was held before a token was counted, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         self.lengths.of[:] = lengths
         self._set_metadata()
 
@@ -109,10 +110,10 @@ class DeviceDenseLayer(DenseLayer):
         self.counters.attended_tokens = int(self.lengths.of.sum())
 
     def join(self) -> None:
-        """Have the next kernel wait for other streams: none touch this layer."""
+        """Nothing to wait for: only the main stream touches this layer."""
 
     def abandon(self) -> None:
-        """Forget what other streams were asked for: nothing."""
+        """Nothing to forget: only the main stream touches this layer."""
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all tokens."""

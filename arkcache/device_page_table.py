@@ -99,7 +99,7 @@ class DevicePageTable:
         )
 
     def place(self, rows: slice, first: int, last: int) -> None:
-        """Note that places hold new pages first..last, each in the place of its own number."""
+        """Enter new pages first..last: page p in place p - num_sink_pages, in rows that have it."""
         num_sink_pages = self._config.num_sink_pages
         if last <= num_sink_pages:
             return
@@ -132,7 +132,7 @@ class DevicePageTable:
             self.missed[:num_heads, WORST] = log[:, :, WORST].amax(dim=0)
 
     def forget_spared(self) -> None:
-        """Note that a step attended everything, whatever there are places for."""
+        """Note that a step attended everything: it left out no page."""
         if self.missed is not None:
             self.missed[:, SPARED] = 0
 

@@ -41,7 +41,7 @@ class MissedLog:
         self.heads = [MissedMass()] * num_kv_heads
 
     def begin_step(self) -> bool:
-        """Count a step; returns whether it is to be audited."""
+        """Count a step; returns whether to audit it."""
         step, every = self._num_steps, self._audit_every
         self._num_steps += 1
         if every is None or step % every:

@@ -61,7 +61,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._directory = PageDirectory(config, self.geometry)
         self._ticket: Ticket | None = None
         self._page_table = self._make_page_table(num_selected)
-        self._open_lines()
+        self._make_buffers()
 
     def _make_page_table(self, num_selected: Ids) -> DevicePageTable:
         """Places for this working set, all empty; num_selected: pages, per KV head."""
@@ -70,8 +70,8 @@ class OffloadedLayer(RingLayer, TieredLayer):
         factor = self.device_tier.plan.pool_factor
         return DevicePageTable(self.config, selected, num_places, factor, self.geometry.device)
 
-    def _open_lines(self) -> None:
-        """Make what a sealed page passes through on its way to the host."""
+    def _make_buffers(self) -> None:
+        """Allocate the buffer that a sealed page passes through on its way to the host."""
         shape = (self.geometry.num_rows, self._packer.layout.nbytes)
         with torch.inference_mode(False):  # written to in and out of it
             self._newest = torch.zeros(shape, dtype=torch.uint8, device=self.geometry.device)
@@ -149,7 +149,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         handles = first.host.allocate(len(pages))
         try:
             OffloadedLayer._hold(layers, seals, pages, handles)
-        except BaseException:  # interrupted: what no layer holds yet is nobody's
+        except BaseException:  # interrupted: give back what no layer has entered yet
             held = np.concatenate([layer.held_pieces() for layer in layers])
             first.host.release(np.setdiff1d(handles, held))
             raise
@@ -265,7 +265,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._page_table.drop_from(rows, first)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was `held` before a token was counted, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self._store.forget_from(sequence, first)
@@ -285,7 +285,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._directory.keep_sequences(on_device, self.geometry)
         self._make_metadata()
         self._metadata.set(slice(0, len(index)), self.lengths.of, self.sealed)
-        self._open_lines()
+        self._make_buffers()
         self._page_table = self._make_page_table(num_selected)
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)

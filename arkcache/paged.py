@@ -1,7 +1,7 @@
 """The cache of a layer in two tiers: sealed pages on the host, a working set on the device.
 
 The decode step is `PagedLayer.attend_one`: rate all pages by their digests, select the best, recall
-those that are missing into the places of those nobody wants, attend.
+those that are missing into the places of pages that are not selected, attend.
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ class RecalledLayer(OffloadedLayer):
         super().__init__(config, num_selected, device_tier, number, host, packer)
         self._speculation: Speculation | None = None
 
-    def _open_lines(self) -> None:
-        super()._open_lines()
+    def _make_buffers(self) -> None:
+        super()._make_buffers()
         rows, device = self.geometry.num_rows, self.geometry.device
         with torch.inference_mode(False):
             no_list = torch.zeros((rows, 0), dtype=torch.int32, device=device)

@@ -38,8 +38,9 @@ class DeviceMetadata:
         geometry: sizes.
 
     Attributes:
-        number: of this metadata in this process: newer may lie where other was.
-        tickets: of the programs that attend a row; zeros but while they do.
+        number: unique in this process. An address is not: new tensors may lie where old ones were,
+            and a graph that was recorded with those must not be replayed.
+        tickets: how many programs of `paged_attention` are done with a row; 0 between its calls.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -97,7 +98,7 @@ class RingLayer(SealingLayer):
         """Have the next kernel wait for what other streams do for this layer."""
 
     def abandon(self) -> None:
-        """Forget what other streams were asked for: recording it failed, so nobody does it."""
+        """Forget work that was queued on other streams: recording it failed, so it never runs."""
 
     def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [seqs, kv_heads, new, dim]; several to sequences of equal length."""
@@ -138,7 +139,7 @@ class RingLayer(SealingLayer):
             self._launch_seal(rows, digest_window)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was counted, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         self.join()
         self.lengths.of[:], self.sealed[:] = lengths, sealed
         self._metadata.set(slice(0, self.geometry.batch), lengths, sealed)

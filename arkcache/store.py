@@ -188,7 +188,7 @@ class PageStore:
         self._handles[sequence, :, first:last] = -1
 
     def forget_from(self, sequence: int, first: int) -> None:
-        """Give whatever is held of a sequence from page `first` on back to the host tier."""
+        """Give the pages that are held of a sequence from `first` on back to the host tier."""
         handles = self._handles[sequence, :, first:]
         self.host.release(handles[handles >= 0])
         handles[:] = -1

@@ -1,4 +1,8 @@
-"""What layers whose sealed pages live in the host tier share, whatever decides what is recalled."""
+"""What all layers with sealed pages in the host tier share: streaming them, and giving them back.
+
+Which pages are recalled is decided elsewhere: by `PagedLayer` on the host, by `RecalledLayer` on
+the device.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recent window of a layer: its newest tokens, in full precision, in the order or in a ring.
+"""The recent window of a layer: its newest tokens, in full precision, in order or in a ring.
 
 Both hold tokens by number. `first` is the oldest token that the window holds; `at` the first of
 those that are read or written; `seqs` a run of sequences of equal length.

@@ -107,8 +107,8 @@ class BackupEngine:
     def borrow(self, nbytes: int) -> StagingBlock:
         """A block to fill on the main stream: it is free when the stream gets there.
 
-        Where all are lent, whoever borrowed first has not submitted and does not mean to: an error
-        came in between. That block is lent anew. Raises `TransferError` where failed copies hold
+        Where all are lent, the one that was borrowed first is lent again: its borrower met an error
+        and will not submit it. Raises `TransferError` where failed copies hold
         all blocks and fail once more.
         """
         slot = self._free_slot()
@@ -155,7 +155,7 @@ class BackupEngine:
         slot.copied, slot.lent = ticket.copied, None
         if failure is not None:
             slot.failed, ticket.staged = ticket, content
-            host.retain(handles)  # so that nobody else gets these places before they are written
+            host.retain(handles)  # their places must not be given away before they are written
         return ticket
 
     def settle(self, ticket: Ticket) -> None:
@@ -190,7 +190,7 @@ class BackupEngine:
         """Write the pages of a failed copy, the host waiting for all that may touch either end."""
         assert ticket.staged is not None
         host, streams = ticket.host, self.streams
-        # Whoever wanted the others has released them since.
+        # The others have been released since: only the reference held here is left.
         wanted = np.flatnonzero(host.references(ticket.handles) > 1)
         try:
             for stream in (streams.main, streams.backup, streams.side):

@@ -98,7 +98,7 @@ class HostTier:
         return pinning
 
     def _forget(self) -> None:
-        """Be as new: hold nothing and no memory."""
+        """Go back to the state of a new tier: no pieces and no memory."""
         self._pinning.close()
         if self._allowance is not None:
             self._allowance.give_back(0)

@@ -33,7 +33,7 @@ def read_ahead(
             streams.main.wait(loaded[number])
             yield blocks[number % len(blocks)]
     finally:
-        # Interrupted: what is still being loaded must not outlast what comes next.
+        # If interrupted, what comes next must wait for the loads that are still running.
         streams.main.wait(streams.side.record())
 
 

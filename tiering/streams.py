@@ -36,7 +36,7 @@ class Stream(Protocol):
         """Let what is queued from now on start after `event`. The host does not wait."""
 
     def keep(self, tensor: Tensor) -> None:
-        """Let nobody reuse the memory of `tensor` before what is queued now is done."""
+        """Keep the memory of `tensor` from being reused before what is queued now is done."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class CudaStream:
 
     Args:
         device: CUDA, with an index.
-        stream: None for whatever stream is current on the device at each call.
+        stream: None for the stream that is current on the device at each call.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:

@@ -361,6 +361,7 @@ class KVCacheManager:
                 f"this cache holds {self.num_columns} tokens in {self._config.format.name}: other "
                 "settings need reset() first, or a cache of their own"
             )
+        # All that was derived from the old settings is replaced: plan, packers, backend.
         fresh = KVCacheManager(
             self.num_layers,
             self.num_kv_heads,

@@ -156,6 +156,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         lines = np.full((*seals.shape, heads), -1, dtype=np.int64)
         lines[seals] = first.host.rows(handles)[:, None] * heads + np.arange(heads)
         on_device = upload(lines.reshape(len(layers), -1), first.geometry.device)
+        # One copy, however many layers: they are one, or all of this class, numbered in a row.
         numbers = slice(first.number, layers[-1].number + 1)
         first.device_tier.lines[numbers].copy_(on_device)
 

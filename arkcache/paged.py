@@ -71,7 +71,8 @@ class PagedLayer(TieredLayer):
         self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
         self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
         self._page_table = PageTable(geometry.num_rows, self._num_places)
-        self._complete = True  # every selectable page is resident, as far as places go
+        # Whether every selectable page is resident, as far as places go: then nothing is recalled.
+        self._complete = True
         self._ratings = PageRatings(config, geometry, latent)
         self._summaries = PageSummaries(config, geometry) if config.estimates else None
 
@@ -89,8 +90,10 @@ class PagedLayer(TieredLayer):
             np.ceil(self._num_selected * self.device_tier.plan.pool_factor), self._num_places
         ).astype(np.int64)
         varies = self.config.target_missed_mass is not None
-        # What a selection of varying size leaves in its places may be wanted by the next one.
+        # Where places are spare, a page that is not selected now may stay for a later step: who
+        # gives way is decided by rating then. A selection of varying size leaves places, too.
         self._spare = varies or self._num_places > int(num_selected.max())
+        # Plain: a selection fills all places of every row, so `_attend_alike` needs no mask.
         self._plain = self._least_selected == self._num_places and not varies
 
     # -- append and seal ------------------------------------------------------------------------

@@ -26,7 +26,7 @@ MOST_SLOTS = 4.0
 """The largest automatic pool factor: slots for each page that a step selects."""
 
 SPARE_SHARE = 1 / 16
-"""Of a device's free memory, what automatic spare slots may take: models need the rest."""
+"""The part of a device's free memory that automatic spare slots may take: models need the rest."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Planner:
 
     @property
     def takes_spare(self) -> bool:
-        """Whether the pool factor is up to the device, and it can make use of spare slots."""
+        """Whether the pool factor follows from free memory: it is not set, and spare slots help."""
         automatic = self.config.device_pool_factor is None
         return automatic and self.backend == "triton" and self.device.type == "cuda"
 

@@ -50,7 +50,7 @@ def choose_backend(
 
 
 def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
-    """A method that runs with `self.device` current: Triton launches where torch stands."""
+    """A method that runs with `self.device` current: Triton launches on torch's current device."""
 
     @functools.wraps(method)
     def guarded(*args: Params.args, **kwargs: Params.kwargs) -> Result:

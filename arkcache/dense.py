@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.errors import IntegrityError
-from arkcache.pages import Ids
 from arkcache.stats import CacheStats
 from arkcache.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.tiering.device import DeviceTier, Geometry
@@ -35,12 +35,12 @@ class DenseLayer:
             (*shape, geometry.value_dim), 2, geometry.dtype, geometry.device
         )
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        length = int(self.lengths.of[rows.start])
-        self._key.write(rows, length, key)
-        self._value.write(rows, length, value)
-        self.lengths.set(rows, length + key.shape[2])
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+        length = int(self.lengths.of[seqs.start])
+        self._key.write(seqs, length, key)
+        self._value.write(seqs, length, value)
+        self.lengths.set(seqs, length + key.shape[2])
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over all tokens."""
@@ -71,8 +71,8 @@ class DenseLayer:
                 tokens,
             )
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
-        """Host blocks that growing to these lengths takes: none."""
+    def pieces_needed(self, _new_lengths: Ids) -> int:
+        """Pieces of the host tier that growing to these lengths takes: none."""
         return 0
 
     def crop(self, lengths: Ids) -> None:
@@ -90,15 +90,15 @@ class DenseLayer:
     def release(self) -> None:
         """Free what the layer holds outside itself: nothing."""
 
-    def move_blocks(self, _host: HostTier) -> None:
-        """Follow the layer's blocks into another host tier: there are none."""
+    def move_pieces(self, _host: HostTier) -> None:
+        """Follow the layer's pages into another host tier: it has none there."""
 
-    def held_blocks(self) -> Ids:
-        """Host blocks that the layer refers to: none."""
+    def held_pieces(self) -> Ids:
+        """Pieces of the host tier that the layer refers to: none."""
         return np.zeros(0, dtype=np.int64)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         if self.lengths.of.max() > self._key.data.shape[2]:
             raise IntegrityError("a dense layer counts more tokens than it has room for")
 

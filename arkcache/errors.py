@@ -7,7 +7,7 @@
     ├── HostTierFullError (MemoryError)   the host tier may not grow further; nothing was lost
     ├── TransferError (RuntimeError)      a copy between the tiers failed; the page is still held
     ├── UnconsumedStepError (RuntimeError)  a model stepped past a layer without attending it
-    └── IntegrityError (AssertionError)   `check_integrity()` found the books wrong: a bug of ours
+    └── IntegrityError (AssertionError)   `check_integrity()` found bad metadata: a bug of ours
 
 A caller's mistake is a `ValueError` too, so that code which knows nothing of ArkCache can catch it.
 Every error of the first three kinds is raised before anything in the cache has changed.
@@ -51,4 +51,4 @@ class UnconsumedStepError(ArkCacheError, RuntimeError):
 
 
 class IntegrityError(ArkCacheError, AssertionError):
-    """The cache's books contradict each other. Always a bug in ArkCache: please report it."""
+    """The cache's metadata contradicts itself. Always a bug in ArkCache: please report it."""

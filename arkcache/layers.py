@@ -7,34 +7,34 @@ from typing import TYPE_CHECKING, TypeAlias
 from arkcache.config import CacheConfig
 from arkcache.dense import DenseLayer
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.packed import PackedLayer
+from arkcache.packed_dense import PackedDenseLayer
 from arkcache.paged import PagedLayer
 from arkcache.planning import Planner
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 
 if TYPE_CHECKING:  # they import Triton
+    from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
     from arkcache.recalled import RecalledLayer
-    from arkcache.resident import ResidentLayer, ResidentPackedLayer
 
-    EngineLayer: TypeAlias = RecalledLayer | ResidentLayer | ResidentPackedLayer
+    EngineLayer: TypeAlias = RecalledLayer | DeviceDenseLayer | DevicePackedDenseLayer
 
-    Layer: TypeAlias = DenseLayer | PackedLayer | PagedLayer | EngineLayer
+    Layer: TypeAlias = DenseLayer | PackedDenseLayer | PagedLayer | EngineLayer
 
 
 def make_layers(
-    planner: Planner, tier: DeviceTier, host: HostTier | None, most: int, *, latent: bool
+    planner: Planner, tier: DeviceTier, host: HostTier | None, max_selected: int, *, latent: bool
 ) -> list[Layer]:
-    """The layers of a manager, empty. `most`: pages that a KV head may select at most."""
+    """The layers of a manager, empty. `max_selected`: pages that a KV head may select at most."""
     config = planner.config
     layers: list[Layer] = []
     numbers = iter(range(planner.num_layers))
     for number in range(planner.num_layers):
         if config.budget_of(number) is None:
-            layers.append(_resident(config, tier, planner.packers[0], planner.backend))
+            layers.append(_dense(config, tier, planner.packers[0], planner.backend))
             continue
         assert host is not None
-        selected = planner.selected(number, most)
+        selected = planner.selected(number, max_selected)
         if planner.backend == "triton":
             from arkcache.recalled import RecalledLayer
 
@@ -46,14 +46,14 @@ def make_layers(
     return layers
 
 
-def _resident(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:
+def _dense(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:
     """A layer that attends everything."""
     if backend == "triton":
-        from arkcache.resident import ResidentLayer, ResidentPackedLayer
+        from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
 
         if config.format.is_raw:
-            return ResidentLayer(tier.geometry)
-        return ResidentPackedLayer(config, tier.geometry, packer)
+            return DeviceDenseLayer(tier.geometry)
+        return DevicePackedDenseLayer(config, tier.geometry, packer)
     if config.format.is_raw:
         return DenseLayer(tier.geometry)
-    return PackedLayer(config, tier.geometry, packer)
+    return PackedDenseLayer(config, tier.geometry, packer)

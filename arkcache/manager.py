@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
+from arkcache.bookkeeping import Ids, TokenLog
+from arkcache.capture import CapturableLayer, CapturableSteps
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.layers import make_layers
 from arkcache.paged import PagedLayer
-from arkcache.pages import Ids, TokenLog
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.step import Expand, Step, attend_blocks
-from arkcache.stepping import StaticLayer, StaticSteps
 from arkcache.store import PageStore
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier
@@ -39,7 +39,7 @@ from arkcache.validate import (
     check_padding,
     check_query,
     check_rotation,
-    check_sinks,
+    check_sink_logits,
     check_sizes,
     empty_on,
     sequence_order,
@@ -116,9 +116,9 @@ class KVCacheManager:
         self._clear()
 
     def _clear(self) -> None:
-        self.steps: StaticSteps | None = None
+        self.steps: CapturableSteps | None = None
         self._log = self._log_before = TokenLog(0)
-        self._most_selected = 0
+        self._max_selected = 0
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
         self._host: HostTier | None = None
@@ -160,7 +160,7 @@ class KVCacheManager:
                 raise
         if self._host is not None:
             # Again for this layer alone: a copy that shares the host tier may have filled it.
-            self._host.check_room([state.blocks_needed(self._log.lengths(stop))])
+            self._host.check_room([state.pieces_needed(self._log.lengths(stop))])
         self._store(state, key, value, stop)
         state.columns = stop
         if isinstance(state, PagedLayer):
@@ -172,14 +172,14 @@ class KVCacheManager:
         real = self._log.real(state.columns, stop)
         if real is None:
             alike = key.shape[2] == 1 and state.takes_ragged
-            for rows in [slice(0, self.batch)] if alike else state.lengths.groups():
-                state.append(rows, key[rows], value[rows])
+            for seqs in [slice(0, self.batch)] if alike else state.lengths.groups():
+                state.append(seqs, key[seqs], value[seqs])
             return
         for sequence in range(key.shape[0]):
-            rows = slice(sequence, sequence + 1)
+            seqs = slice(sequence, sequence + 1)
             own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
             if len(own):
-                state.append(rows, key[rows].index_select(2, own), value[rows].index_select(2, own))
+                state.append(seqs, key[seqs].index_select(2, own), value[seqs].index_select(2, own))
         state.lengths.settle()
 
     @torch.no_grad()
@@ -220,7 +220,7 @@ class KVCacheManager:
         if mask is not None:
             check_mask(mask, (*query.shape[:3], self._layers[layer].columns), self._like)
         if sinks is not None:
-            check_sinks(sinks, query.shape[1], self._like)
+            check_sink_logits(sinks, query.shape[1], self._like)
         if softcap is not None and not softcap > 0:
             raise InputError(f"softcap={softcap!r}: expected a positive number, or None for none")
         if index_query is not None:
@@ -234,7 +234,7 @@ class KVCacheManager:
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             index_query=query if index_query is None else index_query,
             softcap=softcap,
-            sinks=sinks,
+            sink_logits=sinks,
             expand=None if expand is None else lambda *latents: expand(*self._rotated(*latents)),
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
@@ -292,7 +292,7 @@ class KVCacheManager:
                 value[sequence][:, target] = value_block[sequence][:, source]
         return self._rotated(key, value)
 
-    # -- a step in two halves: books on the host, launches that a graph can replay ----------------
+    # -- a step in two halves: counting on the host, launches that a graph can replay --------------
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens of every sequence: until then no step moves anything.
@@ -303,7 +303,7 @@ class KVCacheManager:
         self.steps.reserve(tokens)
         if self._host is not None:
             lengths = np.full(self.batch, tokens)
-            needed = sum(state.blocks_needed(lengths) for state in self._layers)
+            needed = sum(state.pieces_needed(lengths) for state in self._layers)
             self._host.check_room([max(1, needed)])
 
     def next_step_seals(self) -> bool:
@@ -312,7 +312,7 @@ class KVCacheManager:
         return self.steps.seals_next()
 
     def begin_step(self) -> bool:
-        """Enter one token of every sequence in the books of all layers; returns whether pages seal.
+        """Count one token more of every sequence in all layers; returns whether pages seal with it.
 
         Its launches must follow: `append` and `attend` of every layer under `steps.launch`, or a
         graph of them. Raises `HostTierFullError` before anything has changed.
@@ -322,7 +322,7 @@ class KVCacheManager:
         log = copy.copy(self._log)
         log.extend(1, None)
         self._log = log
-        return self.steps.book()
+        return self.steps.count_token()
 
     def check_step(self) -> None:
         """Raise `HostTierFullError` where the host tier has no room for one token more of each.
@@ -361,6 +361,7 @@ class KVCacheManager:
                 f"this cache holds {self.num_columns} tokens in {self._config.format.name}: other "
                 "settings need reset() first, or a cache of their own"
             )
+        # All that was derived from the old settings is replaced: plan, packers, backend.
         fresh = KVCacheManager(
             self.num_layers,
             self.num_kv_heads,
@@ -418,17 +419,17 @@ class KVCacheManager:
         if np.array_equal(order, np.arange(self.batch)):
             return
         assert self._device_tier is not None
-        most, factor = self._most_selected, self._device_tier.plan.pool_factor
+        max_selected, factor = self._max_selected, self._device_tier.plan.pool_factor
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
-            most = self.planner.pages_that_fit(len(order))
-            factor = self.planner.pool_factor(len(order), most)
-        tier = DeviceTier(self.planner.plan(len(order), most, factor))
+            max_selected = self.planner.pages_that_fit(len(order))
+            factor = self.planner.pool_factor(len(order), max_selected)
+        tier = DeviceTier(self.planner.plan(len(order), max_selected, factor))
         for number, state in enumerate(self._layers):
             if isinstance(state, TieredLayer):
-                state.keep_sequences(order, tier, self.planner.selected(number, most))
+                state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
             else:
                 state.keep_sequences(order, tier)
-        self._device_tier, self._most_selected = tier, most
+        self._device_tier, self._max_selected = tier, max_selected
         self._log.keep_sequences(order)
 
     @torch.no_grad()
@@ -489,14 +490,14 @@ class KVCacheManager:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
             device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_blocks()),
+            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_pieces()),
         )
         for state in self._layers:
             total += state.stats()
         return total
 
     def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless the books agree with each other and the tiers.
+        """Raise `IntegrityError` unless the metadata agrees with itself and with the tiers.
 
         Every page of a sequence is sealed once and backed up once; no place holds two pages and no
         page two places; what is resident is bit-equal to its backup.
@@ -507,7 +508,7 @@ class KVCacheManager:
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCacheManager:
         """A copy that shares the sealed pages (they are immutable) and owns everything else."""
         if self.steps is not None:
-            self.steps.join()  # what other lanes still write into the device tier is copied too
+            self.steps.join()  # what other streams still write into the device tier is copied too
         host = self._host
         if host is not None:
             memo[id(host)] = host
@@ -518,16 +519,16 @@ class KVCacheManager:
         vars(clone).update(state)
         if host is not None:
             for layer in self._layers:
-                host.retain(layer.held_blocks())
+                host.retain(layer.held_pieces())
         return clone
 
     def __getstate__(self) -> dict[str, Any]:
         """A state that shares nothing: the pages held here, and no other cache's."""
         clone = copy.deepcopy(self)
         if clone._host is not None:
-            own = clone._host.extract(clone._held_blocks())
+            own = clone._host.extract(clone._held_pieces())
             for layer in clone._layers:
-                layer.move_blocks(own)
+                layer.move_pieces(own)
             clone._host = own
         state = dict(vars(clone))
         clone._layers = []
@@ -540,8 +541,8 @@ class KVCacheManager:
                 state = copy.deepcopy(state)
         vars(self).update(state)
 
-    def _held_blocks(self) -> Ids:
-        return np.concatenate([layer.held_blocks() for layer in self._layers])
+    def _held_pieces(self) -> Ids:
+        return np.concatenate([layer.held_pieces() for layer in self._layers])
 
     def __copy__(self) -> KVCacheManager:
         return copy.deepcopy(self)
@@ -556,13 +557,13 @@ class KVCacheManager:
 
     def _allocate(self, batch: int) -> None:
         host = self._make_host()
-        most = self.planner.pages_that_fit(batch)
-        tier = DeviceTier(self.planner.plan(batch, most))
-        self._layers = make_layers(self.planner, tier, host, most, latent=self.latent)
+        max_selected = self.planner.pages_that_fit(batch)
+        tier = DeviceTier(self.planner.plan(batch, max_selected))
+        self._layers = make_layers(self.planner, tier, host, max_selected, latent=self.latent)
         if self.planner.backend == "triton":
-            self.steps = StaticSteps(cast(list[StaticLayer], self._layers))
+            self.steps = CapturableSteps(cast(list[CapturableLayer], self._layers))
         self._host = host
-        self._device_tier, self._log, self._most_selected = tier, TokenLog(batch), most
+        self._device_tier, self._log, self._max_selected = tier, TokenLog(batch), max_selected
 
     def _make_host(self) -> HostTier | None:
         """The host tier, if any layer needs one.
@@ -592,7 +593,7 @@ class KVCacheManager:
         log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
         if self._host is not None:
             lengths = log.lengths(log.num_columns)
-            self._host.check_room([sum(state.blocks_needed(lengths) for state in self._layers)])
+            self._host.check_room([sum(state.pieces_needed(lengths) for state in self._layers)])
         return log
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

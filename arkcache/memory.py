@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from arkcache.backend import why_not_settings
+from arkcache.bookkeeping import sealed_pages
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import ConfigError, InputError
 from arkcache.formats import PageFormat, PageLayout, PartLayout
 from arkcache.index import PageIndex, make_index
 from arkcache.manager import KVCacheManager
-from arkcache.packed import CHUNK_PAGES
-from arkcache.pages import sealed_pages
+from arkcache.packed_dense import CHUNK_PAGES
 from arkcache.planning import Planner
 from arkcache.tiering.growing import GrowingTensor
 
@@ -152,7 +152,7 @@ def plan_memory(
         dtype=shape.dtype,
         value_dim=shape.value_dim,
     ).planner
-    most = planner.pages_that_fit(batch)
+    max_selected = planner.pages_that_fit(batch)
     page = _layout(config.format, config, shape)
     sealed = sealed_pages(context_tokens, config.num_recent_tokens, config.page_size)
     paged = [layer for layer in range(shape.num_layers) if config.budget_of(layer) is not None]
@@ -160,7 +160,7 @@ def plan_memory(
     num_pages = len(paged) * rows * sealed
     dense = _dense_bytes(config, shape, context_tokens, sealed)
     coarse = config.coarse_format
-    tier_bytes = planner.plan(batch, most).nbytes
+    tier_bytes = planner.plan(batch, max_selected).nbytes
     return MemoryPlan(
         format=config.format.name + (f"+{coarse.name}" if coarse else ""),
         context_tokens=context_tokens,
@@ -172,7 +172,7 @@ def plan_memory(
         bits_per_element=page.bits_per_element,
         attended_tokens=_attended(
             config,
-            [int(pages) for layer in paged for pages in planner.selected(layer, most)],
+            [int(pages) for layer in paged for pages in planner.selected(layer, max_selected)],
             context_tokens,
             sealed,
         ),
@@ -180,7 +180,7 @@ def plan_memory(
         host_bytes=num_pages * page.nbytes,
         coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
         tier_bytes=tier_bytes,
-        spare_bytes=_spare_bytes(planner, batch, most) if device == "cuda" else 0,
+        spare_bytes=_spare_bytes(planner, batch, max_selected) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
         digest_bytes=num_pages * _digest_bytes(config, shape, device, index),
         full_bytes=batch * context_tokens * shape.token_bytes,
@@ -228,14 +228,16 @@ def _check(context_tokens: int, batch: int, device: str) -> None:
         raise InputError(f"device {device!r}: expected {' or '.join(_PLANNED_ON)}")
 
 
-def _spare_bytes(planner: Planner, batch: int, most: int) -> int:
+def _spare_bytes(planner: Planner, batch: int, max_selected: int) -> int:
     """What an automatic pool factor may add to the device tier of a GPU at most."""
     config = planner.config
     given = config.device_pool_factor is not None
     if given or why_not_settings(config, planner.dtype, latent=False) is not None:
         return 0
-    factor = planner.factor_within(NO_LIMIT, batch, most)
-    return planner.plan(batch, most, factor).nbytes - planner.plan(batch, most).nbytes
+    factor = planner.factor_within(NO_LIMIT, batch, max_selected)
+    return (
+        planner.plan(batch, max_selected, factor).nbytes - planner.plan(batch, max_selected).nbytes
+    )
 
 
 def _layout(one: PageFormat, config: CacheConfig, shape: CacheShape) -> PageLayout:
@@ -276,6 +278,6 @@ def _attended(config: CacheConfig, selected: list[int], length: int, sealed: int
     """Tokens that a step attends when it may select so many pages: the mean over all heads."""
     if not selected:
         return float(length)
-    sinks = min(config.num_sink_pages, sealed)
-    pages = [sinks + min(count, sealed - sinks) for count in selected]
+    sink_pages = min(config.num_sink_pages, sealed)
+    pages = [sink_pages + min(count, sealed - sink_pages) for count in selected]
     return fmean(pages) * config.page_size + length - sealed * config.page_size

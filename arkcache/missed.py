@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.stats import AUDIT_MARGIN, MissedMass
-from arkcache.step import Step, additive, expanded, view_logits, with_sinks
+from arkcache.step import Step, additive, expanded, view_logits, with_sink_logits
 from arkcache.tiering.device import Geometry
 from arkcache.views import Held
 
@@ -41,7 +41,7 @@ class MissedLog:
         self.heads = [MissedMass()] * num_kv_heads
 
     def begin_step(self) -> bool:
-        """Count a step; returns whether it is to be audited."""
+        """Count a step; returns whether to audit it."""
         step, every = self._num_steps, self._audit_every
         self._num_steps += 1
         if every is None or step % every:
@@ -103,7 +103,7 @@ def log_mass(step: Step, parts: Iterator[tuple[Tensor, Tensor]], mask: Tensor | 
         masses.append(logits.logsumexp(dim=-1, keepdim=True))
         start = stop
     mass = torch.cat(masses, dim=-1).logsumexp(dim=-1, keepdim=True)
-    return with_sinks(step, mass).flatten(1)
+    return with_sink_logits(step, mass).flatten(1)
 
 
 def true_missed_mass(
@@ -130,7 +130,7 @@ def true_missed_mass(
         hidden = torch.from_numpy(~is_out).to(logits.device)[:, :, None]
         total.append(logits.logsumexp(dim=-1, keepdim=True))
         outside.append(logits.masked_fill(hidden, float("-inf")).logsumexp(dim=-1, keepdim=True))
-    everything = with_sinks(step, torch.cat(total, dim=-1).logsumexp(dim=-1, keepdim=True))
+    everything = with_sink_logits(step, torch.cat(total, dim=-1).logsumexp(dim=-1, keepdim=True))
     share = torch.cat(outside, dim=-1).logsumexp(dim=-1, keepdim=True).sub_(everything).exp_()
     # A sequence without a token attends nothing and misses nothing.
     by_row = share.nan_to_num_().reshape(geometry.num_rows, -1).mean(dim=1)

@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule
 from arkcache.config import CacheConfig
+from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_copy import scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.page_table import PageTable
-from arkcache.pages import Ids
-from arkcache.residents import Residents
+from arkcache.page_directory import PageDirectory
 from arkcache.ring import RingLayer
 from arkcache.step import Lengths
-from arkcache.stepping import Bools, Rule
 from arkcache.tiered import TieredLayer
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet
@@ -57,21 +57,21 @@ class OffloadedLayer(RingLayer, TieredLayer):
         packer: PagePacker,
     ) -> None:
         super().__init__(config, device_tier, number, host, [packer])
-        self._open_books()
-        self._table = PageTable(config, self.geometry)
+        self._make_metadata()
+        self._directory = PageDirectory(config, self.geometry)
         self._ticket: Ticket | None = None
-        self._residents = self._make_residents(num_selected)
-        self._open_lines()
+        self._page_table = self._make_page_table(num_selected)
+        self._make_buffers()
 
-    def _make_residents(self, num_selected: Ids) -> Residents:
+    def _make_page_table(self, num_selected: Ids) -> DevicePageTable:
         """Places for this working set, all empty; num_selected: pages, per KV head."""
         selected = np.tile(num_selected, self.geometry.batch)
         num_places = self._working_set.num_slots - self.config.num_sink_pages
         factor = self.device_tier.plan.pool_factor
-        return Residents(self.config, selected, num_places, factor, self.geometry.device)
+        return DevicePageTable(self.config, selected, num_places, factor, self.geometry.device)
 
-    def _open_lines(self) -> None:
-        """Make what a sealed page passes through on its way to the host."""
+    def _make_buffers(self) -> None:
+        """Allocate the buffer that a sealed page passes through on its way to the host."""
         shape = (self.geometry.num_rows, self._packer.layout.nbytes)
         with torch.inference_mode(False):  # written to in and out of it
             self._newest = torch.zeros(shape, dtype=torch.uint8, device=self.geometry.device)
@@ -97,11 +97,11 @@ class OffloadedLayer(RingLayer, TieredLayer):
         return backup_engine_of(self.geometry.device)
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
         self._settle()
 
     def _settle(self) -> None:
-        """Have the main lane wait for the newest backup: what it holds may be recalled."""
+        """Have the main stream wait for the newest backup: what it holds may be recalled."""
         if self._ticket is not None:
             ticket, self._ticket = self._ticket, None
             self._backups.settle(ticket)
@@ -110,19 +110,21 @@ class OffloadedLayer(RingLayer, TieredLayer):
 
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens, so that no address changes until then."""
-        self._table.reserve(max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size)
+        self._directory.reserve(
+            max(tokens - self.config.num_recent_tokens, 0) // self.config.page_size
+        )
 
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        # All else is new when the books are.
-        return self._books.number, *self._table.addresses, self.host.pieces().data_ptr()
+        # All else is new when the metadata is.
+        return self._metadata.number, *self._directory.addresses, self.host.pieces().data_ptr()
 
     @property
     def rule(self) -> Rule:
         """When it seals a page and how much it attends."""
         config, batch = self.config, self.geometry.batch
-        selected = self._residents.selected.reshape(batch, -1)
+        selected = self._page_table.selected.reshape(batch, -1)
         pieces = self._store.pieces_per_page
         return Rule(
             config.num_recent_tokens, config.page_size, config.num_sink_pages, selected, pieces
@@ -141,19 +143,20 @@ class OffloadedLayer(RingLayer, TieredLayer):
             return
         first, heads = layers[0], layers[0].geometry.num_kv_heads
         pages = np.stack([layer.sealed for layer in layers])[seals]
-        most = int(pages.max()) + 1
+        num_pages = int(pages.max()) + 1
         for layer in layers:
-            layer._table.reserve(most)
+            layer._directory.reserve(num_pages)
         handles = first.host.allocate(len(pages))
         try:
             OffloadedLayer._hold(layers, seals, pages, handles)
-        except BaseException:  # interrupted: what no layer holds yet is nobody's
-            held = np.concatenate([layer.held_blocks() for layer in layers])
+        except BaseException:  # interrupted: give back what no layer has entered yet
+            held = np.concatenate([layer.held_pieces() for layer in layers])
             first.host.release(np.setdiff1d(handles, held))
             raise
         lines = np.full((*seals.shape, heads), -1, dtype=np.int64)
         lines[seals] = first.host.rows(handles)[:, None] * heads + np.arange(heads)
         on_device = upload(lines.reshape(len(layers), -1), first.geometry.device)
+        # One copy, however many layers: they are one, or all of this class, numbered in a row.
         numbers = slice(first.number, layers[-1].number + 1)
         first.device_tier.lines[numbers].copy_(on_device)
 
@@ -168,47 +171,51 @@ class OffloadedLayer(RingLayer, TieredLayer):
             layer._store.enter(sequences[own], pages[own], handles[own])
             layer.counters.bytes_backed_up += number * page_bytes
 
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
-        books, means = self._books, self._table.means
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
+        metadata, means = self._metadata, self._directory.means
         key, value = self.by_row(self.window)
         seal_newest(
-            key[cache_rows],
-            value[cache_rows],
+            key[rows],
+            value[rows],
             digest_window,
-            books.lengths[cache_rows],
-            books.sealed[cache_rows],
-            self._slots[cache_rows],
-            self._residents.page_of[cache_rows],
-            self._residents.may_hold[cache_rows],
-            self._newest[cache_rows],
-            self._table.digests[cache_rows],
-            None if means is None else means[cache_rows],
+            metadata.lengths[rows],
+            metadata.sealed[rows],
+            self._slots[rows],
+            self._page_table.page_of[rows],
+            self._page_table.may_hold[rows],
+            self._newest[rows],
+            self._directory.digests[rows],
+            None if means is None else means[rows],
             recent=self.config.num_recent_tokens,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
             layout=self._packer.layout,
             index=self.config.index,
             index_bits=self.config.packed_index_bits,
         )
         scatter(
-            self._newest[cache_rows],
-            self._lines[cache_rows],
+            self._newest[rows],
+            self._lines[rows],
             self._store.pieces(),
-            self._table.located[cache_rows],
-            books.sealed[cache_rows],
+            self._directory.located[rows],
+            metadata.sealed[rows],
         )
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, pack, back up and, where there is room, place pages from number `first` on."""
         heads, count = key.shape[1:3]
         nbytes, layout = self._packer.layout.nbytes, self._packer.layout
-        handles = self._store.allot(rows, first, count).reshape(key.shape[0], -1)
-        self._table.locate(
-            rows, first, np.stack([self._store.lines(s, first, first + count) for s in _each(rows)])
+        handles = self._store.allot(seqs, first, count).reshape(key.shape[0], -1)
+        self._directory.locate(
+            seqs, first, np.stack([self._store.lines(s, first, first + count) for s in _each(seqs)])
         )
         digest_key = rotate(key) if self.config.rotates_keys else key
-        digests = self._table.digests.unflatten(0, (-1, heads))
-        means = None if self._table.means is None else self._table.means.unflatten(0, (-1, heads))
-        for number, sequence in enumerate(_each(rows)):
+        digests = self._directory.digests.unflatten(0, (-1, heads))
+        means = (
+            None
+            if self._directory.means is None
+            else self._directory.means.unflatten(0, (-1, heads))
+        )
+        for number, sequence in enumerate(_each(seqs)):
             block = self._backups.borrow(count * heads * nbytes)
             packed = block.data.view(count, heads, nbytes).transpose(0, 1)
             seal_pages(
@@ -227,18 +234,18 @@ class OffloadedLayer(RingLayer, TieredLayer):
             self._ticket = self._backups.submit(block, self.host, handles[number])
             self.counters.bytes_backed_up += packed.numel()
 
-    def _place(self, rows: slice, first: int, packed: Tensor) -> None:
-        """Put new pages [sequences, kv_heads, pages, nbytes] where `seal_newest` would."""
+    def _place(self, seqs: slice, first: int, packed: Tensor) -> None:
+        """Put new pages [seqs, kv_heads, pages, nbytes] where `seal_newest` would."""
         working_set = self._working_set
         last = min(first + packed.shape[2], working_set.num_slots)
         if last > first:
-            working_set.slots[rows, :, first:last] = packed[:, :, : last - first]
-            self._residents.place(self.cache_rows(rows), first, last)
+            working_set.slots[seqs, :, first:last] = packed[:, :, : last - first]
+            self._page_table.place(self.rows_of(seqs), first, last)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        self._settle()  # on the main lane: blocks are read on another
+        self._settle()  # on the main stream: blocks are read on another
         return super()._page_blocks()
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -254,16 +261,16 @@ class OffloadedLayer(RingLayer, TieredLayer):
     # -- changes of shape -------------------------------------------------------------------------
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
-        rows = self.cache_rows(slice(sequence, sequence + 1))
+        rows = self.rows_of(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
-        self._residents.drop_from(rows, first)
+        self._page_table.drop_from(rows, first)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was `held` before a token was booked, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self._store.forget_from(sequence, first)
-            self._residents.drop_from(self.cache_rows(slice(sequence, sequence + 1)), first)
+            self._page_table.drop_from(self.rows_of(slice(sequence, sequence + 1)), first)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied.
@@ -271,19 +278,19 @@ class OffloadedLayer(RingLayer, TieredLayer):
         See `PagedLayer.keep_sequences`.
         """
         self.join()
-        before, residents = self._working_set, self._residents
+        before, old_table = self._working_set, self._page_table
         self._store.keep_sequences(index)
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
         self.device_tier, self.geometry = device_tier, device_tier.geometry
         on_device = upload(index, self.geometry.device)
-        self._table.keep_sequences(on_device, self.geometry)
-        self._open_books()
-        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
-        self._open_lines()
-        self._residents = self._make_residents(num_selected)
+        self._directory.keep_sequences(on_device, self.geometry)
+        self._make_metadata()
+        self._metadata.set(slice(0, len(index)), self.lengths.of, self.sealed)
+        self._make_buffers()
+        self._page_table = self._make_page_table(num_selected)
         heads = self.geometry.num_kv_heads
         rows = (index[:, None] * heads + np.arange(heads)).reshape(-1)
-        self._residents.inherit(residents, upload(rows, self.geometry.device), heads)
+        self._page_table.inherit(old_table, upload(rows, self.geometry.device), heads)
         for plane, other in zip(self.working_set.windows, before.windows, strict=True):
             plane.copy_(other[on_device])
         kept = self._working_set.slots
@@ -295,13 +302,13 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self.join()
         super().release()
 
-    def move_blocks(self, host: HostTier) -> None:
+    def move_pieces(self, host: HostTier) -> None:
         """Follow the layer's pages into a tier that was extracted from the present one."""
-        super().move_blocks(host)
+        super().move_pieces(host)
         for sequence, sealed in enumerate(self.sealed.tolist()):
             if sealed:
                 lines = self._store.lines(sequence, 0, sealed)
-                self._table.locate(slice(sequence, sequence + 1), 0, lines[None])
+                self._directory.locate(slice(sequence, sequence + 1), 0, lines[None])
 
     def __getstate__(self) -> dict[str, Any]:
         self.join()
@@ -310,29 +317,33 @@ class OffloadedLayer(RingLayer, TieredLayer):
     # -- invariants -----------------------------------------------------------------------------
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
+        """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
         self.join()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
-        heads, sinks = self.geometry.num_kv_heads, self.config.num_sink_pages
+        heads, num_sink_pages = self.geometry.num_kv_heads, self.config.num_sink_pages
         for name, mine in (("tokens", self.lengths.of), ("sealed pages", self.sealed)):
-            theirs = (self._books.lengths if name == "tokens" else self._books.sealed).cpu().numpy()
+            theirs = (
+                (self._metadata.lengths if name == "tokens" else self._metadata.sealed)
+                .cpu()
+                .numpy()
+            )
             if not np.array_equal(theirs, mine.repeat(heads)):
                 raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
-        located, slots = self._table.located.cpu().numpy(), self._slots.cpu()
-        page_of = self._residents.check(self.sealed.repeat(heads))
+        located, slots = self._directory.located.cpu().numpy(), self._slots.cpu()
+        page_of = self._page_table.check(self.sealed.repeat(heads))
         for row, places in enumerate(page_of):
             sequence, head = divmod(row, heads)
             sealed = int(self.sealed[sequence])
             lines = self._store.lines(sequence, 0, sealed)[head]
             if not np.array_equal(located[row, :sealed], lines):
                 raise IntegrityError(f"the device looks for pages of row {row} in wrong places")
-            first = np.arange(sinks)
+            first = np.arange(num_sink_pages)
             pages = np.concatenate((np.where(first < sealed, first, -1), places))
             for slot in np.flatnonzero(pages >= 0).tolist():
                 if not torch.equal(slots[row, slot], self._store.pieces()[lines[pages[slot]]]):
                     raise IntegrityError(f"page {pages[slot]} of row {row} differs from its backup")
 
 
-def _each(rows: slice) -> range:
-    return range(rows.start, rows.stop)
+def _each(seqs: slice) -> range:
+    return range(seqs.start, seqs.stop)

@@ -1,7 +1,7 @@
 """The cache of a layer in two tiers: sealed pages on the host, a working set on the device.
 
 The decode step is `PagedLayer.attend_one`: rate all pages by their digests, select the best, recall
-those that are missing into the places of those nobody wants, attend.
+those that are missing into the places of pages that are not selected, attend.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids, PageTable
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.importance import Importance
 from arkcache.index import PageIndex
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.missed import MissedLog, log_mass, true_missed_mass
-from arkcache.pages import Ids, Residency
 from arkcache.policy import fewest_pages, ranked_pages, top_pages
 from arkcache.rating import PageRatings
 from arkcache.stats import CacheStats
@@ -70,8 +70,9 @@ class PagedLayer(TieredLayer):
         self._allot(num_selected)
         self._may_reload = geometry.device.type == "cpu" and config.format.is_raw
         self._may_reload &= len(packers) == 1 and isinstance(self.working_set, WorkingSet)
-        self._residency = Residency(geometry.num_rows, self._num_places)
-        self._complete = True  # every selectable page is resident, as far as places go
+        self._page_table = PageTable(geometry.num_rows, self._num_places)
+        # Whether every selectable page is resident, as far as places go: then nothing is recalled.
+        self._complete = True
         self._ratings = PageRatings(config, geometry, latent)
         self._summaries = PageSummaries(config, geometry) if config.estimates else None
 
@@ -89,40 +90,42 @@ class PagedLayer(TieredLayer):
             np.ceil(self._num_selected * self.device_tier.plan.pool_factor), self._num_places
         ).astype(np.int64)
         varies = self.config.target_missed_mass is not None
-        # What a selection of varying size leaves in its places may be wanted by the next one.
+        # Where places are spare, a page that is not selected now may stay for a later step: who
+        # gives way is decided by rating then. A selection of varying size leaves places, too.
         self._spare = varies or self._num_places > int(num_selected.max())
+        # Plain: a selection fills all places of every row, so `_attend_alike` needs no mask.
         self._plain = self._least_selected == self._num_places and not varies
 
     # -- append and seal ------------------------------------------------------------------------
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        sealed = int(self.sealed[rows.start])
-        super().append(rows, key, value)
-        self._may_demote |= sealed < int(self.sealed[rows.start])
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+        sealed = int(self.sealed[seqs.start])
+        super().append(seqs, key, value)
+        self._may_demote |= sealed < int(self.sealed[seqs.start])
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, back up and, where there is room, place pages from number `first` on."""
-        self._ratings.write(rows, first, key, value)
+        self._ratings.write(seqs, first, key, value)
         if self._summaries is not None:
-            self._summaries.write(rows, first, key, value)
+            self._summaries.write(seqs, first, key, value)
         packed = self._packer.pack(key, value)
-        self._store.append(rows, first, packed.cpu())
+        self._store.append(seqs, first, packed.cpu())
         self.counters.bytes_backed_up += packed.numel()
         last, working_set = first + key.shape[2], self.working_set
-        sinks, cache_rows = self.config.num_sink_pages, self.cache_rows(rows)
+        num_sink_pages, rows = self.config.num_sink_pages, self.rows_of(seqs)
         if self._importance is not None:
-            self._importance.seal(cache_rows, first, last)
+            self._importance.seal(rows, first, last)
         room = min(last, working_set.num_slots) - first
         if room <= 0:
             return
         if isinstance(working_set, PackedWorkingSet):
-            working_set.fill_places(rows, first, packed[:, :, :room])
+            working_set.fill_places(seqs, first, packed[:, :, :room])
         else:
             # What is attended must not depend on whether the page stayed or was recalled.
-            working_set.fill_places(rows, first, *self._packer.unpack(packed[:, :, :room]))
-        for page in range(max(first, sinks), first + room):
-            self._residency.place(cache_rows, page - sinks, page, self._may_hold)
+            working_set.fill_places(seqs, first, *self._packer.unpack(packed[:, :, :room]))
+        for page in range(max(first, num_sink_pages), first + room):
+            self._page_table.place(rows, page - num_sink_pages, page, self._may_hold)
 
     def rate_with(self, index: PageIndex) -> None:
         """Rate pages by another index from now on; what is sealed is digested anew."""
@@ -140,20 +143,26 @@ class PagedLayer(TieredLayer):
 
         Done when a page was sealed since the last time.
         """
-        config, sinks, importance = self.config, self.config.num_sink_pages, self._importance
-        if importance is None or not self._may_demote or int(self.sealed.max()) <= sinks:
+        config, num_sink_pages, importance = (
+            self.config,
+            self.config.num_sink_pages,
+            self._importance,
+        )
+        if importance is None or not self._may_demote or int(self.sealed.max()) <= num_sink_pages:
             return
         self._may_demote = False
-        fine = self._store.is_fine(int(self.sealed.max()))[:, sinks:]
-        demoted = importance.demotable(sinks, fine, config.demote_below, config.demote_after)
+        fine = self._store.is_fine(int(self.sealed.max()))[:, num_sink_pages:]
+        demoted = importance.demotable(
+            num_sink_pages, fine, config.demote_below, config.demote_after
+        )
         rows, pages = np.nonzero(demoted)
         if not len(rows):
             return
-        demoted[rows, pages] = self._store.demote(rows, pages + sinks)
+        demoted[rows, pages] = self._store.demote(rows, pages + num_sink_pages)
         self.counters.pages_demoted += int(np.count_nonzero(demoted))
         self.host.compact()
-        resident = self._residency.page_of
-        numbers = np.maximum(resident - sinks, 0)
+        resident = self._page_table.page_of
+        numbers = np.maximum(resident - num_sink_pages, 0)
         stale = (resident >= 0) & np.take_along_axis(demoted, numbers, axis=1)
         rows, places = np.nonzero(stale)
         self._copy_in(rows, places, resident[rows, places])
@@ -167,11 +176,11 @@ class PagedLayer(TieredLayer):
         if self._plain and self.lengths.uniform and step.bias is None:
             return self._attend_alike(step)
         selectable = np.maximum(self.sealed - self.config.num_sink_pages, 0)
-        most = int(selectable.max())
+        max_selectable = int(selectable.max())
         chosen, rating = None, None
         least = self._least_selected if self.config.target_missed_mass is None else 0
-        if most > least:
-            chosen, rating = self._select(step, selectable, most)
+        if max_selectable > least:
+            chosen, rating = self._select(step, selectable, max_selectable)
         else:
             self._complete_residents(selectable)
             if self._missed is not None and self.config.target_missed_mass is not None:
@@ -182,8 +191,8 @@ class PagedLayer(TieredLayer):
     def _attend_alike(self, step: Step) -> Tensor:
         """`attend_one` where all rows have as much to select from and to attend: the usual case."""
         sealed, length = int(self.sealed[0]), int(self.lengths.of[0])
-        sinks, page_size = self.config.num_sink_pages, self.config.page_size
-        selectable, num_selected = sealed - sinks, self._num_places
+        num_sink_pages, page_size = self.config.num_sink_pages, self.config.page_size
+        selectable, num_selected = sealed - num_sink_pages, self._num_places
         rating, summaries = None, self._summaries
         if selectable > num_selected and (num_selected > 0 or summaries is not None):
             rating = self._ordering(step, selectable)
@@ -193,9 +202,9 @@ class PagedLayer(TieredLayer):
             self._complete_residents(np.full(self.geometry.batch, selectable))
         held, estimated = None, None
         if self._importance is not None or summaries is not None or self._is_audit:
-            held = self._residency.page_of >= 0
+            held = self._page_table.page_of >= 0
             estimated = self._leave_out(step, held, rating)
-        num_pages = min(sealed, sinks + num_selected)
+        num_pages = min(sealed, num_sink_pages + num_selected)
         recent = length - sealed * page_size
         self.counters.attended_tokens = (num_pages * page_size + recent) * self.geometry.batch
         return self._attend_places(step, num_pages, recent, None, held, estimated)
@@ -212,43 +221,43 @@ class PagedLayer(TieredLayer):
 
     def ratings(self, step: Step) -> Tensor:
         """What selects for a step: all selectable pages [rows, pages], the best the highest."""
-        most = int(np.maximum(self.sealed - self.config.num_sink_pages, 0).max())
-        if most == 0:
+        max_selectable = int(np.maximum(self.sealed - self.config.num_sink_pages, 0).max())
+        if max_selectable == 0:
             return torch.empty((self.geometry.num_rows, 0), device=self.geometry.device)
-        return self._ordering(step, most)
+        return self._ordering(step, max_selectable)
 
     def log_missed(self, log: MissedLog) -> None:
         """Note what steps miss in this log from now on; it says which of them are audited."""
         self._missed = log
 
-    def _ordering(self, step: Step, most: int) -> Tensor:
+    def _ordering(self, step: Step, max_selectable: int) -> Tensor:
         """What pages are chosen by: ratings [rows, pages], or shares of attention."""
         group = step.query.shape[1] // self.geometry.num_kv_heads
         if not (self.config.orders_by_share(group) and self._ratings.are_mass):
-            return self._rate(step, most)
-        shares = self._shares(step, most)
+            return self._rate(step, max_selectable)
+        shares = self._shares(step, max_selectable)
         if self.lengths.uniform or self.config.target_missed_mass is not None:
             return shares  # to meet a target they are added up
         return self._ratings.rank_last(shares, self.sealed)
 
-    def _rate(self, step: Step, most: int) -> Tensor:
-        """Rate the first `most` selectable pages of every row [rows, pages]."""
-        return self._ratings.rate(step, self.sealed, most, uniform=self.lengths.uniform)
+    def _rate(self, step: Step, max_selectable: int) -> Tensor:
+        """Rate the first `max_selectable` pages of every row, sinks apart, [rows, pages]."""
+        return self._ratings.rate(step, self.sealed, max_selectable, uniform=self.lengths.uniform)
 
-    def _shares(self, step: Step, most: int) -> Tensor:
+    def _shares(self, step: Step, max_selectable: int) -> Tensor:
         """Estimate which share of attention each selectable page holds [rows, pages]."""
-        sinks, recent = self._fixed()
-        num_pages, uniform = int(sinks.max()), self.lengths.uniform
-        held = self._residency.page_of >= 0
+        sink_pages, recent = self._fixed()
+        num_pages, uniform = int(sink_pages.max()), self.lengths.uniform
+        held = self._page_table.page_of >= 0
         mask = self._view_mask(step, held, num_pages, alike=uniform)
         mass = log_mass(step, self._parts(num_pages, int(recent.max())), mask)
         fixed = mass.reshape(self.geometry.num_rows, -1)
-        return self._ratings.shares(step, self.sealed, most, fixed, uniform=uniform)
+        return self._ratings.shares(step, self.sealed, max_selectable, fixed, uniform=uniform)
 
     def _fixed(self) -> tuple[Ids, Ids]:
         """Sink pages and window tokens of each sequence."""
-        sinks = np.minimum(self.sealed, self.config.num_sink_pages)
-        return sinks, self.lengths.of - self.sealed * self.config.page_size
+        sink_pages = np.minimum(self.sealed, self.config.num_sink_pages)
+        return sink_pages, self.lengths.of - self.sealed * self.config.page_size
 
     def _parts(self, num_pages: int, recent: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The first places and the window, unpacked: in one part, or some pages at a time."""
@@ -257,11 +266,13 @@ class PagedLayer(TieredLayer):
             return working_set.parts(num_pages, recent)
         return iter([working_set.view(num_pages, recent)])
 
-    def _select(self, step: Step, selectable: Ids, most: int) -> tuple[Held | None, Tensor]:
+    def _select(
+        self, step: Step, selectable: Ids, max_selectable: int
+    ) -> tuple[Held | None, Tensor]:
         """Make the best pages resident; returns which places hold them, where places are spare,
         and all ratings."""
         count = np.minimum(self._num_selected, np.repeat(selectable, self.geometry.num_kv_heads))
-        rating = self._ordering(step, most)
+        rating = self._ordering(step, max_selectable)
         target = self.config.target_missed_mass
         if target is None:
             selected = ranked_pages(rating, int(count.max()))
@@ -276,15 +287,17 @@ class PagedLayer(TieredLayer):
     def _recall(self, selected: Ids, count: Ids | None, rating: Tensor | None) -> None:
         """Bring what is selected and not resident into the working set.
 
-        selected: selectable pages [rows, most], of which row r wants the first `count[r]` (None is
-        all). rating [rows, pages] decides who stays where places are spare.
+        selected: selectable pages [rows, max_selected], of which row r wants the first `count[r]`
+        (None is all). rating [rows, pages] decides who stays where places are spare.
         """
-        sinks = self.config.num_sink_pages
+        num_sink_pages = self.config.num_sink_pages
         keep = None
         if rating is not None:
-            resident = np.maximum(self._residency.page_of - sinks, 0)
+            resident = np.maximum(self._page_table.page_of - num_sink_pages, 0)
             keep = np.take_along_axis(rating.float().cpu().numpy(), resident, axis=1)
-        moves = self._residency.fetch(selected + sinks, int(self.sealed.max()), count, keep)
+        moves = self._page_table.fetch(
+            selected + num_sink_pages, int(self.sealed.max()), count, keep
+        )
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self._plain and count is None
@@ -298,11 +311,11 @@ class PagedLayer(TieredLayer):
 
     def _copy_in(self, rows: Ids, places: Ids, pages: Ids) -> None:
         """Copy pages from the host tier into places."""
-        device, sinks = self.geometry.device, self.config.num_sink_pages
+        device, num_sink_pages = self.geometry.device, self.config.num_sink_pages
         working_set = self.working_set
         for part in self._store.read(rows, pages):
             row = torch.from_numpy(rows[part.which]).to(device)
-            place = torch.from_numpy(places[part.which] + sinks).to(device)
+            place = torch.from_numpy(places[part.which] + num_sink_pages).to(device)
             packed = part.packed.to(device)
             if isinstance(working_set, PackedWorkingSet):
                 working_set.write_pages(row, place, packed)
@@ -314,10 +327,10 @@ class PagedLayer(TieredLayer):
         """Copy all resident pages anew, in one pass straight into the working set."""
         assert isinstance(self.working_set, WorkingSet)
         rows = np.arange(self.geometry.num_rows)[:, None]
-        pieces = self._store.locate(rows, self._residency.page_of)
+        pieces = self._store.locate(rows, self._page_table.page_of)
         source = self._store.pieces().view(self.geometry.dtype)
-        sinks = self.config.num_sink_pages
-        self.working_set.load_places(sinks, source, torch.from_numpy(pieces))
+        num_sink_pages = self.config.num_sink_pages
+        self.working_set.load_places(num_sink_pages, source, torch.from_numpy(pieces))
         self.counters.bytes_recalled += pieces.size * self._packer.layout.nbytes
 
     def _chosen_places(self, selected: Ids, count: Ids) -> Held:
@@ -327,7 +340,7 @@ class PagedLayer(TieredLayer):
         pages = np.where(valid, selected + self.config.num_sink_pages, -1)
         np.put_along_axis(wanted, pages, True, axis=1)
         wanted[:, -1] = False
-        chosen: Held = wanted[np.arange(len(wanted))[:, None], self._residency.page_of]
+        chosen: Held = wanted[np.arange(len(wanted))[:, None], self._page_table.page_of]
         return chosen
 
     def _leave_out(self, step: Step, held: Held, rating: Tensor | None) -> PseudoTokens | None:
@@ -337,9 +350,9 @@ class PagedLayer(TieredLayer):
         """
         if self._summaries is None and not self._is_audit:
             return None
-        sinks = self.config.num_sink_pages
-        selectable = np.repeat(self.sealed - sinks, self.geometry.num_kv_heads)
-        left_out = pages_left_out(self._residency.page_of, held, selectable, sinks)
+        num_sink_pages = self.config.num_sink_pages
+        selectable = np.repeat(self.sealed - num_sink_pages, self.geometry.num_kv_heads)
+        left_out = pages_left_out(self._page_table.page_of, held, selectable, num_sink_pages)
         if self._is_audit:
             self._audit(step, left_out)
         return None if self._summaries is None else self._summaries.estimate(step, left_out, rating)
@@ -360,28 +373,28 @@ class PagedLayer(TieredLayer):
 
     def _view_mask(self, step: Step, held: Held, num_pages: int, *, alike: bool) -> Tensor | None:
         """The mask of the first places and the window; alike: all rows attend all of them."""
-        sinks, recent = self._fixed()
+        sink_pages, recent = self._fixed()
         mask = None
         if not alike:
-            mask = view_mask(self.config, self.geometry, held, sinks, recent, num_pages)
+            mask = view_mask(self.config, self.geometry, held, sink_pages, recent, num_pages)
         if step.bias is None:
             return mask
-        page_of = self._residency.page_of
+        page_of = self._page_table.page_of
         tokens = view_tokens(self.config, self.geometry, page_of, self.sealed, recent, num_pages)
         bias = step.bias(tokens)[:, :, :, 0]
         return bias if mask is None else mask + bias
 
     def _attend(self, step: Step, chosen: Held | None, rating: Tensor | None) -> Tensor:
-        sinks, recent = self._fixed()
-        held = self._residency.page_of >= 0 if chosen is None else chosen
+        sink_pages, recent = self._fixed()
+        held = self._page_table.page_of >= 0 if chosen is None else chosen
         estimated = self._leave_out(step, held, rating)
         per_row = held.sum(axis=1)
-        self._count_attended(per_row, sinks, recent)
+        self._count_attended(per_row, sink_pages, recent)
         # Places fill from the first on, so the last held one bounds the view.
         widest = int(per_row.max(initial=0))
         if chosen is not None:
             widest = int((held * np.arange(1, self._num_places + 1)).max(initial=0))
-        num_pages = int(sinks.max()) + widest
+        num_pages = int(sink_pages.max()) + widest
         alike = self.lengths.uniform and chosen is None and int(per_row.min()) == widest
         mask = self._view_mask(step, held, num_pages, alike=alike)
         output = self._attend_places(step, num_pages, int(recent.max()), mask, held, estimated)
@@ -421,11 +434,11 @@ class PagedLayer(TieredLayer):
         # Places run right to left.
         received = mass.flatten(0, 1).flip(1)[:, self.config.num_sink_pages :].cpu().numpy()
         places = slice(0, received.shape[1])
-        pages = np.where(held, self._residency.page_of, -1)[:, places]
+        pages = np.where(held, self._page_table.page_of, -1)[:, places]
         importance.observe(pages, received)
 
-    def _count_attended(self, per_row: Ids, sinks: Ids, recent: Ids) -> None:
-        pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sinks.sum())
+    def _count_attended(self, per_row: Ids, sink_pages: Ids, recent: Ids) -> None:
+        pages = int(per_row.sum()) / self.geometry.num_kv_heads + int(sink_pages.sum())
         self.counters.attended_tokens = round(pages * self.config.page_size) + int(recent.sum())
 
     # -- several new tokens: everything, streamed -------------------------------------------------
@@ -439,12 +452,12 @@ class PagedLayer(TieredLayer):
     # -- changes of shape -------------------------------------------------------------------------
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
-        rows = self.cache_rows(slice(sequence, sequence + 1))
+        rows = self.rows_of(slice(sequence, sequence + 1))
         self._store.forget(sequence, first, last)
         if self._importance is not None:
             self._importance.unseal(rows, first)
         num_left = max(0, first - self.config.num_sink_pages)
-        self._residency.drop_from(rows, first, num_left)
+        self._page_table.drop_from(rows, first, num_left)
         self._complete = False
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
@@ -468,7 +481,7 @@ class PagedLayer(TieredLayer):
         self.device_tier, self.geometry = device_tier, device_tier.geometry
         self._allot(num_selected)
         if before.num_slots == self.working_set.num_slots:
-            self._residency.keep_rows(rows)
+            self._page_table.keep_rows(rows)
             copy_sequences(before.planes, self.working_set.planes, on_device)
         else:
             copy_sequences(before.windows, self.working_set.windows, on_device)
@@ -476,26 +489,26 @@ class PagedLayer(TieredLayer):
 
     def _start_anew(self) -> None:
         """Fill a working set of another size: sinks now, pages when they are selected."""
-        self._residency = Residency(self.geometry.num_rows, self._num_places)
+        self._page_table = PageTable(self.geometry.num_rows, self._num_places)
         self._complete = False
-        sinks = self.config.num_sink_pages
-        held = np.minimum(self.sealed, sinks).repeat(self.geometry.num_kv_heads)
-        rows, pages = np.nonzero(np.arange(sinks) < held[:, None])
-        self._copy_in(rows, pages - sinks, pages)
+        num_sink_pages = self.config.num_sink_pages
+        held = np.minimum(self.sealed, num_sink_pages).repeat(self.geometry.num_kv_heads)
+        rows, pages = np.nonzero(np.arange(num_sink_pages) < held[:, None])
+        self._copy_in(rows, pages - num_sink_pages, pages)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other or the tiers differ."""
-        self._residency.check()
+        """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
+        self._page_table.check()
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
         self._check_residents()
 
     def _check_residents(self) -> None:
         """Every page on the device, sinks included, must be bit-equal to its backup on the host."""
-        sinks = np.arange(self.config.num_sink_pages)
-        for row, places in enumerate(self._residency.page_of):
+        sink_pages = np.arange(self.config.num_sink_pages)
+        for row, places in enumerate(self._page_table.page_of):
             sequence = row // self.geometry.num_kv_heads
-            own_sinks = np.where(sinks < self.sealed[sequence], sinks, -1)
+            own_sinks = np.where(sink_pages < self.sealed[sequence], sink_pages, -1)
             for place, page in enumerate(np.concatenate((own_sinks, places)).tolist()):
                 if page >= 0 and not self._same(row, place, page):
                     raise IntegrityError(f"page {page} of row {row} differs from its backup")

@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import ConfigError
 from arkcache.formats import PageLayout
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.tiering.device import Geometry, TierPlan
 
 LEAST_STREAMED, MOST_STREAMED = 1024, 8192
@@ -26,7 +26,7 @@ MOST_SLOTS = 4.0
 """The largest automatic pool factor: slots for each page that a step selects."""
 
 SPARE_SHARE = 1 / 16
-"""Of a device's free memory, what automatic spare slots may take: models need the rest."""
+"""The part of a device's free memory that automatic spare slots may take: models need the rest."""
 
 
 @dataclass(frozen=True)
@@ -59,46 +59,48 @@ class Planner:
         sizes = (self.config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
         return [PagePacker(PageLayout(one, *sizes), self.dtype) for one in formats]
 
-    def selected(self, layer: int, most: int) -> Ids:
-        """Pages that each KV head of a layer may select [num_kv_heads], at most `most`."""
+    def selected(self, layer: int, max_selected: int) -> Ids:
+        """Pages that each KV head of a layer may select [num_kv_heads], at most `max_selected`."""
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
-        return np.minimum(np.array(pages, dtype=np.int64), most)
+        return np.minimum(np.array(pages, dtype=np.int64), max_selected)
 
     @property
     def takes_spare(self) -> bool:
-        """Whether the pool factor is up to the device, and it can make use of spare slots."""
+        """Whether the pool factor follows from free memory: it is not set, and spare slots help."""
         automatic = self.config.device_pool_factor is None
         return automatic and self.backend == "triton" and self.device.type == "cuda"
 
-    def pool_factor(self, batch: int, most: int) -> float:
+    def pool_factor(self, batch: int, max_selected: int) -> float:
         """Slots for each page that a step selects: as set, or what the device has room for."""
         least = self.config.device_pool_factor or 1.0
         if not self.takes_spare:
             return least
         free, _ = torch.cuda.mem_get_info(self.device)
-        room = self.plan(batch, most, least).nbytes + int(free * SPARE_SHARE)
-        return self.factor_within(room, batch, most)
+        room = self.plan(batch, max_selected, least).nbytes + int(free * SPARE_SHARE)
+        return self.factor_within(room, batch, max_selected)
 
-    def factor_within(self, room: int, batch: int, most: int) -> float:
+    def factor_within(self, room: int, batch: int, max_selected: int) -> float:
         """The largest automatic pool factor of a tier within so many bytes and `device_bytes`."""
         limit = self.config.device_bytes
         room = room if limit is None else min(room, limit)
         factors = np.arange(MOST_SLOTS, 1.0, -1 / 8).tolist()
-        fits = (factor for factor in factors if self.plan(batch, most, factor).nbytes <= room)
+        fits = (
+            factor for factor in factors if self.plan(batch, max_selected, factor).nbytes <= room
+        )
         return next(fits, 1.0)
 
-    def plan(self, batch: int, most: int, pool_factor: float | None = None) -> TierPlan:
-        """The device tier for so many sequences, whose heads select at most `most` pages.
+    def plan(self, batch: int, max_selected: int, pool_factor: float | None = None) -> TierPlan:
+        """The device tier for so many sequences, whose heads select at most `max_selected` pages.
 
         pool_factor: slots for each page that a step selects; None is `self.pool_factor`.
         """
         config = self.config
-        factor = self.pool_factor(batch, most) if pool_factor is None else pool_factor
+        factor = self.pool_factor(batch, max_selected) if pool_factor is None else pool_factor
         geometry = Geometry(
             batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
         )
         slots = tuple(
-            config.num_sink_pages + int(np.ceil(self.selected(layer, most).max() * factor))
+            config.num_sink_pages + int(np.ceil(self.selected(layer, max_selected).max() * factor))
             for layer in range(self.num_layers)
             if config.budget_of(layer) is not None
         )

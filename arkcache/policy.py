@@ -35,9 +35,9 @@ def top_pages(score: Tensor, num_selected: int) -> Ids:
     return best
 
 
-def ranked_pages(score: Tensor, most: int) -> Ids:
+def ranked_pages(score: Tensor, max_selected: int) -> Ids:
     """Like `top_pages`, best first: for rows that take different numbers of pages."""
-    best: Ids = torch.topk(score, most, dim=1, sorted=True).indices.cpu().numpy()
+    best: Ids = torch.topk(score, max_selected, dim=1, sorted=True).indices.cpu().numpy()
     return best
 
 
@@ -55,8 +55,8 @@ def page_shares(score: Tensor, fixed: Tensor) -> Tensor:
 class Cover(NamedTuple):
     """Pages that reach a target.
 
-    pages [rows, most], best first, of which row r takes the first `num_taken[r]`; missed [rows]:
-    the share of attention of all others; is_capped [rows]: whether that exceeds the target.
+    pages [rows, max_selected], best first, of which row r takes the first `num_taken[r]`; missed
+    [rows]: the share of attention of all others; is_capped [rows]: whether that exceeds the target.
     """
 
     pages: Ids
@@ -71,12 +71,12 @@ def fewest_pages(share: Tensor, target: float, cap: Ids) -> Cover:
     Twilight's top-p, by pages: the least c for which what is fixed and the c pages of
     the largest shares [rows, pages] hold 1 - target. cap [rows]: pages that a row may take.
     """
-    most = int(cap.max(initial=0))
-    best = share.topk(most, dim=1, sorted=True)
+    max_selected = int(cap.max(initial=0))
+    best = share.topk(max_selected, dim=1, sorted=True)
     rest = share.scatter(1, best.indices, 0.0).sum(dim=1, keepdim=True)
     # Summed from the smallest on: 1 - (what is covered) would lose the digits of a small target.
     missed = torch.cat((best.values, rest), dim=1).double().cpu().numpy()
-    missed = missed[:, ::-1].cumsum(axis=1)[:, ::-1]  # after 0, 1, ... `most` pages
+    missed = missed[:, ::-1].cumsum(axis=1)[:, ::-1]  # after 0, 1, ... `max_selected` pages
     count = np.minimum((missed > target).sum(axis=1), cap)
     left = np.take_along_axis(missed, count[:, None], axis=1)[:, 0]
     return Cover(best.indices.cpu().numpy(), count, left, left > target)

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.index import PageIndex, make_index, mass_index
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.pages import Ids
 from arkcache.policy import aggregate, page_shares
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry
@@ -51,8 +51,8 @@ class PageRatings:
         """Rate by another index, and forget all digests."""
         self._index, self.digests = index, None
 
-    def write(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        """Digest pages [sequences, kv_heads, pages, page_size, dim] from number `first` on."""
+    def write(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Digest pages [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
         # Boxes fit keys better as the model made them: a rotation evens out their channels.
         key = rotate(key) if self._config.rotates_keys else key
         if self._latent:
@@ -64,7 +64,7 @@ class PageRatings:
             shape = list(digest.shape)
             shape[0], shape[dim] = self._geometry.batch, FIRST_PAGES
             self.digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
-        self.digests.write(rows, first, digest)
+        self.digests.write(seqs, first, digest)
 
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""
@@ -72,17 +72,17 @@ class PageRatings:
         if self.digests is not None:
             self.digests.keep_sequences(index)
 
-    def rate(self, step: Step, sealed: Ids, most: int, *, uniform: bool) -> Tensor:
-        """Rate the first `most` selectable pages of every row [rows, pages].
+    def rate(self, step: Step, sealed: Ids, max_selectable: int, *, uniform: bool) -> Tensor:
+        """Rate the first `max_selectable` pages of every row, sinks apart, [rows, pages].
 
         sealed: pages of each sequence; uniform: all have as many tokens.
         """
-        query, digests = self._inputs(step, most)
+        query, digests = self._inputs(step, max_selectable)
         score = self._index.score(query * step.scale, digests)
         if uniform and step.bias is None:
             return aggregate(score, self._config.score_reduction)
-        outside = self._outside(sealed, most, score.device)
-        hidden = hidden_pages(step, self._config, self._geometry, most) | outside
+        outside = self._outside(sealed, max_selectable, score.device)
+        hidden = hidden_pages(step, self._config, self._geometry, max_selectable) | outside
         score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
         rating = aggregate(score, self._config.score_reduction)
         # Again, because a share of a page that exists may underflow to 0 too; pages that do not
@@ -90,17 +90,19 @@ class PageRatings:
         rating = rating.masked_fill(hidden, torch.finfo(rating.dtype).min)
         return rating.masked_fill(outside, float("-inf"))
 
-    def shares(self, step: Step, sealed: Ids, most: int, fixed: Tensor, *, uniform: bool) -> Tensor:
+    def shares(
+        self, step: Step, sealed: Ids, max_selectable: int, fixed: Tensor, *, uniform: bool
+    ) -> Tensor:
         """Estimate which share of attention each of these pages holds [rows, pages].
 
         fixed [rows, group]: log mass of what the step attends anyhow.
         """
-        query, digests = self._inputs(step, most)
-        bias = token_bias(step, self._config, self._geometry, most)
+        query, digests = self._inputs(step, max_selectable)
+        bias = token_bias(step, self._config, self._geometry, max_selectable)
         index = mass_index(self._index)
         score = index.log_mass(query.float() * step.scale, digests, step.softcap, bias)
         if not uniform:
-            outside = self._outside(sealed, most, score.device)
+            outside = self._outside(sealed, max_selectable, score.device)
             score = score.masked_fill(outside[:, None], float("-inf"))
         return page_shares(score, fixed)
 
@@ -109,18 +111,18 @@ class PageRatings:
         outside = self._outside(sealed, rating.shape[1], rating.device)
         return rating.masked_fill(outside, float("-inf"))
 
-    def _inputs(self, step: Step, most: int) -> tuple[Tensor, Tensor]:
-        """Queries [rows, group, dim] and digests of the first `most` selectable pages."""
+    def _inputs(self, step: Step, max_selectable: int) -> tuple[Tensor, Tensor]:
+        """Queries [rows, group, dim] and digests of the first pages behind the sinks."""
         assert self.digests is not None
-        digests = self.digests.first(self._config.num_sink_pages + most)
-        digests = digests.narrow(self.digests.dim, self._config.num_sink_pages, most)
+        digests = self.digests.first(self._config.num_sink_pages + max_selectable)
+        digests = digests.narrow(self.digests.dim, self._config.num_sink_pages, max_selectable)
         _, heads, _, dim = step.index_query.shape
         group = heads // self._geometry.num_kv_heads
         query = step.index_query.reshape(self._geometry.num_rows, group, dim)
         return query, digests.flatten(0, 1)
 
-    def _outside(self, sealed: Ids, most: int, device: torch.device) -> Tensor:
-        """Which of the first `most` selectable pages a row does not have [rows, pages]."""
+    def _outside(self, sealed: Ids, max_selectable: int, device: torch.device) -> Tensor:
+        """Which of the first `max_selectable` pages a row does not have [rows, pages]."""
         own = np.repeat(sealed, self._geometry.num_kv_heads)[:, None]
-        outside = torch.from_numpy(np.arange(most) >= own - self._config.num_sink_pages)
+        outside = torch.from_numpy(np.arange(max_selectable) >= own - self._config.num_sink_pages)
         return outside.to(device)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_attention import paged_attention
@@ -25,18 +26,17 @@ from arkcache.kernels.triton_copy import gather
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import Selection
 from arkcache.offloaded import OffloadedLayer
-from arkcache.pages import Ids
-from arkcache.ring import by_row_and_head, sink_logits, user_bias
+from arkcache.ring import by_row_and_head, sink_logits_by_row, user_bias
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.step import Step
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import Event, Lanes, lanes_of
+from arkcache.tiering.streams import Event, Streams, streams_of
 from arkcache.views import hidden_pages, page_bias
 
 
 class Speculation(NamedTuple):
-    """A recall that runs beside the main lane; its tensors live until it is over."""
+    """A recall that runs beside the main stream; its tensors live until it is over."""
 
     over: Event
     scores: Scores
@@ -63,8 +63,8 @@ class RecalledLayer(OffloadedLayer):
         super().__init__(config, num_selected, device_tier, number, host, packer)
         self._speculation: Speculation | None = None
 
-    def _open_lines(self) -> None:
-        super()._open_lines()
+    def _make_buffers(self) -> None:
+        super()._make_buffers()
         rows, device = self.geometry.num_rows, self.geometry.device
         with torch.inference_mode(False):
             no_list = torch.zeros((rows, 0), dtype=torch.int32, device=device)
@@ -73,8 +73,8 @@ class RecalledLayer(OffloadedLayer):
         self._nothing = Selection(no_list, no_list, no_pages, no_list, no_pages)
 
     @property
-    def _lanes(self) -> Lanes:
-        return lanes_of(self.geometry.device)
+    def _streams(self) -> Streams:
+        return streams_of(self.geometry.device)
 
     # -- one new token: score, select, recall, attend ---------------------------------------------
 
@@ -85,18 +85,18 @@ class RecalledLayer(OffloadedLayer):
         bias = user_bias(step, self.geometry, int(self.lengths.of.max()))
         fixed = self._fixed_mass(step, bias)
         scores = self._score(step, bias)
-        selection = self._residents.select(scores, self._books.sealed, fixed)
+        selection = self._page_table.select(scores, self._metadata.sealed, fixed)
         self._recall(selection)
         output = self._attend(
             step,
             bias,
             selection,
-            self._residents.page_of,
-            means=self._table.means,
+            self._page_table.page_of,
+            means=self._directory.means,
             estimated=selection.estimated,
             page_bias=self._page_bias(step),
         )
-        if self.config.speculative_recall and self._residents.has_spare:
+        if self.config.speculative_recall and self._page_table.has_spare:
             self._speculate(scores, fixed)
         return output.view(self.geometry.batch, -1, 1, output.shape[-1])
 
@@ -118,15 +118,15 @@ class RecalledLayer(OffloadedLayer):
             page_of,
             key,
             value,
-            self._books.lengths,
-            self._books.sealed,
+            self._metadata.lengths,
+            self._metadata.sealed,
             layout=self._packer.layout,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, self.geometry),
+            sink_logits=sink_logits_by_row(step, self.geometry),
             bias=bias,
-            tickets=self._books.tickets,
+            tickets=self._metadata.tickets,
             **how,
         )
 
@@ -141,13 +141,13 @@ class RecalledLayer(OffloadedLayer):
         return mass
 
     def _score(self, step: Step, bias: Tensor | None) -> Scores:
-        query, sealed = self.grouped(step.index_query), self._books.sealed
+        query, sealed = self.grouped(step.index_query), self._metadata.sealed
         if self.config.orders_by_share(query.shape[1]):  # all that attention does is part of it
-            return self._table.score(query, sealed, step.scale, None, step.softcap, bias)
-        most = self._table.num_pages - self.config.num_sink_pages
-        hidden = hidden_pages(step, self.config, self.geometry, most)
+            return self._directory.score(query, sealed, step.scale, None, step.softcap, bias)
+        max_selectable = self._directory.num_pages - self.config.num_sink_pages
+        hidden = hidden_pages(step, self.config, self.geometry, max_selectable)
         mask = hidden if isinstance(hidden, Tensor) else None
-        return self._table.score(query, sealed, step.scale, mask)
+        return self._directory.score(query, sealed, step.scale, mask)
 
     def _page_bias(self, step: Step) -> Tensor | None:
         """The user's mask over estimates by page number [rows, group, pages]; None without one."""
@@ -162,39 +162,39 @@ class RecalledLayer(OffloadedLayer):
         """Copy what is missing from the host tier into its places."""
         gather(
             self._store.pieces(),
-            self._table.located,
+            self._directory.located,
             selection.pages,
             selection.places,
             selection.num_missing,
             self._slots,
-            num_sinks=self.config.num_sink_pages,
+            num_sink_pages=self.config.num_sink_pages,
         )
 
     # -- speculative recall -----------------------------------------------------------------------
 
     def _speculate(self, scores: Scores, fixed: Tensor | None) -> None:
-        """Recall what the present query rates next into the spare places, beside the main lane.
+        """Recall what the present query rates next into the spare places, beside the main stream.
 
         The next step selects afresh: it only finds fewer pages missing.
         """
-        lanes = self._lanes
-        lanes.side.wait(lanes.main.record())
+        streams = self._streams
+        streams.side.wait(streams.main.record())
         chosen: list[Selection] = []
 
         def choose() -> None:
-            sealed = self._books.sealed
-            chosen.append(self._residents.select(scores, sealed, fixed, speculative=True))
+            sealed = self._metadata.sealed
+            chosen.append(self._page_table.select(scores, sealed, fixed, speculative=True))
 
         try:
-            lanes.side.run(choose)
-            lanes.side.run(lambda: self._recall(chosen[0]))
+            streams.side.run(choose)
+            streams.side.run(lambda: self._recall(chosen[0]))
         finally:  # interrupted, too: what was queued is under way
-            self._speculation = Speculation(lanes.side.record(), scores, fixed, chosen)
+            self._speculation = Speculation(streams.side.record(), scores, fixed, chosen)
 
     def join(self) -> None:
-        """Have the main lane wait for the speculative recall and for the newest backup."""
+        """Have the main stream wait for the speculative recall and for the newest backup."""
         if self._speculation is not None:
-            self._lanes.main.wait(self._speculation.over)
+            self._streams.main.wait(self._speculation.over)
             self._speculation = None
         super().join()
 
@@ -205,7 +205,7 @@ class RecalledLayer(OffloadedLayer):
     # -- several new tokens, and what was done ----------------------------------------------------
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        self._residents.forget_spared()
+        self._page_table.forget_spared()
         return super()._page_blocks()
 
     def stats(self) -> CacheStats:
@@ -214,11 +214,11 @@ class RecalledLayer(OffloadedLayer):
         heads, counted = self.geometry.num_kv_heads, replace(self.counters)
         missed: tuple[tuple[MissedMass, ...], ...] = ()
         if self.config.target_missed_mass is not None:
-            missed = (tuple(self._residents.missed_by_head(heads)),)
-            spared = self._residents.num_spared * self.config.page_size
+            missed = (tuple(self._page_table.missed_by_head(heads)),)
+            spared = self._page_table.num_spared * self.config.page_size
             counted.attended_tokens -= round(spared / heads)
         return (
             counted.stats(int(self.lengths.of.sum()))
-            + self._residents.stats(self._packer.layout.nbytes)
-            + CacheStats(digest_bytes=self._table.nbytes, missed_by_layer=missed)
+            + self._page_table.stats(self._packer.layout.nbytes)
+            + CacheStats(digest_bytes=self._directory.nbytes, missed_by_layer=missed)
         )

@@ -1,9 +1,9 @@
-"""Layers of the GPU engine: a token is stored by a kernel, and the host only keeps the books.
+"""Layers of the GPU engine: a token is stored by a kernel, and the host only counts it.
 
-What happens at a step is split in two. The token is entered in the books on the host, for this
-layer (`book_token`) or for all layers at once (`stepping.py`): whether a page seals follows from
+What happens at a step is split in two. The token is counted on the host, for this layer
+(`count_token`) or for all layers at once (`capture.py`): whether a page seals follows from
 token counts alone. `launch_append` and `launch_attend` queue kernels whose shapes and addresses
-depend on no token count, so that a CUDA graph can replay them while the books go on. Nothing in
+depend on no token count, so that a CUDA graph can replay them while the counts go on. Nothing in
 either waits for the device.
 """
 
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule, attended_tokens
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_append import append
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.step import Step
-from arkcache.stepping import Bools, Rule, attended_tokens
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow
@@ -31,15 +31,16 @@ from arkcache.windows import RingWindow
 _numbers = count()
 
 
-class DeviceBooks:
+class DeviceMetadata:
     """What the kernels know of a layer's rows, int32 [rows] each: see `SealingLayer`.
 
     Args:
         geometry: sizes.
 
     Attributes:
-        number: of these books in this process: new ones may lie where others were.
-        tickets: of the programs that attend a row; zeros but while they do.
+        number: unique in this process. An address is not: new tensors may lie where old ones were,
+            and a graph that was recorded with those must not be replayed.
+        tickets: how many programs of `paged_attention` are done with a row; 0 between its calls.
     """
 
     def __init__(self, geometry: Geometry) -> None:
@@ -49,21 +50,21 @@ class DeviceBooks:
             empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
             self.lengths, self.sealed, self.tickets = empty, empty.clone(), empty.clone()
 
-    def set(self, rows: slice, lengths: Ids, sealed: Ids) -> None:
-        """What sequences `rows` hold from now on: tokens and sealed pages of each."""
-        where = slice(rows.start * self._heads, rows.stop * self._heads)
+    def set(self, seqs: slice, lengths: Ids, sealed: Ids) -> None:
+        """What sequences `seqs` hold from now on: tokens and sealed pages of each."""
+        where = slice(seqs.start * self._heads, seqs.stop * self._heads)
         both = np.stack((lengths, sealed)).astype(np.int32).repeat(self._heads, axis=1)
         on_device = upload(both, self.lengths.device)
         self.lengths[where], self.sealed[where] = on_device[0], on_device[1]
 
 
 class RingLayer(SealingLayer):
-    """A layer whose window is a ring on the device; subclasses call `_open_books` when built."""
+    """A layer whose window is a ring on the device; subclasses call `_make_metadata` when built."""
 
     takes_ragged = True
 
-    def _open_books(self) -> None:
-        self._books = DeviceBooks(self.geometry)
+    def _make_metadata(self) -> None:
+        self._metadata = DeviceMetadata(self.geometry)
 
     @property
     @abstractmethod
@@ -82,7 +83,7 @@ class RingLayer(SealingLayer):
         pages that seal: of which layer and sequence [layers, batch]."""
 
     @abstractmethod
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         """Seal the newest page of those rows whose last token completed one."""
 
     @abstractmethod
@@ -94,54 +95,54 @@ class RingLayer(SealingLayer):
         """Make room for sequences of so many tokens, so that no address changes until then."""
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+        """Forget work that was queued on other streams: recording it failed, so it never runs."""
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
-        self.join()  # before anything moves that other lanes read
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim]; several to sequences of equal length."""
+        self.join()  # before anything moves that other streams read
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.book_token(rows))
+            self.launch_append(seqs, key, value, self.count_token(seqs))
             return
-        super().append(rows, key, value)
-        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
+        super().append(seqs, key, value)
+        self._metadata.set(seqs, self.lengths.of[seqs], self.sealed[seqs])
 
-    def book_token(self, rows: slice) -> bool:
+    def count_token(self, seqs: slice) -> bool:
         """Enter one more token of these sequences; returns whether any seals a page with it."""
-        config, lengths = self.config, self.lengths.of[rows] + 1
+        config, lengths = self.config, self.lengths.of[seqs] + 1
         sealed = np.maximum((lengths - config.num_recent_tokens) // config.page_size, 0)
         seals = np.zeros((1, self.geometry.batch), dtype=np.bool_)
-        seals[0, rows] = sealed > self.sealed[rows]
+        seals[0, seqs] = sealed > self.sealed[seqs]
         self.make_ready([self], seals, int(lengths.max()))
-        self.lengths.of[rows], self.sealed[rows] = lengths, sealed
+        self.lengths.of[seqs], self.sealed[seqs] = lengths, sealed
         return bool(seals.any())
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what the books said."""
-        config, books, cache_rows = self.config, self._books, self.cache_rows(rows)
-        key_window, value_window = (plane[cache_rows] for plane in self.by_row(self.window))
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+        """Queue the storing of one token of each sequence; `seals` is what counting it said."""
+        config, metadata, rows = self.config, self._metadata, self.rows_of(seqs)
+        key_window, value_window = (plane[rows] for plane in self.by_row(self.window))
         append(
             key[:, :, 0],
             value[:, :, 0],
             key_window,
             value_window,
-            books.lengths[cache_rows],
-            books.sealed[cache_rows],
+            metadata.lengths[rows],
+            metadata.sealed[rows],
             recent=config.num_recent_tokens,
             page_size=config.page_size,
         )
         if seals:
             # Boxes fit keys better as the model made them: see `PagedLayer`.
             digest_window = rotate(key_window) if config.rotates_keys else key_window
-            self._launch_seal(cache_rows, digest_window)
+            self._launch_seal(rows, digest_window)
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         self.join()
         self.lengths.of[:], self.sealed[:] = lengths, sealed
-        self._books.set(slice(0, self.geometry.batch), lengths, sealed)
+        self._metadata.set(slice(0, self.geometry.batch), lengths, sealed)
 
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token."""
@@ -157,7 +158,7 @@ class RingLayer(SealingLayer):
         """Shorten every sequence to `lengths`; see `SealingLayer.crop`."""
         self.join()
         super().crop(lengths)
-        self._books.set(slice(0, self.geometry.batch), lengths, self.sealed)
+        self._metadata.set(slice(0, self.geometry.batch), lengths, self.sealed)
 
     @staticmethod
     def by_row(window: RingWindow) -> tuple[Tensor, Tensor]:
@@ -184,8 +185,8 @@ def by_row_and_head(bias: Tensor, step: Step, geometry: Geometry) -> Tensor:
     return bias.float().expand(shape).reshape(geometry.num_rows, group, bias.shape[3])
 
 
-def sink_logits(step: Step, geometry: Geometry) -> Tensor | None:
-    """The sinks' logits of every row [rows, group] in fp32; None without sinks."""
-    if step.sinks is None:
+def sink_logits_by_row(step: Step, geometry: Geometry) -> Tensor | None:
+    """The sink logits of every row [rows, group] in fp32; None without any."""
+    if step.sink_logits is None:
         return None
-    return step.sinks.float().reshape(geometry.num_kv_heads, -1).repeat(geometry.batch, 1)
+    return step.sink_logits.float().reshape(geometry.num_kv_heads, -1).repeat(geometry.batch, 1)

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids, sealed_pages
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
-from arkcache.pages import Ids, sealed_pages
 from arkcache.step import Counters, Lengths
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.host import HostTier
@@ -48,8 +48,8 @@ class SealingLayer(ABC):
         """The recent window."""
 
     @abstractmethod
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        """Keep pages [sequences, kv_heads, pages, page_size, dim] from number `first` on."""
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Keep pages [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
 
     @abstractmethod
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
@@ -62,19 +62,19 @@ class SealingLayer(ABC):
     @abstractmethod
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
         """Sealed pages block by block: first and last page, key, value [batch, kv_heads, tokens,
-        dim], whatever is there for a sequence that has fewer."""
+        dim]. Undefined beyond a sequence's last sealed page."""
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim] to sequences of equal length."""
-        length, first = int(self.lengths.of[rows.start]), int(self.sealed[rows.start])
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+        length, first = int(self.lengths.of[seqs.start]), int(self.sealed[seqs.start])
         page_size = self.config.page_size
         oldest, new_tokens = first * page_size, key.shape[2]
         last = sealed_pages(length + new_tokens, self.config.num_recent_tokens, page_size)
         if last == first:
-            self.window.write(rows, oldest, length, key, value)
+            self.window.write(seqs, oldest, length, key, value)
         else:
             if length > oldest:
-                before = self.window.read(rows, oldest, length - oldest)
+                before = self.window.read(seqs, oldest, length - oldest)
                 key = torch.cat((before[0], key), dim=2)
                 value = torch.cat((before[1], value), dim=2)
             cut = (last - first) * page_size
@@ -84,33 +84,33 @@ class SealingLayer(ABC):
                 pages = (
                     states[:, :, tokens].unflatten(2, (-1, page_size)) for states in (key, value)
                 )
-                self._seal(rows, start, *pages)
-            self.sealed[rows] = last
+                self._seal(seqs, start, *pages)
+            self.sealed[seqs] = last
             oldest = last * page_size
-            self.window.write(rows, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
-        self.lengths.set(rows, length + new_tokens)
+            self.window.write(seqs, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
+        self.lengths.set(seqs, length + new_tokens)
 
-    def cache_rows(self, rows: slice) -> slice:
-        """The (sequence, KV head) pairs of some sequences."""
+    def rows_of(self, seqs: slice) -> slice:
+        """The rows, (sequence, KV head) pairs, of these sequences."""
         heads = self.geometry.num_kv_heads
-        return slice(rows.start * heads, rows.stop * heads)
+        return slice(seqs.start * heads, seqs.stop * heads)
 
     def pages_to_seal(self, new_lengths: Ids) -> int:
         """Pages, over all sequences, that growing to these lengths seals."""
         sealed = (new_lengths - self.config.num_recent_tokens) // self.config.page_size
         return int(np.maximum(sealed - self.sealed, 0).sum())
 
-    def blocks_needed(self, _new_lengths: Ids) -> int:
+    def pieces_needed(self, _new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes: none, unless it is used."""
         return 0
 
     def release(self) -> None:  # noqa: B027 - most layers hold nothing outside themselves
         """Free what the layer holds outside itself: nothing, unless it uses the host tier."""
 
-    def move_blocks(self, _host: HostTier) -> None:  # noqa: B027
+    def move_pieces(self, _host: HostTier) -> None:  # noqa: B027
         """Follow the layer's pages into another host tier, if it uses one."""
 
-    def held_blocks(self) -> Ids:
+    def held_pieces(self) -> Ids:
         """Pieces of the host tier that the layer refers to: none, unless it is used."""
         return np.zeros(0, dtype=np.int64)
 
@@ -154,12 +154,12 @@ class SealingLayer(ABC):
         left = sealed_pages(length, self.config.num_recent_tokens, page_size)
         if left >= sealed:
             return
-        rows, oldest = slice(sequence, sequence + 1), sealed * page_size
-        newest = self.window.read(rows, oldest, int(self.lengths.of[sequence]) - oldest)
+        seqs, oldest = slice(sequence, sequence + 1), sealed * page_size
+        newest = self.window.read(seqs, oldest, int(self.lengths.of[sequence]) - oldest)
         key, value = (
             torch.cat((tokens[None], recent), dim=2)[:, :, : length - left * page_size]
             for tokens, recent in zip(self._read(sequence, left, sealed), newest, strict=True)
         )
-        self.window.write(rows, left * page_size, left * page_size, key, value)
+        self.window.write(seqs, left * page_size, left * page_size, key, value)
         self._unseal(sequence, left, sealed)
         self.sealed[sequence] = left

@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.kernels.torch_attention import Block, block_attention, decode_attention
-from arkcache.pages import Ids
 from arkcache.stats import CacheStats
 
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -36,7 +36,7 @@ class Step(NamedTuple):
     scale: float
     index_query: Tensor
     softcap: float | None = None
-    sinks: Tensor | None = None
+    sink_logits: Tensor | None = None
     expand: Expand | None = None
     bias: Callable[[Ids], Tensor] | None = None
 
@@ -85,9 +85,9 @@ class Lengths:
             output[torch.from_numpy(self.of == 0).to(output.device)] = 0
         return output
 
-    def set(self, rows: slice, length: int) -> None:
-        """Sequences `rows` now hold `length` tokens."""
-        self.of[rows] = length
+    def set(self, seqs: slice, length: int) -> None:
+        """Sequences `seqs` now hold `length` tokens."""
+        self.of[seqs] = length
 
 
 def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
@@ -100,14 +100,16 @@ def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> 
     batch, num_heads, _, head_dim = step.query.shape
     num_kv_heads = key.shape[1]
     group = num_heads // num_kv_heads
-    sinks = None if step.sinks is None else step.sinks.reshape(num_kv_heads, group)
+    sink_logits = (
+        None if step.sink_logits is None else step.sink_logits.reshape(num_kv_heads, group)
+    )
     output = decode_attention(
         step.query.reshape(batch, num_kv_heads, group, head_dim),
         key,
         value,
         scale=step.scale,
         softcap=step.softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
         mask=mask if mask is None or mask.dtype == step.query.dtype else mask.to(step.query.dtype),
     )
     return output.reshape(batch, num_heads, 1, output.shape[-1])
@@ -123,7 +125,7 @@ def page_mass(
     """
     batch, num_kv_heads = key.shape[:2]
     logits = view_logits(step, expanded(step, key, value)[0], mask)
-    mass = with_sinks(step, logits.logsumexp(dim=-1, keepdim=True))
+    mass = with_sink_logits(step, logits.logsumexp(dim=-1, keepdim=True))
     share = (logits[..., :num_tokens] - mass).exp_().nan_to_num_()
     share = share.unflatten(-1, (-1, page_size)).sum(dim=-1)
     # Expanded latents have a KV head for every query head, and share their pages.
@@ -143,11 +145,11 @@ def view_logits(step: Step, key: Tensor, mask: Tensor | None) -> Tensor:
     return logits if mask is None else logits + mask
 
 
-def with_sinks(step: Step, mass: Tensor) -> Tensor:
+def with_sink_logits(step: Step, mass: Tensor) -> Tensor:
     """The log mass of tokens [batch, kv_heads, group, 1] with what the sink logits add to it."""
-    if step.sinks is None:
+    if step.sink_logits is None:
         return mass
-    return torch.logaddexp(mass, step.sinks.float().view(1, *mass.shape[1:3], 1))
+    return torch.logaddexp(mass, step.sink_logits.float().view(1, *mass.shape[1:3], 1))
 
 
 def attend_parts(
@@ -189,7 +191,9 @@ def _attend_all(step: Step, blocks: Iterator[Block], num_kv_heads: int) -> Tenso
         blocks,
         scale=step.scale,
         softcap=step.softcap,
-        sinks=None if step.sinks is None else step.sinks.reshape(num_kv_heads, -1),
+        sink_logits=None
+        if step.sink_logits is None
+        else step.sink_logits.reshape(num_kv_heads, -1),
     )
     return output.flatten(1, 2)
 
@@ -222,7 +226,7 @@ def causal_blocks(
             yield Block(key, value, last_visible.shape[1])
             continue
         for line in lines:
-            yield from line.blocks(key, value, numbers[line.sequences])
+            yield from line.blocks(key, value, numbers[line.seqs])
 
 
 class CausalLine(NamedTuple):
@@ -232,7 +236,7 @@ class CausalLine(NamedTuple):
     next one too.
     """
 
-    sequences: slice
+    seqs: slice
     oldest: int
     first: int
 
@@ -246,11 +250,11 @@ class CausalLine(NamedTuple):
                 continue
             causal = first == past
             yield Block(
-                key[self.sequences, :, first:stop],
-                value[self.sequences, :, first:stop],
+                key[self.seqs, :, first:stop],
+                value[self.seqs, :, first:stop],
                 seen_from=self.first + start + first - self.oldest - 1 if causal else 0,
                 causal=causal,
-                sequences=self.sequences,
+                seqs=self.seqs,
             )
 
 
@@ -271,8 +275,8 @@ def causal_lines(last_visible: Ids) -> list[CausalLine]:
         more = np.maximum(np.arange(new_tokens) - first + 1, 0)
         if not np.array_equal(visible, visible[0] + more):
             return []
-        sequences = slice(0, batch) if alike else slice(sequence, sequence + 1)
-        lines.append(CausalLine(sequences, int(visible[0]), first))
+        seqs = slice(0, batch) if alike else slice(sequence, sequence + 1)
+        lines.append(CausalLine(seqs, int(visible[0]), first))
     return lines
 
 

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.tiering.host import HostTier, take
 
 DEMOTED_PAGES = 256
@@ -66,31 +66,31 @@ class PageStore:
         """Pieces of the host tier that a page of all KV heads takes."""
         return int(self._handles.shape[1])
 
-    def append(self, sequences: slice, first: int, packed: Tensor) -> None:
-        """Keep pages [sequences, kv_heads, pages, nbytes] from number `first` on."""
-        handles = self.allot(sequences, first, packed.shape[2])
+    def append(self, seqs: slice, first: int, packed: Tensor) -> None:
+        """Keep pages [seqs, kv_heads, pages, nbytes] from number `first` on."""
+        handles = self.allot(seqs, first, packed.shape[2])
         by_page = packed.transpose(1, 2).reshape(len(handles), -1)
         self.host.write(handles, by_page)
 
-    def allot(self, sequences: slice, first: int, count: int) -> Ids:
+    def allot(self, seqs: slice, first: int, count: int) -> Ids:
         """Take pieces for `count` pages of some sequences from number `first` on, to be written.
 
         Returns their handles, sequence by sequence and page by page.
         """
-        batch, pieces = sequences.stop - sequences.start, self.pieces_per_page
+        batch, pieces = seqs.stop - seqs.start, self.pieces_per_page
         handles = self.host.allocate(batch * count * pieces)
         self._widen(first + count)
         by_piece = handles.reshape(batch, count, pieces).transpose(0, 2, 1)
-        self._handles[sequences, :, first : first + count] = by_piece
+        self._handles[seqs, :, first : first + count] = by_piece
         return handles
 
-    def enter(self, sequences: Ids, pages: Ids, handles: Ids) -> None:
-        """Hold pieces that were allocated, one as page `pages[i]` of sequence `sequences[i]`.
+    def enter(self, seqs: Ids, pages: Ids, handles: Ids) -> None:
+        """Hold pieces that were allocated, one as page `pages[i]` of sequence `seqs[i]`.
 
         For pages of one format, of which a piece holds all KV heads.
         """
         self._widen(int(pages.max(initial=0)) + 1)
-        self._handles[sequences, 0, pages] = handles
+        self._handles[seqs, 0, pages] = handles
 
     def _widen(self, num_pages: int) -> None:
         """Make room for so many pages of every sequence."""
@@ -188,7 +188,7 @@ class PageStore:
         self._handles[sequence, :, first:last] = -1
 
     def forget_from(self, sequence: int, first: int) -> None:
-        """Give whatever is held of a sequence from page `first` on back to the host tier."""
+        """Give the pages that are held of a sequence from `first` on back to the host tier."""
         handles = self._handles[sequence, :, first:]
         self.host.release(handles[handles >= 0])
         handles[:] = -1

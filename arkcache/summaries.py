@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import GrowingTensor
@@ -83,10 +83,10 @@ class PageSummaries:
         """Bytes of both."""
         return self._key.nbytes + self._value.nbytes
 
-    def write(self, sequences: slice, first: int, key: Tensor, value: Tensor) -> None:
-        """Summarise pages [sequences, kv_heads, pages, page_size, dim] from number `first` on."""
-        self._key.write(sequences, first, key.mean(dim=3))
-        self._value.write(sequences, first, value.mean(dim=3))
+    def write(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Summarise pages [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
+        self._key.write(seqs, first, key.mean(dim=3))
+        self._value.write(seqs, first, value.mean(dim=3))
 
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""

@@ -1,4 +1,8 @@
-"""What layers whose sealed pages live in the host tier share, whatever decides what is recalled."""
+"""What all layers with sealed pages in the host tier share: streaming them, and giving them back.
+
+Which pages are recalled is decided elsewhere: by `PagedLayer` on the host, by `RecalledLayer` on
+the device.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,15 @@ from functools import partial
 
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import lanes_of
-from arkcache.tiering.streaming import read_ahead
+from arkcache.tiering.read_ahead import read_ahead
+from arkcache.tiering.streams import streams_of
 
 
 class TieredLayer(SealingLayer):
@@ -53,7 +57,7 @@ class TieredLayer(SealingLayer):
         """The host tier."""
         return self._store.host
 
-    def blocks_needed(self, new_lengths: Ids) -> int:
+    def pieces_needed(self, new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes."""
         return self.pages_to_seal(new_lengths) * self._store.pieces_per_page
 
@@ -64,8 +68,8 @@ class TieredLayer(SealingLayer):
         per_block = blocks[0][0].shape[2] // page_size
         runs = [(first, min(first + per_block, total)) for first in range(0, total, per_block)]
         loads = [partial(self._load, first, last) for first, last in runs]
-        lanes = lanes_of(self.geometry.device)
-        for (first, last), block in zip(runs, read_ahead(lanes, blocks, loads), strict=True):
+        streams = streams_of(self.geometry.device)
+        for (first, last), block in zip(runs, read_ahead(streams, blocks, loads), strict=True):
             key, value = (plane[:, :, : (last - first) * page_size] for plane in block)
             yield first, last, key, value
 
@@ -91,10 +95,10 @@ class TieredLayer(SealingLayer):
         """Give the layer's pages back to the host tier."""
         self._store.release()
 
-    def move_blocks(self, host: HostTier) -> None:
+    def move_pieces(self, host: HostTier) -> None:
         """Follow the layer's pages into a tier that was extracted from the present one."""
         self._store.move(host)
 
-    def held_blocks(self) -> Ids:
+    def held_pieces(self) -> Ids:
         """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
         return self._store.held()

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError
 from arkcache.kernels.torch_hadamard import block_dim
-from arkcache.pages import Ids
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What keys and values may be stored in: narrower floats have too little arithmetic in torch."""
@@ -113,11 +113,13 @@ def check_mask(mask: Tensor, expected: tuple[int, int, int, int], like: Tensor) 
     _check_device("mask", mask, like)
 
 
-def check_sinks(sinks: Tensor, num_heads: int, like: Tensor) -> None:
+def check_sink_logits(sink_logits: Tensor, num_heads: int, like: Tensor) -> None:
     """Raise unless there is one sink logit per head."""
-    if sinks.numel() != num_heads:
-        raise InputError(f"sinks of shape {list(sinks.shape)}: expected [num_heads={num_heads}]")
-    _check_device("sinks", sinks, like)
+    if sink_logits.numel() != num_heads:
+        raise InputError(
+            f"sinks of shape {list(sink_logits.shape)}: expected [num_heads={num_heads}]"
+        )
+    _check_device("sinks", sink_logits, like)
 
 
 def check_index_query(index_query: Tensor, query: Tensor, dim: int) -> None:

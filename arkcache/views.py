@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.pages import Ids
 from arkcache.step import Step, additive
 from arkcache.tiering.device import Geometry
 
@@ -21,17 +21,23 @@ Held = NDArray[np.bool_]
 
 
 def view_mask(
-    config: CacheConfig, geometry: Geometry, held: Held, sinks: Ids, recent: Ids, num_pages: int
+    config: CacheConfig,
+    geometry: Geometry,
+    held: Held,
+    sink_pages: Ids,
+    recent: Ids,
+    num_pages: int,
 ) -> Tensor:
     """The additive mask of a view whose rows differ: [batch, kv_heads, 1, tokens].
 
-    sinks, recent: sink pages and window tokens of each sequence; the view has `num_pages` pages.
+    sink_pages, recent: how many of each a sequence has, recent in tokens; the view has `num_pages`
+    pages.
     """
     batch, heads = geometry.batch, geometry.num_kv_heads
-    num_sinks = config.num_sink_pages
-    places = np.zeros((batch, heads, num_sinks + held.shape[1]), dtype=np.bool_)
-    places[:, :, :num_sinks] = (np.arange(num_sinks) < sinks[:, None])[:, None]
-    places[:, :, num_sinks:] = held.reshape(batch, heads, -1)
+    num_sink_pages = config.num_sink_pages
+    places = np.zeros((batch, heads, num_sink_pages + held.shape[1]), dtype=np.bool_)
+    places[:, :, :num_sink_pages] = (np.arange(num_sink_pages) < sink_pages[:, None])[:, None]
+    places[:, :, num_sink_pages:] = held.reshape(batch, heads, -1)
     pages = places[:, :, :num_pages][:, :, ::-1].repeat(config.page_size, axis=2)
     window = np.arange(int(recent.max())) < recent[:, None]
     window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
@@ -51,27 +57,30 @@ def view_tokens(
     page_of: the page in each place [rows, places]; sealed: sealed pages of each sequence.
     """
     batch, heads, page_size = geometry.batch, geometry.num_kv_heads, config.page_size
-    num_sinks = config.num_sink_pages
-    pages = np.zeros((batch, heads, num_sinks + page_of.shape[1]), dtype=np.int64)
-    pages[:, :, :num_sinks] = np.arange(num_sinks)
-    pages[:, :, num_sinks:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
+    num_sink_pages = config.num_sink_pages
+    pages = np.zeros((batch, heads, num_sink_pages + page_of.shape[1]), dtype=np.int64)
+    pages[:, :, :num_sink_pages] = np.arange(num_sink_pages)
+    pages[:, :, num_sink_pages:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
     tokens = pages[:, :, :num_pages][:, :, ::-1, None] * page_size + np.arange(page_size)
     window = sealed[:, None] * page_size + np.arange(int(recent.max()))
     window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
     return np.concatenate((tokens.reshape(batch, heads, -1), window), axis=2)
 
 
-def hidden_pages(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | bool:
-    """Which of the first `most` selectable pages the user's mask hides whole [rows, pages]; False
-    for none."""
+def hidden_pages(
+    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+) -> Tensor | bool:
+    """Which of the first `max_selectable` pages the user's mask hides whole [rows, pages].
+
+    Pages are counted from the first behind the sinks. Returns False for none."""
     if step.bias is None:
         return False
-    sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    num_sink_pages, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))
     # Some models hide with the most negative number rather than with -inf.
     seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
-    seen = seen.unflatten(2, (most, page_size)).any(dim=3)
+    seen = seen.unflatten(2, (max_selectable, page_size)).any(dim=3)
     if seen.shape[1] > geometry.num_kv_heads:  # expanded latents share their pages
         seen = seen.any(dim=1, keepdim=True)
     hidden: Tensor = ~seen.expand(-1, geometry.num_kv_heads, -1).flatten(0, 1)
@@ -94,31 +103,40 @@ def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
     return mean
 
 
-def token_bias(step: Step, config: CacheConfig, geometry: Geometry, most: int) -> Tensor | None:
-    """The user's mask over the tokens of the first `most` selectable pages, for every row.
+def token_bias(
+    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+) -> Tensor | None:
+    """The user's mask over the tokens of the first `max_selectable` pages, for every row.
 
-    Returns [rows, group or 1, most, page_size]; None for none.
+    Pages are counted from the first behind the sinks. Returns [rows, group or 1, max_selectable,
+    page_size]; None for none.
     """
     if step.bias is None:
         return None
-    sinks, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(sinks * page_size, (sinks + most) * page_size)
+    num_sink_pages, page_size = config.num_sink_pages, config.page_size
+    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
     bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
     heads = geometry.num_kv_heads
     if bias.shape[1] > heads:  # expanded latents share their pages
         bias = bias.reshape(geometry.batch, heads, -1, len(tokens))
-    own: Tensor = bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (most, page_size))
+    own: Tensor = (
+        bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (max_selectable, page_size))
+    )
     return own
 
 
-def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sinks: int) -> Held:
-    """Which selectable pages exist and are not attended [rows, most pages selectable].
+def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sink_pages: int) -> Held:
+    """Which selectable pages exist and are not attended [rows, max_selectable].
 
     page_of: the page in each place [rows, places]; held: which places are attended; selectable:
     pages of each row that there are to select from.
     """
-    most = int(selectable.max(initial=0))
-    attended = np.zeros((len(page_of), most + 1), dtype=np.bool_)
-    np.put_along_axis(attended, np.where(held, page_of - num_sinks, most), True, axis=1)
-    left_out: Held = ~attended[:, :most] & (np.arange(most) < selectable[:, None])
+    max_selectable = int(selectable.max(initial=0))
+    attended = np.zeros((len(page_of), max_selectable + 1), dtype=np.bool_)
+    np.put_along_axis(
+        attended, np.where(held, page_of - num_sink_pages, max_selectable), True, axis=1
+    )
+    left_out: Held = ~attended[:, :max_selectable] & (
+        np.arange(max_selectable) < selectable[:, None]
+    )
     return left_out

@@ -1,7 +1,7 @@
-"""The recent window of a layer: its newest tokens, in full precision, in the order or in a ring.
+"""The recent window of a layer: its newest tokens, in full precision, in order or in a ring.
 
 Both hold tokens by number. `first` is the oldest token that the window holds; `at` the first of
-those that are read or written. Rows are a slice of sequences of equal length.
+those that are read or written; `seqs` a run of sequences of equal length.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 class Window(Protocol):
     """Keys and values of the newest tokens, planes [batch, kv_heads, window_tokens, dim]."""
 
-    def write(self, rows: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
-        """Store tokens [sequences, kv_heads, new, dim] as numbers `at` onwards."""
+    def write(self, seqs: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
+        """Store tokens [seqs, kv_heads, new, dim] as numbers `at` onwards."""
         ...
 
-    def read(self, rows: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """The first `count` tokens: key, value [sequences, kv_heads, count, dim]."""
+    def read(self, seqs: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """The first `count` tokens: key, value [seqs, kv_heads, count, dim]."""
         ...
 
     def recent(self, firsts: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """`count` tokens of every sequence from its own `firsts` [batch] (int64, on the host) on.
 
-        Whatever is there for a sequence that has fewer.
+        Undefined beyond a sequence's last token.
         """
         ...
 
@@ -37,15 +37,15 @@ class ShiftedWindow(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def write(self, rows: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
+    def write(self, seqs: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
         """See `Window`."""
         tokens = slice(at - first, at - first + key.shape[2])
-        self.key[rows, :, tokens] = key
-        self.value[rows, :, tokens] = value
+        self.key[seqs, :, tokens] = key
+        self.value[seqs, :, tokens] = value
 
-    def read(self, rows: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def read(self, seqs: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
         """See `Window`."""
-        return self.key[rows, :, :count], self.value[rows, :, :count]
+        return self.key[seqs, :, :count], self.value[seqs, :, :count]
 
     def recent(self, firsts: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Window`."""
@@ -58,16 +58,16 @@ class RingWindow(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def write(self, rows: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
+    def write(self, seqs: slice, first: int, at: int, key: Tensor, value: Tensor) -> None:
         """See `Window`."""
         where = self._places(at, key.shape[2])
-        self.key[rows].index_copy_(2, where, key)
-        self.value[rows].index_copy_(2, where, value)
+        self.key[seqs].index_copy_(2, where, key)
+        self.value[seqs].index_copy_(2, where, value)
 
-    def read(self, rows: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
+    def read(self, seqs: slice, first: int, count: int) -> tuple[Tensor, Tensor]:
         """See `Window`."""
         where = self._places(first, count)
-        return self.key[rows].index_select(2, where), self.value[rows].index_select(2, where)
+        return self.key[seqs].index_select(2, where), self.value[seqs].index_select(2, where)
 
     def recent(self, firsts: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """See `Window`."""

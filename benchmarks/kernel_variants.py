@@ -25,7 +25,7 @@ from arkcache.kernels import (
 )
 from arkcache.kernels.torch_tokens import TokenIndex
 
-PAGE_SIZE, NUM_SINKS, RECENT, WINDOW, INDEX_BITS = 32, 1, 128, 160, 2
+PAGE_SIZE, NUM_SINK_PAGES, RECENT, WINDOW, INDEX_BITS = 32, 1, 128, 160, 2
 ROWS, CAPACITY, NUM_PLACES = 8, 1024, 59
 """One sequence of 8 KV heads and 32768 tokens under the default settings, as the kernels count."""
 
@@ -61,7 +61,7 @@ class _Shape:
         return torch.zeros((*lead, self.layout.nbytes), dtype=torch.uint8)
 
     def slots(self) -> Tensor:
-        return self.pages(ROWS, NUM_SINKS + NUM_PLACES)
+        return self.pages(ROWS, NUM_SINK_PAGES + NUM_PLACES)
 
     def digests(self, index: str, capacity: int = CAPACITY) -> Tensor:
         if index == "tokens":
@@ -94,7 +94,9 @@ def _int64(*shape: int) -> Tensor:
 def _copy(shape: _Shape) -> None:
     pieces, packed, slots = shape.pages(64), shape.pages(ROWS), shape.slots()
     located, wanted = _int64(ROWS, CAPACITY), _int32(ROWS, NUM_PLACES)
-    triton_copy.gather(pieces, located, wanted, wanted, _int32(ROWS), slots, num_sinks=NUM_SINKS)
+    triton_copy.gather(
+        pieces, located, wanted, wanted, _int32(ROWS), slots, num_sink_pages=NUM_SINK_PAGES
+    )
     triton_copy.scatter(packed, _int64(ROWS), pieces, located, _int32(ROWS))
     triton_copy.gather_lines(pieces, _int64(ROWS), packed)
 
@@ -137,7 +139,7 @@ def _seal_newest(shape: _Shape, *index: Tensor | None, **how: Any) -> None:
         packed,
         digests,
         recent=RECENT,
-        num_sinks=NUM_SINKS,
+        num_sink_pages=NUM_SINK_PAGES,
         **how,
     )
 
@@ -152,9 +154,9 @@ def _score(
 ) -> None:
     query, sealed = shape.states(ROWS, shape.group), _int32(ROWS)
     digests = shape.digests(index, capacity)
-    hidden = torch.zeros((ROWS, capacity - NUM_SINKS), dtype=torch.uint8) if masked else None
+    hidden = torch.zeros((ROWS, capacity - NUM_SINK_PAGES), dtype=torch.uint8) if masked else None
     how: dict[str, Any] = {
-        "num_sinks": NUM_SINKS,
+        "num_sink_pages": NUM_SINK_PAGES,
         "scale": shape.head_dim**-0.5,
         "hidden": hidden,
     }
@@ -169,7 +171,7 @@ def _score(
 
 def _select(shape: _Shape, reduction: str, capacity: int = CAPACITY, **options: Any) -> None:
     """options: as `triton_select.select` takes them."""
-    pages = capacity - NUM_SINKS
+    pages = capacity - NUM_SINK_PAGES
     blocks = torch.zeros(ROWS, shape.group, -(-pages // triton_score.PAGES_PER_BLOCK))
     limits = _int32(ROWS)
     triton_select.select(
@@ -180,8 +182,8 @@ def _select(shape: _Shape, reduction: str, capacity: int = CAPACITY, **options: 
         limits,
         torch.zeros((ROWS, NUM_PLACES), dtype=torch.int8),
         _int64(ROWS, 5),
-        num_sinks=NUM_SINKS,
-        most=NUM_PLACES,
+        num_sink_pages=NUM_SINK_PAGES,
+        max_selected=NUM_PLACES,
         reduction=reduction,
         **options,
     )
@@ -217,13 +219,13 @@ def _attention(
         _int32(ROWS),
         _int32(ROWS),
         layout=shape.layout,
-        num_sinks=NUM_SINKS,
+        num_sink_pages=NUM_SINK_PAGES,
         scale=shape.head_dim**-0.5,
         softcap=30.0 if extras else None,
-        sinks=torch.zeros(ROWS, shape.group) if extras else None,
+        sink_logits=torch.zeros(ROWS, shape.group) if extras else None,
         bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
         means=shape.means() if estimates else None,
-        estimated=_int32(ROWS, CAPACITY - NUM_SINKS) if estimates else None,
+        estimated=_int32(ROWS, CAPACITY - NUM_SINK_PAGES) if estimates else None,
         page_bias=torch.zeros(ROWS, shape.group, CAPACITY) if estimates and extras else None,
         log_mass=torch.zeros(ROWS, shape.group) if mass else None,
         tickets=None if apart else _int32(ROWS),

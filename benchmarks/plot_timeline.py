@@ -16,9 +16,9 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 PICTURE = Path(__file__).parents[1] / "docs" / "timeline.png"
 
-LANES = ("host", "main stream", "side stream", "backup stream", "pinned memory")
+TRACKS = ("host", "main stream", "side stream", "backup stream", "pinned memory")
 COLOURS = {
-    "books": "#8d99ae",
+    "count": "#8d99ae",
     "replay": "#8d99ae",
     "model": "#dfe3ea",
     "append": "#9ad1d4",
@@ -37,9 +37,9 @@ COLOURS = {
 
 
 class Bar(NamedTuple):
-    """Work of one lane: what it is, when it starts, how long it is drawn."""
+    """Work of one track: what it is, when it starts, how long it is drawn."""
 
-    lane: str
+    track: str
     what: str
     start: float
     width: float
@@ -65,9 +65,9 @@ def layer(start: float, *, seals: bool) -> tuple[list[Bar], float]:
 
 
 def draw(axes: Axes, bars: list[Bar]) -> None:
-    """The bars, each in the row of its lane."""
-    for lane, what, start, width in bars:
-        row = len(LANES) - 1 - LANES.index(lane)
+    """The bars, each in the row of its track."""
+    for track, what, start, width in bars:
+        row = len(TRACKS) - 1 - TRACKS.index(track)
         axes.add_patch(
             Rectangle((start, row - 0.36), width, 0.72, facecolor=COLOURS[what], edgecolor="white")
         )
@@ -85,7 +85,7 @@ def draw(axes: Axes, bars: list[Bar]) -> None:
 
 def arrow(axes: Axes, start: tuple[float, str], end: tuple[float, str]) -> None:
     """An event: the end of the arrow waits for its start."""
-    points = [(x, len(LANES) - 1 - LANES.index(lane)) for x, lane in (start, end)]
+    points = [(x, len(TRACKS) - 1 - TRACKS.index(track)) for x, track in (start, end)]
     (x0, y0), (x1, y1) = points
     shift = 0.36 if y1 < y0 else -0.36
     axes.add_patch(
@@ -108,9 +108,9 @@ def main() -> None:
     first, middle = layer(3.2, seals=True)
     second, end = layer(middle, seals=False)
     bars = [
-        Bar("host", "books", 1.4, 1.0),
+        Bar("host", "count", 1.4, 1.0),
         Bar("host", "replay", 2.4, 0.8),
-        Bar("host", "books", end - 1.6, 1.0),
+        Bar("host", "count", end - 1.6, 1.0),
         Bar("host", "replay", end - 0.6, 0.8),
         Bar("main stream", "model", 0.0, 2.0),
         Bar("backup stream", "copy of blocks", 0.6, 2.4),
@@ -127,14 +127,14 @@ def main() -> None:
     arrow(axes, (last.start + last.width, "side stream"), (end + 0.15, "main stream"))
     arrow(axes, (0.5, "main stream"), (0.65, "backup stream"))
     arrow(axes, (3.0, "backup stream"), (3.25, "main stream"))
-    axes.text(0.0, len(LANES) - 0.45, "end of the prompt", fontsize=8, color="#555555")
-    axes.text(3.3, len(LANES) - 0.45, "layer 0, which seals a page", fontsize=8, color="#555555")
-    axes.text(middle + 0.1, len(LANES) - 0.45, "layer 1", fontsize=8, color="#555555")
+    axes.text(0.0, len(TRACKS) - 0.45, "end of the prompt", fontsize=8, color="#555555")
+    axes.text(3.3, len(TRACKS) - 0.45, "layer 0, which seals a page", fontsize=8, color="#555555")
+    axes.text(middle + 0.1, len(TRACKS) - 0.45, "layer 1", fontsize=8, color="#555555")
     axes.axvline(middle, color="#cccccc", linewidth=0.8, zorder=0)
     axes.axvline(3.2, color="#cccccc", linewidth=0.8, zorder=0)
     axes.set_xlim(-0.2, end + 0.6)
-    axes.set_ylim(-0.7, len(LANES) - 0.2)
-    axes.set_yticks(range(len(LANES)), LANES[::-1])
+    axes.set_ylim(-0.7, len(TRACKS) - 0.2)
+    axes.set_yticks(range(len(TRACKS)), TRACKS[::-1])
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_xlabel("time (a drawing, not a measurement); red: an event that is waited for")

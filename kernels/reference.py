@@ -91,14 +91,14 @@ def attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Dense attention of query [batch, heads, new, dim] over [batch, kv_heads, tokens, dim].
 
     mask, broadcast to [batch, heads, new, tokens], is True where a token may be attended or is
-    added to the logits. sinks [heads] are extra logits that take probability and give nothing. A
-    query that may attend nothing gets zeros. Returns [batch, heads, new, value_dim] in fp32.
+    added to the logits. sink_logits [heads] are extra ones that take probability and give nothing.
+    A query that may attend nothing gets zeros. Returns [batch, heads, new, value_dim] in fp32.
     """
     group = query.shape[1] // key.shape[1]
     key = key.float().repeat_interleave(group, dim=1)
@@ -114,8 +114,8 @@ def attention(
             additive = additive + mask.float()
         logits = logits + additive
     num_tokens = logits.shape[-1]
-    if sinks is not None:
-        extra = sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
+    if sink_logits is not None:
+        extra = sink_logits.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)
         logits = torch.cat((logits, extra), dim=-1)
     probability = torch.nan_to_num(logits.softmax(dim=-1))
     return probability[..., :num_tokens] @ value
@@ -131,7 +131,7 @@ def packed_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attention of query [batch, heads, 1, dim] over packed pages and what comes after them.
@@ -153,7 +153,7 @@ def packed_attention(
         torch.stack(values).unflatten(0, heads),
         scale=scale,
         softcap=softcap,
-        sinks=sinks,
+        sink_logits=sink_logits,
         mask=mask,
     )
 

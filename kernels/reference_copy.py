@@ -13,14 +13,14 @@ def gather(
     counts: Tensor,
     slots: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
 ) -> None:
     """Recall counts[r] pages per row from the host tier into the slots of their places."""
     for row, count in enumerate(counts.tolist()):
         for page, place in zip(
             pages[row, :count].tolist(), places[row, :count].tolist(), strict=True
         ):
-            slots[row, num_sinks + place] = pieces[int(located[row, page])].to(slots.device)
+            slots[row, num_sink_pages + place] = pieces[int(located[row, page])].to(slots.device)
 
 
 def scatter(packed: Tensor, lines: Tensor, pieces: Tensor, located: Tensor, sealed: Tensor) -> None:

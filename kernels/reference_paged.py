@@ -18,14 +18,14 @@ def score_volumes(
     digests: Tensor,
     sealed: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
     kind: str,
     scale: float,
     hidden: Tensor | None = None,
 ) -> Scores:
     """Rate pages by bounding volumes; what the kernel does not write is NaN."""
-    score = volume_score(query.float() * scale, digests[:, num_sinks:], kind)
-    return _scores(score, sealed, num_sinks, hidden)
+    score = volume_score(query.float() * scale, digests[:, num_sink_pages:], kind)
+    return _scores(score, sealed, num_sink_pages, hidden)
 
 
 def score_tokens(
@@ -33,7 +33,7 @@ def score_tokens(
     digests: Tensor,
     sealed: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
     page_size: int,
     bits: int,
     scale: float,
@@ -42,7 +42,7 @@ def score_tokens(
     bias: Tensor | None = None,
 ) -> Scores:
     """Rate pages by the token index; what the kernel does not write is NaN."""
-    digests = digests[:, num_sinks:].contiguous()
+    digests = digests[:, num_sink_pages:].contiguous()
     codes = unpack_tokens(digests, query.shape[-1], bits)
     score = token_score(query.float() * scale, *codes)
     if softcap is not None or bias is not None:
@@ -51,19 +51,19 @@ def score_tokens(
         )
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        score = _masked(logits, sealed, num_sinks, page_size, bias).logsumexp(dim=-1)
-    return _scores(score, sealed, num_sinks, hidden)
+        score = _masked(logits, sealed, num_sink_pages, page_size, bias).logsumexp(dim=-1)
+    return _scores(score, sealed, num_sink_pages, hidden)
 
 
 def _masked(
-    logits: Tensor, sealed: Tensor, num_sinks: int, page_size: int, bias: Tensor | None
+    logits: Tensor, sealed: Tensor, num_sink_pages: int, page_size: int, bias: Tensor | None
 ) -> Tensor:
     """Logits of tokens [rows, group, pages, page_size] with a mask by token number added."""
     if bias is not None:
         for row, count in enumerate(sealed.tolist()):
-            own = bias[row, :, num_sinks * page_size : max(count, num_sinks) * page_size]
+            own = bias[row, :, num_sink_pages * page_size : max(count, num_sink_pages) * page_size]
             own = own.unflatten(1, (-1, page_size)) if own.numel() else own[:, None]
-            logits[row, :, : own.shape[1]] += own if count > num_sinks else 0.0
+            logits[row, :, : own.shape[1]] += own if count > num_sink_pages else 0.0
     return logits
 
 
@@ -80,13 +80,13 @@ def unpack_tokens(digests: Tensor, head_dim: int, bits: int) -> tuple[Tensor, Te
     return codes, header[:, :, None, :head_dim], header[:, :, None, head_dim:]
 
 
-def _scores(score: Tensor, sealed: Tensor, num_sinks: int, hidden: Tensor | None) -> Scores:
+def _scores(score: Tensor, sealed: Tensor, num_sink_pages: int, hidden: Tensor | None) -> Scores:
     rows, group, pages = score.shape
     blocks = -(-pages // PAGES_PER_BLOCK)
     peak = score.new_full((rows, group, blocks), float("-inf"))
     mass = torch.zeros_like(peak)
     for row in range(rows):
-        selectable = max(0, int(sealed[row]) - num_sinks)
+        selectable = max(0, int(sealed[row]) - num_sink_pages)
         score[row, :, selectable:] = float("nan")
         seen = torch.ones(pages, dtype=torch.bool)
         if hidden is not None:
@@ -111,8 +111,8 @@ def select(
     speculated: Tensor,
     counters: Tensor,
     *,
-    num_sinks: int,
-    most: int,
+    num_sink_pages: int,
+    max_selected: int,
     reduction: str,
     speculative: bool = False,
     num_estimated: int | None = 0,
@@ -123,19 +123,19 @@ def select(
     """Choose pages and the places of those that are missing; the lists' unused ends are -1."""
     rows, num_pages = page_of.shape[0], scores.score.shape[-1]
     estimated = None if num_estimated == 0 else torch.zeros(rows, num_pages, dtype=torch.int32)
-    lists = [torch.full((rows, most), -1, dtype=torch.int32) for _ in range(3)]
+    lists = [torch.full((rows, max_selected), -1, dtype=torch.int32) for _ in range(3)]
     counts = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
     for row in range(rows):
-        selectable = max(0, int(sealed[row]) - num_sinks)
+        selectable = max(0, int(sealed[row]) - num_sink_pages)
         places = range(min(int(num_places[row]), page_of.shape[1]))
         rating = _ratings(scores.score[row, :, :selectable], reduction)
         if fixed is not None:
             rating = _shares(scores.score[row, :, :selectable], fixed[row])
-        count = min(int(num_selected[row]), selectable, len(places), most)
+        count = min(int(num_selected[row]), selectable, len(places), max_selected)
         best = sorted(range(selectable), key=lambda page: (rating[page], -page), reverse=True)
         if target is not None and missed is not None:
             count = _cover([rating[page][1] for page in best], count, target, missed[row])
-        wanted = {num_sinks + page for page in best[:count]}
+        wanted = {num_sink_pages + page for page in best[:count]}
         if estimated is not None:
             limit = num_pages if num_estimated is None else num_estimated
             estimated[row, best[count : count + limit]] = 1
@@ -145,7 +145,7 @@ def select(
         missing = sorted(wanted - {held[place] for place in kept})
         spare = [place for place in places if place not in kept]
         order = sorted(
-            spare, key=lambda place: _worth(held[place], num_sinks, selectable, rating, place)
+            spare, key=lambda place: _worth(held[place], num_sink_pages, selectable, rating, place)
         )
         victims = sorted(order[: len(missing)])
 
@@ -181,20 +181,22 @@ def _shares(score: Tensor, fixed: Tensor) -> list[tuple[bool, float]]:
     return list(zip(visible.tolist(), share.tolist(), strict=True))
 
 
-def _cover(shares: list[float], most: int, target: float, missed: Tensor) -> int:
+def _cover(shares: list[float], max_selected: int, target: float, missed: Tensor) -> int:
     """How many of these shares, largest first, a row takes so as to miss no more than a target."""
     needed = next(count for count in range(len(shares) + 1) if sum(shares[count:]) <= target)
-    count = min(needed, most)
+    count = min(needed, max_selected)
     own = sum(shares[count:])
     log = missed.tolist()
     steps, total, worst, capped = log[0] + 1, log[1] + own, max(log[2], own), log[3]
-    missed.copy_(torch.tensor([steps, total, worst, capped + (needed > most), most - count]))
+    missed.copy_(
+        torch.tensor([steps, total, worst, capped + (needed > max_selected), max_selected - count])
+    )
     return count
 
 
 def _worth(
-    page: int, num_sinks: int, selectable: int, rating: list[tuple[bool, float]], place: int
+    page: int, num_sink_pages: int, selectable: int, rating: list[tuple[bool, float]], place: int
 ) -> tuple[bool, bool, float, int]:
     """Sorts places by who goes first: the empty, then the worst rated, then the lowest."""
-    rated = num_sinks <= page < num_sinks + selectable
-    return (page >= 0, *(rating[page - num_sinks] if rated else (False, float("-inf"))), place)
+    rated = num_sink_pages <= page < num_sink_pages + selectable
+    return (page >= 0, *(rating[page - num_sink_pages] if rated else (False, float("-inf"))), place)

@@ -68,7 +68,7 @@ def seal_newest(
     means: Tensor | None = None,
     *,
     recent: int,
-    num_sinks: int,
+    num_sink_pages: int,
     layout: PageLayout,
     index: str,
     index_bits: int = 2,
@@ -86,11 +86,11 @@ def seal_newest(
             digests[row, page] = digest.to(digests)
         if means is not None:
             means[row, page] = _means(window_key[row, positions], window_value[row, positions])
-        if page_of is None or num_places is None or page < num_sinks:
+        if page_of is None or num_places is None or page < num_sink_pages:
             slots[row, page] = packed[row]
-        elif page < num_sinks + int(num_places[row]):
+        elif page < num_sink_pages + int(num_places[row]):
             slots[row, page] = packed[row]
-            page_of[row, page - num_sinks] = page
+            page_of[row, page - num_sink_pages] = page
 
 
 def _packed(key: Tensor, value: Tensor, layout: PageLayout) -> Tensor:

@@ -22,7 +22,7 @@ TILE_TOKENS = 256
 class Block(NamedTuple):
     """A run of tokens and who may attend it.
 
-    key [batch, kv_heads, tokens, head_dim], value [..., value_dim]. `sequences` are those of the
+    key [batch, kv_heads, tokens, head_dim], value [..., value_dim]. `seqs` are those of the
     batch that the block is of; None is all. New tokens before `seen_from` attend none of it. If
     `causal`, new token `seen_from` + i attends tokens 0..i. `mask(start, stop)` gives the additive
     mask of new tokens start..stop, broadcast to [batch, kv_heads, group, stop - start, tokens].
@@ -33,7 +33,7 @@ class Block(NamedTuple):
     seen_from: int = 0
     mask: Callable[[int, int], Tensor | None] | None = None
     causal: bool = False
-    sequences: slice | None = None
+    seqs: slice | None = None
 
 
 class Sums(NamedTuple):
@@ -51,10 +51,10 @@ class Sums(NamedTuple):
         peak = query.new_full((*query.shape[:4], 1), float("-inf"), dtype=torch.float32)
         return cls(peak, torch.zeros_like(peak), peak.new_zeros((*query.shape[:4], value_dim)))
 
-    def of(self, sequences: slice | None, new: slice) -> Sums:
+    def of(self, seqs: slice | None, new: slice) -> Sums:
         """Those of some sequences and new tokens, to be updated in place."""
-        rows = slice(None) if sequences is None else sequences
-        return Sums(*(plane[rows, :, :, new] for plane in self))
+        own = slice(None) if seqs is None else seqs
+        return Sums(*(plane[own, :, :, new] for plane in self))
 
     def merge(self, peak: Tensor, mass: Tensor | float, total: Tensor) -> None:
         """Add a block whose sums are these; a peak of -inf is a block that is not attended."""
@@ -74,15 +74,15 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attend one token: query [batch, kv_heads, group, head_dim] over [batch, kv_heads, tokens, :].
 
-    mask is additive, broadcast to [batch, kv_heads, group, tokens]; sinks [kv_heads, group] are
-    logits that take probability and give nothing. Returns [batch, kv_heads, group, value_dim].
+    mask is additive, broadcast to [batch, kv_heads, group, tokens]; sink_logits [kv_heads, group]
+    take probability and give nothing. Returns [batch, kv_heads, group, value_dim].
     """
-    if softcap is None and sinks is None:
+    if softcap is None and sink_logits is None:
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=scale
         )
@@ -90,7 +90,7 @@ def decode_attention(
         key, value, mask=None if mask is None else lambda _start, _stop: mask[:, :, :, None]
     )
     output = block_attention(
-        query[:, :, :, None], [whole], scale=scale, softcap=softcap, sinks=sinks
+        query[:, :, :, None], [whole], scale=scale, softcap=softcap, sink_logits=sink_logits
     )
     return output[:, :, :, 0]
 
@@ -101,12 +101,12 @@ def block_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attend blocks one after another and merge them by log-sum-exp (online softmax), in fp32.
 
-    query [batch, kv_heads, group, new, head_dim]; sinks [kv_heads, group]. A query that no block
-    lets attend anything gets zeros. Returns [batch, kv_heads, group, new, value_dim] in the
+    query [batch, kv_heads, group, new, head_dim]; sink_logits [kv_heads, group]. A query that no
+    block lets attend anything gets zeros. Returns [batch, kv_heads, group, new, value_dim] in the
     query's dtype. Beside the result, memory is one tile's logits, whatever the number of tokens.
     """
     sums: Sums | None = None
@@ -115,16 +115,16 @@ def block_attention(
             sums = Sums.empty(query, block.value.shape[-1])
         if block.key.shape[2] == 0 or block.seen_from >= query.shape[3]:
             continue
-        own = query if block.sequences is None else query[block.sequences]
+        own = query if block.seqs is None else query[block.seqs]
         if softcap is None and _is_flash(own, block):
             _attend_fused(own, block, sums, scale)
         else:
             _attend_tiles(own, block, sums, scale, softcap)
     assert sums is not None, "there is no block"
     mass = sums.mass
-    if sinks is not None:
+    if sink_logits is not None:
         reference = sums.peak.masked_fill(sums.peak == float("-inf"), 0.0)
-        mass = mass + (sinks.float()[:, :, None, None] - reference).exp_()
+        mass = mass + (sink_logits.float()[:, :, None, None] - reference).exp_()
     return (sums.total / mass.masked_fill(mass == 0, 1.0)).to(query.dtype)
 
 
@@ -155,7 +155,7 @@ def _attend_fused(query: Tensor, block: Block, sums: Sums, scale: float) -> None
             causal=causal,
         )
         heads = query.shape[1:3]
-        own = sums.of(block.sequences, new)
+        own = sums.of(block.seqs, new)
         # A block's log-sum-exp is as good a peak as its largest logit: its mass is 1 then.
         own.merge(peak.unflatten(1, heads)[..., None], 1.0, output.unflatten(1, heads))
 
@@ -176,7 +176,7 @@ def _attend_tiles(
         weight = logits.sub_(peak.masked_fill(peak == float("-inf"), 0.0)).exp_()
         output = weight.to(block.value.dtype).flatten(2, 3) @ block.value
         mass = weight.sum(dim=-1, keepdim=True)
-        own = sums.of(block.sequences, tile)
+        own = sums.of(block.seqs, tile)
         own.merge(peak, mass, output.unflatten(2, query[:, :, :, tile].shape[2:4]))
 
 

@@ -67,10 +67,10 @@ def paged_attention(
     sealed: Tensor,
     *,
     layout: PageLayout | None,
-    num_sinks: int,
+    num_sink_pages: int,
     scale: float,
     softcap: float | None = None,
-    sinks: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
     means: Tensor | None = None,
     estimated: Tensor | None = None,
@@ -80,9 +80,9 @@ def paged_attention(
 ) -> Tensor:
     """`reference_attention.paged_attention` in the query's dtype: [R, G, value_dim], contiguous.
 
-    query in any strides but the last, sinks and biases in any, all else contiguous. Nothing waits
-    for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype, a
-    device or strides that the kernels do not read.
+    query in any strides but the last, sink_logits and biases in any, all else contiguous. Nothing
+    waits for the device: a CUDA graph may hold the call. Raises `InputError` for a shape, a dtype,
+    a device or strides that the kernels do not read.
 
     Args:
         tickets: int32 [R], zeros, and zeros again when the call is done: with them one launch does
@@ -93,20 +93,22 @@ def paged_attention(
     if layout is None:
         layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
     tensors = (
-        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed, sinks,
-        bias, means, estimated, page_bias, log_mass, tickets,
+        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed,
+        sink_logits, bias, means, estimated, page_bias, log_mass, tickets,
     )  # fmt: skip
-    key = (signature(*tensors), layout, num_sinks)
+    key = (signature(*tensors), layout, num_sink_pages)
     if key not in _checked:
-        _check_all(*tensors, layout, num_sinks)
+        _check_all(*tensors, layout, num_sink_pages)
         _checked.add(key)
     (rows, group, _), ring, value_dim = query.shape, window_key.shape[1], layout.value_dim
     output = torch.empty((rows, group, value_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
     sizes = _sizes(layout, query.dtype, group)
-    num_slots, most, num_places = (0 if x is None else x.shape[1] for x in (slots, chosen, page_of))
-    num_pages = num_slots if chosen is None else min(num_slots, num_sinks + most)
+    num_slots, max_selected, num_places = (
+        0 if x is None else x.shape[1] for x in (slots, chosen, page_of)
+    )
+    num_pages = num_slots if chosen is None else min(num_slots, num_sink_pages + max_selected)
     page_splits = min(MAX_SPLITS, cdiv(num_pages, sizes["PAGES_PER_SPLIT"]))
     num_means = 0 if means is None else means.shape[1]
     mean_splits = min(MAX_SPLITS, cdiv(num_means, WINDOW_SPLIT))
@@ -117,26 +119,26 @@ def paged_attention(
     num_lines = rows * group * num_splits
     nelements = 2 * aligned(num_lines) + num_lines * value_dim  # as `_parts_of` divides them
     parts = torch.empty(nelements, dtype=torch.float32, device=query.device)
-    sinks_strides = (0, 0) if sinks is None else sinks.stride()
+    sink_logits_strides = (0, 0) if sink_logits is None else sink_logits.stride()
     merged: tuple[Tensor | None, ...] = (None, None, None, None)
     is_small = num_splits <= MOST_MERGED and value_dim <= WIDEST_MERGED and group <= BLOCK_HEADS
     # On AMD a barrier does not wait for stores: one thread could not vouch for those of others.
     if tickets is not None and is_small and torch.version.hip is None:
-        merged = (tickets, sinks, output, log_mass)
+        merged = (tickets, sink_logits, output, log_mass)
     with torch.cuda.device_of(query):
         partial_kernel[(rows, num_splits, cdiv(group, BLOCK_HEADS))](
             query, *views, chosen, num_chosen, page_of, window_key, window_value,
             lengths, sealed, bias, means if mean_splits else None, estimated, page_bias,
             parts, *merged,
-            scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
-            mean_splits, num_means,
+            scale, softcap, group, num_slots, num_sink_pages, max_selected, num_places, ring,
+            page_splits, mean_splits, num_means,
             *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
-            *((0, 0, 0) if page_bias is None else page_bias.stride()), *sinks_strides,
+            *((0, 0, 0) if page_bias is None else page_bias.stride()), *sink_logits_strides,
             LOG_SIZE=log(layout.page_size), **sizes,
         )  # fmt: skip
         if merged[0] is None:
             merge_kernel[(rows, group)](
-                parts, sinks, output, log_mass, num_splits, *sinks_strides, value_dim,
+                parts, sink_logits, output, log_mass, num_splits, *sink_logits_strides, value_dim,
                 BLOCK_TILE=16, BLOCK_VALUE=sizes["MERGE_VALUE"],
             )  # fmt: skip
     return output
@@ -201,7 +203,7 @@ def _check_all(
     window_value: Tensor,
     lengths: Tensor,
     sealed: Tensor,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     bias: Tensor | None,
     means: Tensor | None,
     estimated: Tensor | None,
@@ -209,7 +211,7 @@ def _check_all(
     log_mass: Tensor | None,
     tickets: Tensor | None,
     layout: PageLayout,
-    num_sinks: int,
+    num_sink_pages: int,
 ) -> None:
     """Raise `InputError` for what the kernels do not read."""
     (rows, group, _), ring = query.shape, window_key.shape[1]
@@ -222,14 +224,14 @@ def _check_all(
     _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
     _check("lengths", lengths, torch.int32, (rows,), query)
     _check("sealed", sealed, torch.int32, (rows,), query)
-    _check("sinks", sinks, torch.float32, (rows, group), query, whole=False)
+    _check("sink_logits", sink_logits, torch.float32, (rows, group), query, whole=False)
     _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
     _check("log_mass", log_mass, torch.float32, (rows, group), query)
     _check("tickets", tickets, torch.int32, (rows,), query)
     _check("means", means, query.dtype, (rows, -1, layout.head_dim + layout.value_dim), query)
     _check("page_bias", page_bias, torch.float32, (rows, group, -1), query, whole=False)
     num_means = 0 if means is None else means.shape[1]
-    _check("estimated", estimated, torch.int32, (rows, num_means - num_sinks), query)
+    _check("estimated", estimated, torch.int32, (rows, num_means - num_sink_pages), query)
     if (means is None) != (estimated is None):
         raise InputError("one of means and estimated is given: expected both or neither")
     if chosen is not None and (slots is None or num_chosen is None or page_of is None):

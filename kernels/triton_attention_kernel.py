@@ -18,7 +18,7 @@ from triton.language.target_info import is_hip
 from arkcache.kernels.triton_tiles import dot, load_keys, load_values, round_to, tanh
 
 SIZES = [
-    *("group", "num_slots", "num_sinks", "most", "num_places", "ring", "page_splits"),
+    *("group", "num_slots", "num_sink_pages", "max_selected", "num_places", "ring", "page_splits"),
     *("stride_bias_row", "stride_bias_head", "mean_splits", "num_means"),
     *("stride_page_bias_row", "stride_page_bias_head"),
 ]
@@ -59,7 +59,7 @@ def _fold_tile(
 @triton.jit
 def _fold_means(
     query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
-    value_channel, in_value, split, num_splits, sealed, num_sinks, num_means,
+    value_channel, in_value, split, num_splits, sealed, num_sink_pages, num_means,
     stride_bias_row, stride_bias_head, stride_bias_page,
     scale, softcap, peak, mass, total,
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, LOG_SIZE: tl.constexpr,
@@ -75,14 +75,14 @@ def _fold_means(
             bias_ptrs = page_bias_ptr + row * stride_bias_row + head[:, None] * stride_bias_head
         # A bias takes registers: 16 is the least that a matrix instruction takes.
         BLOCK_MEANS: tl.constexpr = BLOCK if page_bias_ptr is None else 16
-        share = tl.cdiv(sealed - num_sinks, num_splits)
+        share = tl.cdiv(sealed - num_sink_pages, num_splits)
         share = tl.maximum(tl.cdiv(share, BLOCK_MEANS) * BLOCK_MEANS, PAGES_PER_SPLIT)
-        start = num_sinks + split * share
+        start = num_sink_pages + split * share
         stop = tl.where(split < 0, start, tl.minimum(start + share, sealed))
         for begin in tl.range(start, stop, BLOCK_MEANS, num_stages=AHEAD + 1):
             page = begin + tl.arange(0, BLOCK_MEANS)
             there = page < stop
-            flag = row * (num_means - num_sinks) + page - num_sinks
+            flag = row * (num_means - num_sink_pages) + page - num_sink_pages
             estimated = tl.load(estimated_ptr + flag, there, other=0)
             line = (row * num_means + page)[:, None] * (HEAD_DIM + VALUE_DIM)
             key_ptrs = means_ptr + line + channel[None, :]
@@ -105,12 +105,12 @@ def _parts_of(parts_ptr, num_lines):
 
 @triton.jit
 def _merge(
-    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, first_head, group, num_splits,
-    stride_sinks_row, stride_sinks_head,
+    parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, first_head, group, num_splits,
+    stride_sink_logits_row, stride_sink_logits_head,
     VALUE_DIM: tl.constexpr, HEADS: tl.constexpr, BLOCK_TILE: tl.constexpr,
     BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of HEADS heads of a row, and their sinks; note the mass of all of them."""
+    """Merge the splits of HEADS heads of a row, and their sink logits; note the mass of all."""
     num_lines = tl.num_programs(0) * group * num_splits
     peak_ptr, mass_ptr, total_ptr = _parts_of(parts_ptr, num_lines)
     first = row * group * num_splits
@@ -124,8 +124,10 @@ def _merge(
     peak = tl.full((HEADS,), float("-inf"), dtype=tl.float32)
     mass = tl.zeros((HEADS,), dtype=tl.float32)
     total = tl.zeros((HEADS, BLOCK_VALUE), dtype=tl.float32)
-    if sinks_ptr is not None:
-        peak = tl.load(sinks_ptr + row * stride_sinks_row + head * stride_sinks_head)
+    if sink_logits_ptr is not None:
+        peak = tl.load(
+            sink_logits_ptr + row * stride_sink_logits_row + head * stride_sink_logits_head
+        )
         mass += 1.0
     for start in range(0, num_splits, BLOCK_TILE):
         part = start + tl.arange(0, BLOCK_TILE)[None, :]
@@ -160,12 +162,12 @@ def partial_kernel(
     query_ptr, elements_ptr, meta_ptr, codes_ptr,  # the last three: slots, in three dtypes
     chosen_ptr, num_chosen_ptr, page_of_ptr, window_key_ptr, window_value_ptr,
     lengths_ptr, sealed_ptr, bias_ptr, means_ptr, estimated_ptr, page_bias_ptr,
-    parts_ptr, tickets_ptr, sinks_ptr, output_ptr, log_mass_ptr,
-    scale, softcap, group, num_slots, num_sinks, most, num_places, ring, page_splits,
+    parts_ptr, tickets_ptr, sink_logits_ptr, output_ptr, log_mass_ptr,
+    scale, softcap, group, num_slots, num_sink_pages, max_selected, num_places, ring, page_splits,
     mean_splits, num_means,
     stride_query_row, stride_query_head, stride_bias_row, stride_bias_head, stride_bias_token,
     stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
-    stride_sinks_row, stride_sinks_head,
+    stride_sink_logits_row, stride_sink_logits_head,
     PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BITS: tl.constexpr, KEY_PLANE: tl.constexpr, KEY_BYTES: tl.constexpr,
     VALUE_BITS: tl.constexpr, VALUE_PLANE: tl.constexpr, PAGE_BYTES: tl.constexpr,
@@ -205,7 +207,7 @@ def partial_kernel(
     if codes_ptr is not None:
         num_first, num_pages = sealed, sealed
         if chosen_ptr is not None:
-            num_first = tl.minimum(sealed, num_sinks)
+            num_first = tl.minimum(sealed, num_sink_pages)
             num_pages = num_first + tl.load(num_chosen_ptr + row)
         share = tl.maximum(PAGES_PER_SPLIT, tl.cdiv(num_pages, page_splits))
         start = split * share
@@ -220,10 +222,10 @@ def partial_kernel(
             page = slot
             if chosen_ptr is not None:
                 at = slot - num_first
-                place = tl.load(chosen_ptr + row * most + at, at >= 0, other=0)
+                place = tl.load(chosen_ptr + row * max_selected + at, at >= 0, other=0)
                 held = tl.load(page_of_ptr + row * num_places + place, at >= 0, other=0)
                 page = tl.where(at >= 0, held, slot)
-                slot = tl.where(at >= 0, num_sinks + place, slot)
+                slot = tl.where(at >= 0, num_sink_pages + place, slot)
             first = tile % TILES * BLOCK_PAGE
             index = first + tl.arange(0, BLOCK_PAGE)
             valid = index < PAGE_SIZE
@@ -268,7 +270,7 @@ def partial_kernel(
     peak, mass, total = _fold_means(
         query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
         value_channel, in_value, split - page_splits - window_splits, mean_splits,
-        sealed, num_sinks, num_means,
+        sealed, num_sink_pages, num_means,
         stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
         scale, softcap, peak, mass, total,
         HEAD_DIM, VALUE_DIM, LOG_SIZE, TOKENS_PER_SPLIT, BLOCK_WINDOW, WINDOW_AHEAD,
@@ -290,21 +292,22 @@ def partial_kernel(
         if ticket == num_splits - 1:
             tl.store(tickets_ptr + row, 0)  # for the next launch
             _merge(
-                parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, 0, group, num_splits,
-                stride_sinks_row, stride_sinks_head,
+                parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, 0, group, num_splits,
+                stride_sink_logits_row, stride_sink_logits_head,
                 VALUE_DIM, MERGE_HEADS, MERGE_TILE, MERGE_VALUE,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_splits"])
 def merge_kernel(
-    parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, num_splits,
-    stride_sinks_row, stride_sinks_head,
+    parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, num_splits,
+    stride_sink_logits_row, stride_sink_logits_head,
     VALUE_DIM: tl.constexpr, BLOCK_TILE: tl.constexpr, BLOCK_VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Program (row, head) merges the splits and the sink."""
+    """Program (row, head) merges the splits and the sink logit."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _merge(
-        parts_ptr, sinks_ptr, output_ptr, log_mass_ptr, row, head, tl.num_programs(1), num_splits,
-        stride_sinks_row, stride_sinks_head, VALUE_DIM, 1, BLOCK_TILE, BLOCK_VALUE,
+        parts_ptr, sink_logits_ptr, output_ptr, log_mass_ptr, row, head, tl.num_programs(1),
+        num_splits, stride_sink_logits_row, stride_sink_logits_head,
+        VALUE_DIM, 1, BLOCK_TILE, BLOCK_VALUE,
     )  # fmt: skip

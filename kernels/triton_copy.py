@@ -39,18 +39,18 @@ def _copy_chunk(source_ptr, target_ptr, chunk, WORDS: tl.constexpr, BLOCK: tl.co
     tl.store(target_ptr + word, tl.load(source_ptr + word, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["capacity", "most", "num_slots", "num_sinks"])
+@triton.jit(do_not_specialize=["capacity", "max_selected", "num_slots", "num_sink_pages"])
 def gather_kernel(
     pieces_ptr,  # [lines, WORDS]
     located_ptr,  # [R, capacity]
-    pages_ptr,  # [R, most]
-    places_ptr,  # [R, most]
+    pages_ptr,  # [R, max_selected]
+    places_ptr,  # [R, max_selected]
     counts_ptr,  # [R]
     slots_ptr,  # [R, num_slots, WORDS]
     capacity,
-    most,
+    max_selected,
     num_slots,
-    num_sinks,
+    num_sink_pages,
     WORDS: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -61,9 +61,9 @@ def gather_kernel(
     num_chunks = tl.load(counts_ptr + row) * CHUNKS
     item = tl.program_id(1)  # not a range(): interpreters before 3.7 take no tensors in one
     while item < num_chunks:
-        entry = row * most + item // CHUNKS
+        entry = row * max_selected + item // CHUNKS
         page = tl.load(pages_ptr + entry)
-        slot = row * num_slots + num_sinks + tl.load(places_ptr + entry)
+        slot = row * num_slots + num_sink_pages + tl.load(places_ptr + entry)
         line = tl.load(located_ptr + row * capacity + page)
         _copy_chunk(
             pieces_ptr + line * WORDS, slots_ptr + slot * WORDS, item % CHUNKS, WORDS, BLOCK
@@ -117,19 +117,19 @@ def gather(
     counts: Tensor,
     slots: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
 ) -> None:
-    """Recall pages: slots[r, num_sinks + places[r, i]] = pieces[located[r, pages[r, i]]].
+    """Recall pages: slots[r, num_sink_pages + places[r, i]] = pieces[located[r, pages[r, i]]].
 
     For i < counts[r]; other slots are left as they are.
 
     Args:
         pieces: uint8 [lines, nbytes], the host tier; pinned if the rest is on a GPU.
         located: int64 [rows, capacity], the line that holds each page.
-        pages, places: int32 [rows, most]; the places of a row differ from each other.
-        counts: int32 [rows], at most `most`.
+        pages, places: int32 [rows, max_selected]; the places of a row differ from each other.
+        counts: int32 [rows], at most `max_selected`.
         slots: uint8 [rows, num_slots, nbytes], written.
-        num_sinks: slots before place 0.
+        num_sink_pages: slots before place 0.
 
     All contiguous. Raises `InputError` for any other dtype, shape or layout.
     """
@@ -138,12 +138,14 @@ def gather(
     _check_pages("pieces", pieces, 2, nbytes)
     _check("located", located, torch.int64, (rows, None))
     _check("pages", pages, torch.int32, (rows, None))
-    most = pages.shape[1]
-    _check("places", places, torch.int32, (rows, most))
+    max_selected = pages.shape[1]
+    _check("places", places, torch.int32, (rows, max_selected))
     _check("counts", counts, torch.int32, (rows,))
-    if not 0 <= num_sinks <= num_slots:
-        raise InputError(f"num_sinks={num_sinks}: expected 0 to {num_slots}, the slots of a row")
-    if most == 0 or slots.numel() == 0:
+    if not 0 <= num_sink_pages <= num_slots:
+        raise InputError(
+            f"num_sink_pages={num_sink_pages}: expected 0 to {num_slots}, the slots of a row"
+        )
+    if max_selected == 0 or slots.numel() == 0:
         return
     pieces, slots = _in_words(pieces, slots)
     words = slots.shape[-1]
@@ -156,9 +158,9 @@ def gather(
         counts,
         slots,
         located.shape[1],
-        most,
+        max_selected,
         num_slots,
-        num_sinks,
+        num_sink_pages,
         WORDS=words,
         BLOCK=block,
         CHUNKS=cdiv(words, block),

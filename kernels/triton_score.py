@@ -47,7 +47,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Scores(NamedTuple):
-    """What pages are worth to each query head; entry i stands for page `num_sinks + i`.
+    """What pages are worth to each query head; entry i stands for page `num_sink_pages + i`.
 
     score fp32 [rows, group, pages]: not written from the last sealed page on. peak and mass fp32
     [rows, group, blocks]: maximum and sum of exp(score - peak) over each `PAGES_PER_BLOCK` pages,
@@ -64,7 +64,7 @@ def score_volumes(
     digests: Tensor,
     sealed: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
     kind: str,
     scale: float,
     hidden: Tensor | None = None,
@@ -75,23 +75,23 @@ def score_volumes(
         query: [rows, group, head_dim] in the model's dtype, the last stride 1; scaled in here.
         digests: [rows, capacity, features] of the same dtype, the last stride 1: [center, radius]
             with 2 * head_dim features (cuboid) or head_dim + 1 (sphere), or head_dim (centroid).
-        sealed: int32 [rows], sealed pages; those from `num_sinks` on are rated.
-        num_sinks: pages that are attended anyway.
+        sealed: int32 [rows], sealed pages; those from `num_sink_pages` on are rated.
+        num_sink_pages: pages that are attended anyway.
         kind: the index's name, such as "cuboid-mean".
         scale: of the attention.
-        hidden: bool or uint8 [rows, capacity - num_sinks], contiguous: pages that are rated
+        hidden: bool or uint8 [rows, capacity - num_sink_pages], contiguous: pages that are rated
             `HIDDEN`; None is none.
 
     Raises `InputError` where a shape, a dtype, a stride or a name is another.
     """
-    rows, group, head_dim = _check(query, digests, sealed, num_sinks, hidden)
+    rows, group, head_dim = _check(query, digests, sealed, num_sink_pages, hidden)
     shape, features = _volume(kind, head_dim)
     if digests.shape[-1] != features or digests.dtype != query.dtype:
         raise InputError(
             f"digests {tuple(digests.shape)} of {digests.dtype}: expected {features} features of "
             f"{query.dtype} for {kind} and queries of {head_dim}"
         )
-    scores = _empty(query, digests, num_sinks)
+    scores = _empty(query, digests, num_sink_pages)
     if not scores.peak.numel():
         return scores
     pages, blocks = scores.score.shape[-1], scores.peak.shape[-1]
@@ -108,7 +108,7 @@ def score_volumes(
         pages,
         blocks,
         num_steps,
-        num_sinks,
+        num_sink_pages,
         scale,
         HEAD_DIM=head_dim,
         GROUP=group,
@@ -129,7 +129,7 @@ def score_tokens(
     digests: Tensor,
     sealed: Tensor,
     *,
-    num_sinks: int,
+    num_sink_pages: int,
     page_size: int,
     bits: int,
     scale: float,
@@ -140,7 +140,7 @@ def score_tokens(
     """Rate pages by the token index: the log of each page's softmax mass, in fp32.
 
     Args:
-        query, sealed, num_sinks, scale, hidden: as for `score_volumes`.
+        query, sealed, num_sink_pages, scale, hidden: as for `score_volumes`.
         digests: uint8 [rows, capacity, bytes] as `TokenIndex` makes them, the last stride 1.
         page_size: tokens per page.
         bits: bits per code, 2, 4 or 8.
@@ -155,7 +155,7 @@ def score_tokens(
         raise InputError(
             f"bits={bits}, page_size={page_size}: expected 2, 4 or 8 bits and page_size >= 1"
         )
-    rows, group, head_dim = _check(query, digests, sealed, num_sinks, hidden)
+    rows, group, head_dim = _check(query, digests, sealed, num_sink_pages, hidden)
     plane_dim = -(-head_dim * bits // 8)
     nbytes = 4 * head_dim + plane_dim * page_size
     if digests.shape[-1] != nbytes or digests.dtype != torch.uint8:
@@ -167,7 +167,7 @@ def score_tokens(
         raise InputError(
             f"bias {tuple(bias.shape)} of {bias.dtype}: expected float32 [{rows}, {group}, tokens]"
         )
-    scores = _empty(query, digests, num_sinks)
+    scores = _empty(query, digests, num_sink_pages)
     if not scores.peak.numel():
         return scores
     blocks, exact = scores.peak.shape[-1], query.dtype == torch.float32
@@ -190,7 +190,7 @@ def score_tokens(
         *digests.stride()[:2],
         *((0, 0, 0) if bias is None else bias.stride()),
         scores.score.shape[-1],
-        num_sinks,
+        num_sink_pages,
         scale,
         softcap,
         HEAD_DIM=head_dim,
@@ -214,7 +214,7 @@ def score_tokens(
 
 
 def _check(
-    query: Tensor, digests: Tensor, sealed: Tensor, num_sinks: int, hidden: Tensor | None
+    query: Tensor, digests: Tensor, sealed: Tensor, num_sink_pages: int, hidden: Tensor | None
 ) -> tuple[int, int, int]:
     """Rows, query heads per row and head_dim, or `InputError`."""
     if query.ndim != 3 or query.dtype not in DTYPES or query.stride(-1) != 1:
@@ -232,9 +232,11 @@ def _check(
         raise InputError(
             f"sealed {tuple(sealed.shape)} of {sealed.dtype}: expected contiguous int32 [{rows}]"
         )
-    num_pages = digests.shape[1] - num_sinks
-    if num_sinks < 0 or num_pages < 0:
-        raise InputError(f"num_sinks={num_sinks}: expected 0 to {digests.shape[1]}, the capacity")
+    num_pages = digests.shape[1] - num_sink_pages
+    if num_sink_pages < 0 or num_pages < 0:
+        raise InputError(
+            f"num_sink_pages={num_sink_pages}: expected 0 to {digests.shape[1]}, the capacity"
+        )
     if hidden is not None and not (
         hidden.shape == (rows, num_pages)
         and hidden.dtype in (torch.bool, torch.uint8)
@@ -257,10 +259,10 @@ def _volume(kind: str, head_dim: int) -> tuple[str, int]:
     return shape, {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}[shape]
 
 
-def _empty(query: Tensor, digests: Tensor, num_sinks: int) -> Scores:
+def _empty(query: Tensor, digests: Tensor, num_sink_pages: int) -> Scores:
     """Room for the scores of all pages beyond the sinks: one allocation, each part aligned."""
     rows, group, _ = query.shape
-    pages = digests.shape[1] - num_sinks
+    pages = digests.shape[1] - num_sink_pages
     blocks = cdiv(pages, PAGES_PER_BLOCK)
     start, apart = aligned(rows * group * pages), aligned(rows * group * blocks)
     room = torch.empty(start + 2 * apart, dtype=torch.float32, device=query.device)

@@ -165,7 +165,7 @@ def score_tokens_kernel(
     bias_stride_head: tl.tensor,
     bias_stride_token: tl.tensor,
     num_pages: tl.tensor,
-    num_sinks: tl.tensor,
+    num_sink_pages: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     HEAD_DIM: tl.constexpr,
@@ -195,7 +195,7 @@ def score_tokens_kernel(
     BY_TOKEN: tl.constexpr = (softcap is not None) | (bias_ptr is not None)
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * PAGES
-    selectable = tl.load(sealed_ptr + row) - num_sinks
+    selectable = tl.load(sealed_ptr + row) - num_sink_pages
     if first >= selectable:
         finish_empty_block(peak_ptr, mass_ptr, row, GROUP, BLOCK_HEADS)
         return
@@ -217,7 +217,7 @@ def score_tokens_kernel(
     sealed = pages < selectable
     _store_common(
         query_ptr + heads[:, None] * query_stride_head,
-        digests_ptr + (num_sinks + pages).to(tl.int64)[None, :] * digests_stride_page,
+        digests_ptr + (num_sink_pages + pages).to(tl.int64)[None, :] * digests_stride_page,
         score_ptr + (row * GROUP + heads)[:, None] * num_pages + pages[None, :],
         sealed,
         scale,
@@ -235,10 +235,12 @@ def score_tokens_kernel(
         start_page = first + step
         page = start_page + column
         exists = (column < COLUMNS) & (page < selectable)
-        header_ptr = digests_ptr + (num_sinks + page).to(tl.int64)[:, None] * digests_stride_page
+        header_ptr = (
+            digests_ptr + (num_sink_pages + page).to(tl.int64)[:, None] * digests_stride_page
+        )
         token_page = start_page + token // TOKENS
         codes_ptr = digests_ptr + 4 * HEAD_DIM
-        codes_ptr += (num_sinks + token_page).to(tl.int64)[None, :] * digests_stride_page
+        codes_ptr += (num_sink_pages + token_page).to(tl.int64)[None, :] * digests_stride_page
         peak = tl.full([ROWS], -float("inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
         entry = (row * GROUP + head) * num_pages + page
@@ -276,7 +278,7 @@ def score_tokens_kernel(
             logit = tl.reshape(logit, (ROWS, COLUMNS, TOKENS))
             own = column[:, None] == tl.arange(0, COLUMNS)[None, :]
             logit = tl.sum(tl.where(own[:, :, None], logit, 0.0), axis=1) * unit[:, None]
-            number = (num_sinks + page)[:, None] * PAGE_SIZE + start_token
+            number = (num_sink_pages + page)[:, None] * PAGE_SIZE + start_token
             number = (number + tl.arange(0, TOKENS)[None, :]).to(tl.int64)
             bias = row * bias_stride_row + head[:, None] * bias_stride_head
             bias += number * bias_stride_token
@@ -294,7 +296,7 @@ def score_tokens_kernel(
     if not BY_TOKEN:
         score += scale * offsets(
             query_ptr + heads[:, None] * query_stride_head,
-            digests_ptr + (num_sinks + pages).to(tl.int64)[None, :] * digests_stride_page,
+            digests_ptr + (num_sink_pages + pages).to(tl.int64)[None, :] * digests_stride_page,
             sealed,
             HEAD_DIM,
             GROUP,

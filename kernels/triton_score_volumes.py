@@ -116,7 +116,7 @@ def score_volumes_kernel(
     num_pages: tl.tensor,
     num_blocks: tl.tensor,
     num_steps: tl.tensor,
-    num_sinks: tl.tensor,
+    num_sink_pages: tl.tensor,
     scale: tl.tensor,
     HEAD_DIM: tl.constexpr,
     GROUP: tl.constexpr,
@@ -135,7 +135,7 @@ def score_volumes_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * num_steps
-    selectable = tl.load(sealed_ptr + row) - num_sinks
+    selectable = tl.load(sealed_ptr + row) - num_sink_pages
     head = tl.arange(0, HEADS)
     query_ptr += row * query_stride_row + head[:, None] * query_stride_head
     digests_ptr += row * digests_stride_row
@@ -144,7 +144,7 @@ def score_volumes_kernel(
     for block in tl.range(first, last, num_stages=BLOCKS_AHEAD + 1):
         page = block * PAGES + tl.arange(0, PAGES)
         exists = page < selectable
-        page_ptr = digests_ptr + (num_sinks + page).to(tl.int64)[None, :] * digests_stride_page
+        page_ptr = digests_ptr + (num_sink_pages + page).to(tl.int64)[None, :] * digests_stride_page
         score = tl.zeros([HEADS, PAGES], tl.float32)
         square = tl.zeros([HEADS], tl.float32)
         for start in tl.static_range(0, HEAD_DIM, CHANNELS):

@@ -94,7 +94,7 @@ def seal_newest(
     means: Tensor | None = None,
     *,
     recent: int,
-    num_sinks: int,
+    num_sink_pages: int,
     layout: PageLayout,
     index: str,
     index_bits: int = 2,
@@ -113,7 +113,7 @@ def seal_newest(
         packed: uint8 [rows, nbytes], the last stride 1, aligned as in `seal_pages`.
         digests, means: as in `seal_pages`; line p is written.
         recent: tokens that stay unsealed.
-        num_sinks: slots of the first pages.
+        num_sink_pages: slots of the first pages.
         layout, index, index_bits: as in `seal_pages`.
 
     Raises `InputError` where a shape, a dtype or a stride is another.
@@ -140,7 +140,7 @@ def seal_newest(
     if not rows:
         return
     places = 0 if page_of is None else page_of.shape[1]
-    counts = (window // layout.page_size, 0, recent, num_sinks, slots.stride(0), places)
+    counts = (window // layout.page_size, 0, recent, num_sink_pages, slots.stride(0), places)
     _launch(
         rows,
         (key, value, digest_key),

@@ -130,7 +130,7 @@ def _place(
     num_places_ptr: tl.tensor,
     row: tl.tensor,
     page: tl.tensor,
-    num_sinks: tl.tensor,
+    num_sink_pages: tl.tensor,
     slots_stride_row: tl.tensor,
     places: tl.tensor,
     NBYTES: tl.constexpr,
@@ -140,9 +140,9 @@ def _place(
     """Copy a packed page into its slot, where it has one."""
     WORDS: tl.constexpr = NBYTES * 8 // WORD.primitive_bitwidth
     if page_of_ptr is not None:
-        fits = page < num_sinks + tl.load(num_places_ptr + row)
-        entry = page_of_ptr + row * places + page - num_sinks
-        tl.store(entry, page.to(tl.int32), mask=fits & (page >= num_sinks))
+        fits = page < num_sink_pages + tl.load(num_places_ptr + row)
+        entry = page_of_ptr + row * places + page - num_sink_pages
+        tl.store(entry, page.to(tl.int32), mask=fits & (page >= num_sink_pages))
     else:
         fits = page >= 0
     tl.debug_barrier()  # the page is copied by other threads than wrote it
@@ -185,7 +185,7 @@ def seal_kernel(
     num_pages: tl.tensor,
     first: tl.tensor,
     recent: tl.tensor,
-    num_sinks: tl.tensor,
+    num_sink_pages: tl.tensor,
     slots_stride_row: tl.tensor,
     places: tl.tensor,
     WORD: tl.constexpr,
@@ -289,7 +289,7 @@ def seal_kernel(
             num_places_ptr,
             row,
             number,
-            num_sinks,
+            num_sink_pages,
             slots_stride_row,
             places,
             KEY_NBYTES + VALUE_NBYTES,

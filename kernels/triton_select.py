@@ -32,7 +32,7 @@ want of places; and how many pages the last one did without that it had places f
 
 
 class Selection(NamedTuple):
-    """What to recall and what to attend, per row; lists are int32 [rows, most], counts [rows].
+    """What to recall and what to attend; int32, lists [rows, max_selected] and counts [rows].
 
     The first `num_missing` entries of `pages` (ascending) go into those of `places` (ascending).
     The first `num_chosen` entries of `chosen` are the places that hold the selection then.
@@ -57,8 +57,8 @@ def select(
     speculated: Tensor,
     counters: Tensor,
     *,
-    num_sinks: int,
-    most: int,
+    num_sink_pages: int,
+    max_selected: int,
     reduction: str,
     speculative: bool = False,
     num_estimated: int | None = 0,
@@ -68,13 +68,13 @@ def select(
 ) -> Selection:
     """Choose each row's best pages and give the missing ones a place.
 
-    Row r chooses min(num_selected[r], sealed[r] - num_sinks) pages, the best by the mean over its
-    query heads, of equals the lowest, hidden ones last. Those that are resident stay where they
+    Row r chooses min(num_selected[r], sealed[r] - num_sink_pages) pages, the best by the mean over
+    its query heads, of equals the lowest, hidden ones last. Those that are resident stay where they
     are; the others get the empty places first, then those of the residents that were not chosen,
     worst first, of equals the lowest.
 
     Args:
-        scores: of all pages from `num_sinks` on.
+        scores: of all pages from `num_sink_pages` on.
         sealed: int32 [rows], sealed pages.
         page_of: int32 [rows, places], the page in each place, -1 for none; updated. No page may be
             there twice.
@@ -84,7 +84,7 @@ def select(
             since; updated.
         counters: int64 [rows, 5]; hits, recalled, evicted and speculative hits are added, or
             evicted and speculated pages if `speculative`.
-        most: the most pages that a row chooses, the width of the lists.
+        max_selected: the most pages that a row chooses, the width of the lists.
         reduction: "softmax-mean" or "raw-mean" (see `GROUP_REDUCTIONS`).
         speculative: the choice is a guess: pages that get a place are flagged in `speculated`.
         num_estimated: how many of the pages that a row does not choose are to be estimated, the
@@ -101,11 +101,11 @@ def select(
     rows, group, num_pages = scores.score.shape
     if num_estimated is None:
         num_estimated = EVERYTHING
-    if reduction not in GROUP_REDUCTIONS or min(most, num_sinks, num_estimated) < 0:
+    if reduction not in GROUP_REDUCTIONS or min(max_selected, num_sink_pages, num_estimated) < 0:
         raise InputError(
-            f"reduction={reduction!r}, most={most}, num_sinks={num_sinks}, "
-            f"num_estimated={num_estimated}: expected one of {', '.join(GROUP_REDUCTIONS)} and "
-            "sizes from 0 on"
+            f"reduction={reduction!r}, max_selected={max_selected}, "
+            f"num_sink_pages={num_sink_pages}, num_estimated={num_estimated}: expected one of "
+            f"{', '.join(GROUP_REDUCTIONS)} and sizes from 0 on"
         )
     if page_of.ndim != 2:
         raise InputError(f"page_of {tuple(page_of.shape)}: expected [{rows}, places]")
@@ -120,12 +120,12 @@ def select(
     _check("speculated", speculated, (rows, max_places), torch.int8)
     _check("counters", counters, (rows, NUM_COUNTERS), torch.int64)
     _check_target(target, fixed, missed, (rows, group))
-    lists = aligned(rows * most)
+    lists = aligned(rows * max_selected)
     made = torch.empty(3 * lists + 2 * aligned(rows), dtype=torch.int32, device=page_of.device)
     estimated = None
     if num_estimated:
         estimated = torch.empty((rows, num_pages), dtype=torch.int32, device=page_of.device)
-    selection = _carve(made, rows, most)._replace(estimated=estimated)
+    selection = _carve(made, rows, max_selected)._replace(estimated=estimated)
     if not rows:
         return selection
     # Apart from the lists, which speculation keeps.
@@ -153,8 +153,8 @@ def select(
         num_pages,
         num_blocks,
         max_places,
-        num_sinks,
-        most,
+        num_sink_pages,
+        max_selected,
         min(num_estimated, EVERYTHING),
         GROUP=group,
         HEADS=power_of_two(group),
@@ -185,10 +185,12 @@ def _check_target(
         _check("missed", missed, (shape[0], NUM_MISSED), torch.float64)
 
 
-def _carve(made: Tensor, rows: int, most: int) -> Selection:
+def _carve(made: Tensor, rows: int, max_selected: int) -> Selection:
     """The lists and the counts as `select_kernel` lays them out."""
-    apart, start = aligned(rows * most), 3 * aligned(rows * most)
-    pages, places, chosen = made.as_strided((3, rows, most), (apart, most, 1)).unbind()
+    apart, start = aligned(rows * max_selected), 3 * aligned(rows * max_selected)
+    pages, places, chosen = made.as_strided(
+        (3, rows, max_selected), (apart, max_selected, 1)
+    ).unbind()
     missing, num_chosen = made.as_strided((2, rows), (aligned(rows), 1), start).unbind()
     return Selection(pages, places, missing, chosen, num_chosen)
 

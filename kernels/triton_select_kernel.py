@@ -26,7 +26,7 @@ from arkcache.kernels.triton_rank import (
     sum_of_masses,
 )
 
-SIZES = ["num_pages", "num_blocks", "max_places", "num_sinks", "most", "num_estimated"]
+SIZES = ["num_pages", "num_blocks", "max_places", "num_sink_pages", "max_selected", "num_estimated"]
 """Arguments that a cache changes as it grows: no value of theirs is worth compiling anew for."""
 
 
@@ -43,23 +43,23 @@ def _choose(
     keys_ptr: tl.tensor,
     keys: tl.tensor,
     selectable: tl.tensor,
-    most: tl.tensor,
+    max_selected: tl.tensor,
     target: tl.tensor,
     GROUP: tl.constexpr,
     PAGES: tl.constexpr,
     ALL_PAGES: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """How many pages a row chooses, `most` or less where a target says so, and the least of them:
-    see `kth_largest`."""
-    count = most
+    """How many pages a row chooses (`max_selected`, or fewer where a target says so) and the least
+    of them: see `kth_largest`."""
+    count = max_selected
     if missed_ptr is not None:
         needed = fewest(keys_ptr, keys, selectable, target * GROUP, PAGES, ALL_PAGES)
-        count = tl.minimum(needed, most)
+        count = tl.minimum(needed, max_selected)
     kth, last = kth_largest(keys_ptr, keys, selectable, selectable, count, PAGES, ALL_PAGES)
     if missed_ptr is not None:
         note_missed(
-            missed_ptr, row, keys_ptr, keys, selectable, kth, last, needed > most,
-            most - count, GROUP, PAGES, ALL_PAGES,
+            missed_ptr, row, keys_ptr, keys, selectable, kth, last, needed > max_selected,
+            max_selected - count, GROUP, PAGES, ALL_PAGES,
         )  # fmt: skip
     return count, kth, last
 
@@ -97,7 +97,7 @@ def _list_missing(
     selectable: tl.tensor,
     kth: tl.tensor,
     last: tl.tensor,
-    num_sinks: tl.tensor,
+    num_sink_pages: tl.tensor,
     PAGES: tl.constexpr,
     ALL_PAGES: tl.constexpr,
 ) -> None:
@@ -110,7 +110,7 @@ def _list_missing(
         key = keys_at(keys_ptr, keys, start, selectable, PAGES, ALL_PAGES)
         missing = ((resident == 0) & is_top(key, page, kth, last)).to(tl.int32)
         entry = listed + tl.cumsum(missing, 0) - 1
-        tl.store(pages_ptr + entry, page + num_sinks, mask=missing != 0)
+        tl.store(pages_ptr + entry, page + num_sink_pages, mask=missing != 0)
         listed += tl.sum(missing)
 
 
@@ -172,8 +172,8 @@ def select_kernel(
     num_pages: tl.tensor,
     num_blocks: tl.tensor,
     max_places: tl.tensor,
-    num_sinks: tl.tensor,
-    most: tl.tensor,
+    num_sink_pages: tl.tensor,
+    max_selected: tl.tensor,
     num_estimated: tl.tensor,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,  # GROUP padded
@@ -199,15 +199,15 @@ def select_kernel(
     keys_ptr = scratch_ptr + row * (room + victims_room + _aligned(tl.cdiv(num_pages, 4)))
     victims_ptr = keys_ptr + room
     resident_ptr = (victims_ptr + victims_room).to(tl.pointer_type(tl.int8), bitcast=True)
-    apart = _aligned(tl.num_programs(0) * most)
-    pages_ptr = made_ptr + row * most
+    apart = _aligned(tl.num_programs(0) * max_selected)
+    pages_ptr = made_ptr + row * max_selected
     places_ptr, chosen_ptr = pages_ptr + apart, pages_ptr + 2 * apart
     num_missing_ptr = made_ptr + 3 * apart
     num_chosen_ptr = num_missing_ptr + _aligned(tl.num_programs(0))
-    selectable = tl.minimum(tl.maximum(tl.load(sealed_ptr + row) - num_sinks, 0), num_pages)
+    selectable = tl.minimum(tl.maximum(tl.load(sealed_ptr + row) - num_sink_pages, 0), num_pages)
     limit = tl.minimum(tl.load(num_places_ptr + row), max_places)
     count = tl.minimum(tl.load(num_selected_ptr + row), tl.minimum(selectable, limit))
-    count = tl.maximum(tl.minimum(count, most), 0)
+    count = tl.maximum(tl.minimum(count, max_selected), 0)
 
     peak, mass = 0.0, 1.0
     if SHARES:
@@ -233,7 +233,7 @@ def select_kernel(
         place = start + tl.arange(0, PLACES)
         held = tl.load(page_of_ptr + place, mask=place < limit, other=-1)
         guessed = tl.load(speculated_ptr + place, mask=place < limit, other=0)
-        page = held - num_sinks
+        page = held - num_sink_pages
         rated = (page >= 0) & (page < selectable)
         worth = tl.load(keys_ptr + page, mask=rated, other=LOWEST_KEY + 1)
         tl.store(resident_ptr + page, tl.full([PLACES], 1, tl.int8), mask=rated)
@@ -260,7 +260,7 @@ def select_kernel(
         if not ALL_PLACES:
             held = tl.load(page_of_ptr + place, mask=place < limit, other=-1)
             guessed = tl.load(speculated_ptr + place, mask=place < limit, other=0)
-        page = held - num_sinks
+        page = held - num_sink_pages
         rated = (page >= 0) & (page < selectable)
         if not ALL_PLACES:
             worth = tl.load(keys_ptr + page, mask=rated, other=LOWEST_KEY + 1)
@@ -277,8 +277,8 @@ def select_kernel(
     num_missing = count - num_hits
 
     _list_missing(
-        pages_ptr, resident_ptr, resident, keys_ptr, keys, selectable, kth, last, num_sinks, PAGES,
-        ALL_PAGES,
+        pages_ptr, resident_ptr, resident, keys_ptr, keys, selectable, kth, last, num_sink_pages,
+        PAGES, ALL_PAGES,
     )  # fmt: skip
     tl.debug_barrier()
     num_free = tl.maximum(limit, 0) - num_hits

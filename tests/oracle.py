@@ -2,7 +2,7 @@
 
 It keeps every key and value of every column, padding included, and derives sealed pages, sinks,
 window and selection from lengths and from `kernels/reference.py` in fp32. Knows nothing of slots,
-tiers or residency, and imports nothing from the manager.
+tiers or page tables, and imports nothing from the manager.
 
 With `estimate_pages`, pages that are not attended are one pseudo token each: the means of what was
 sealed, ln(page_size) added to its logit.
@@ -298,7 +298,7 @@ class Oracle:
             value,
             scale=how.get("scale") or query.shape[3] ** -0.5,
             softcap=how.get("softcap"),
-            sinks=how.get("sinks"),
+            sink_logits=how.get("sinks"),
             mask=mask,
         )
 
@@ -531,7 +531,7 @@ class Oracle:
             value,
             scale=how.get("scale") or query.shape[3] ** -0.5,
             softcap=how.get("softcap"),
-            sinks=None if sinks is None else sinks[own],
+            sink_logits=None if sinks is None else sinks[own],
             mask=torch.cat((bias[:, choice.tokens], weight), dim=1)[None, :, None],
         )[0, :, 0]
 

@@ -12,11 +12,11 @@ import torch
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
+from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
 from arkcache.errors import IntegrityError
 from arkcache.kernels import triton_attention
 from arkcache.planning import Planner
 from arkcache.recalled import RecalledLayer
-from arkcache.resident import ResidentLayer, ResidentPackedLayer
 from arkcache.store import PageStore
 from tests.marks import needs_interpreter
 from tests.twins import Twins, small_config
@@ -117,7 +117,7 @@ def test_a_prompt_of_one_token_after_another() -> None:
 
 @pytest.mark.parametrize("num_sink_tokens", [8, 4 * 66])
 def test_many_sinks(num_sink_tokens: int) -> None:
-    """A prompt that ends within the sinks; more sinks than the page table starts with."""
+    """A prompt that ends within the sinks; more sinks than the page directory starts with."""
     budget = num_sink_tokens + 28
     twins = make(on_kernels(num_sink_tokens=num_sink_tokens, budget_tokens=budget), num_kv_heads=1)
     twins.append(9)
@@ -348,11 +348,11 @@ def test_a_step_is_merged_by_its_last_program(monkeypatch: pytest.MonkeyPatch, b
     stepped(twins, 3)
     assert twins.manager.steps is not None
     for layer in twins.manager.steps.layers:
-        assert not layer._books.tickets.any()
+        assert not layer._metadata.tickets.any()
 
 
-def test_books_and_launches_apart_are_a_step() -> None:
-    """What is launched after the books were kept is what `append` and `attend` do at once."""
+def test_counting_and_launches_apart_are_a_step() -> None:
+    """What is launched after a token was counted is what `append` and `attend` do at once."""
     twins = Twins(on_kernels(num_dense_layers=1, device_pool_factor=2.0), num_layers=2)
     twins.append(43, LEFT_PADDED)
     manager = twins.manager
@@ -400,8 +400,8 @@ CHANGES: dict[str, Callable[[Twins], None]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits", [16, 4])
-def test_books_kept_together_are_those_of_each_layer(bits: int) -> None:
-    """Steps in two halves between all that gives layers books of their own."""
+def test_counts_kept_together_are_those_of_each_layer(bits: int) -> None:
+    """Steps in two halves between all that gives layers counts of their own."""
     settings = {"key_bits": bits, "value_bits": bits, "group_size": 8}
     config = on_kernels(num_dense_layers=1, budget_tokens=(None, 28), **settings)
     ours, theirs = (Twins(config, num_layers=2, num_kv_heads=1) for _ in range(2))
@@ -438,7 +438,7 @@ def test_addresses_say_what_moved() -> None:
     assert addresses() == seen[0]
     for change in (
         lambda: manager.reserve(200),  # the dense layer grows
-        lambda: manager.reserve(800),  # and the page table
+        lambda: manager.reserve(800),  # and the page directory
         lambda: manager.keep_sequences(np.array([1, 0])),
         lambda: manager.keep_sequences(np.array([1, 0])),
     ):
@@ -490,7 +490,7 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
     twins.check()
 
 
-def test_the_launches_of_a_step_read_nothing_of_the_books() -> None:
+def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
     """Recorded once and replayed, they must not depend on what the host counts."""
     twins = make(on_kernels(estimate_pages=None, **TARGET))
     twins.append(50)
@@ -527,7 +527,7 @@ def test_a_launch_that_fails_leaves_nothing_pending() -> None:
 
 def test_a_full_host_tier_changes_nothing() -> None:
     twins = Twins(on_kernels())
-    room = 9 * twins.block_bytes * 2
+    room = 9 * twins.whole_page_bytes * 2
     twins = Twins(on_kernels(host_bytes=room))
     twins.append(38)
     with pytest.raises(HostTierFullError, match="host_bytes"):
@@ -543,13 +543,13 @@ def test_check_integrity_finds(damage: str) -> None:
     (layer,) = twins.manager._layers
     assert isinstance(layer, RecalledLayer)
     if damage == "page_of":
-        layer._residents.page_of[0, 0] = layer._residents.page_of[0, 1]
+        layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
     elif damage == "slot":
         layer._slots[1, 0, 3] += 1
     elif damage == "located":
-        layer._table.located[0, 2] += 1
+        layer._directory.located[0, 2] += 1
     else:
-        layer._books.lengths[1] += 1
+        layer._metadata.lengths[1] += 1
     with pytest.raises(IntegrityError):
         twins.manager.check_integrity()
 
@@ -560,8 +560,8 @@ def test_layers_are_what_their_budgets_and_formats_say() -> None:
         twins.append(3)
         return [type(layer) for layer in twins.manager._layers]
 
-    assert kinds() == [ResidentLayer, RecalledLayer]
-    assert kinds(key_bits=4, group_size=8) == [ResidentPackedLayer, RecalledLayer]
+    assert kinds() == [DeviceDenseLayer, RecalledLayer]
+    assert kinds(key_bits=4, group_size=8) == [DevicePackedDenseLayer, RecalledLayer]
 
 
 def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

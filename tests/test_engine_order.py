@@ -1,4 +1,4 @@
-"""The engine on lanes that lag: with its barriers steps are right, without any one they are not."""
+"""The engine on streams that lag: steps are right with all barriers and wrong without any one."""
 
 import sys
 from collections.abc import Sequence
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from arkcache import manager, offloaded, recalled
+from arkcache.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_select import Selection
-from arkcache.residents import Residents
 from arkcache.tiering.backup import BackupEngine
 from arkcache.tiering.host import HostTier
 from tests.marks import needs_interpreter
 from tests.tiering.fake_cupy import GPU, cupy
-from tests.tiering.fake_lanes import FakeEvent, World, at_random, latest
+from tests.tiering.fake_streams import FakeEvent, World, at_random, latest
 from tests.twins import Twins, small_config
 
 __all__ = ["cupy"]
@@ -29,7 +29,7 @@ BOXES: dict[str, Any] = {"backend": "triton", "index": "cuboid-mean"}
 
 
 class PromptMain:
-    """A main lane that does its work at once, while the others lag as far as events allow."""
+    """A main stream that does its work at once, while the others lag as far as events allow."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -46,7 +46,7 @@ class PromptMain:
         if sys._getframe(1).f_code.co_name not in self._world.forgetful:
             event.synchronize()
             return
-        left = iter(range(2))  # meanwhile other lanes get half of something done
+        left = iter(range(2))  # meanwhile other streams get half of something done
         self._world.run_until(lambda: next(left, None) is None)
 
     def keep(self, tensor: Tensor) -> None:
@@ -57,9 +57,9 @@ class PromptMain:
 def world(request: Any, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> World:
     orders = {"backup last": latest("backup"), "side last": latest("side")}
     lagging = World(order=orders.get(request.param, at_random(3)))
-    lanes = replace(lagging.lanes, main=PromptMain(lagging))
-    engine = BackupEngine(lanes, torch.device("cpu"), block_bytes=1, num_blocks=2)
-    monkeypatch.setattr(recalled, "lanes_of", lambda _: lanes)
+    streams = replace(lagging.streams, main=PromptMain(lagging))
+    engine = BackupEngine(streams, torch.device("cpu"), block_bytes=1, num_blocks=2)
+    monkeypatch.setattr(recalled, "streams_of", lambda _: streams)
     monkeypatch.setattr(offloaded, "backup_engine_of", lambda _: engine)
 
     def pinned(sizes: list[int], limit: int | None, **_: Any) -> HostTier:
@@ -135,7 +135,7 @@ def test_a_step_is_taken_back_when_its_speculation_is_over(world: World) -> None
     try:
         for _ in range(4):
             interrupted(twins, recorded=False)
-            for _ in range(2):  # it waits for the main lane, then it chooses
+            for _ in range(2):  # it waits for the main stream, then it chooses
                 if world["side"].is_ready:
                     world["side"].go_on()
             twins.manager.undo_step()
@@ -176,18 +176,18 @@ class HalfAhead:
 
 
 def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have a step's own kernels queued on the main lane; those of a guess run when it does."""
-    attend, gather, select = recalled.paged_attention, recalled.gather, Residents.select
+    """Have a step's own kernels queued on the main stream; those of a guess run when it does."""
+    attend, gather, select = recalled.paged_attention, recalled.gather, DevicePageTable.select
 
     def queued_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = torch.empty_like(query)
-        world.lanes.main.run(lambda: output.copy_(attend(query, *args, **kwargs)))
+        world.streams.main.run(lambda: output.copy_(attend(query, *args, **kwargs)))
         return output
 
-    def queued_select(self: Residents, *args: Any, speculative: bool = False) -> Selection:
+    def queued_select(self: DevicePageTable, *args: Any, speculative: bool = False) -> Selection:
         if speculative:
             return select(self, *args, speculative=True)
-        rows, table = len(self.selected), (len(self.selected), self.most)
+        rows, table = len(self.selected), (len(self.selected), self.max_selected)
         shapes = (table, table, (rows,), table, (rows,))
         output = Selection(*(torch.zeros(shape, dtype=torch.int32) for shape in shapes))
 
@@ -197,18 +197,18 @@ def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert result is not None
                 mine.copy_(result)
 
-        world.lanes.main.run(choose)
+        world.streams.main.run(choose)
         return output
 
     def queued_gather(*args: Any, **kwargs: Any) -> None:
         is_guess = args[2].shape[1] > 5
-        run = (lambda work: work()) if is_guess else world.lanes.main.run
+        run = (lambda work: work()) if is_guess else world.streams.main.run
         run(lambda: gather(*args, **kwargs))
 
     monkeypatch.setattr(recalled, "paged_attention", queued_attend)
     monkeypatch.setattr(recalled, "gather", queued_gather)
-    monkeypatch.setattr(Residents, "select", queued_select)
-    monkeypatch.setattr(recalled, "lanes_of", lambda _: world.lanes)
+    monkeypatch.setattr(DevicePageTable, "select", queued_select)
+    monkeypatch.setattr(recalled, "streams_of", lambda _: world.streams)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -255,16 +255,16 @@ def test_empty_caches_accept_what_means_nothing() -> None:
 
 
 def pages(twins: Twins) -> int:
-    return twins.manager.stats().host_bytes // twins.block_bytes
+    return twins.manager.stats().host_bytes // twins.whole_page_bytes
 
 
-def block_bytes() -> int:
-    return Twins(small_config()).block_bytes
+def whole_page_bytes() -> int:
+    return Twins(small_config()).whole_page_bytes
 
 
 def test_a_full_host_tier_refuses_at_the_first_layer() -> None:
     """Room for the first layer but not for all is no room: the error comes before any changed."""
-    twins = filled(host_bytes=(2 * (14 + 8) + 1) * block_bytes())
+    twins = filled(host_bytes=(2 * (14 + 8) + 1) * whole_page_bytes())
     held = pages(twins)
     assert held == 2 * (14 + 8)
     step = new(2, HEADS, 4, DIM)
@@ -280,16 +280,16 @@ def test_a_full_host_tier_refuses_at_the_first_layer() -> None:
 
 
 def test_the_message_says_how_much_is_held_and_needed() -> None:
-    twins = filled(host_bytes=47 * block_bytes())
+    twins = filled(host_bytes=47 * whole_page_bytes())
     with pytest.raises(HostTierFullError) as caught:
         twins.append(40)
     message = str(caught.value)
-    for number in (44 * block_bytes(), 47 * block_bytes(), 2 * 20 * block_bytes()):
+    for number in (44 * whole_page_bytes(), 47 * whole_page_bytes(), 2 * 20 * whole_page_bytes()):
         assert str(number) in message
 
 
 def test_a_prompt_that_does_not_fit_leaves_an_empty_cache() -> None:
-    twins = Twins(small_config(host_bytes=20 * block_bytes()), num_layers=LAYERS, batch=3)
+    twins = Twins(small_config(host_bytes=20 * whole_page_bytes()), num_layers=LAYERS, batch=3)
     with pytest.raises(HostTierFullError):
         twins.manager.append(0, new(1, HEADS, 100, DIM), new(1, HEADS, 100, DIM))
     assert twins.manager.batch == 0
@@ -299,7 +299,7 @@ def test_a_prompt_that_does_not_fit_leaves_an_empty_cache() -> None:
 
 def test_a_cropped_cache_stays_as_it_was() -> None:
     """Even where nothing is left in it."""
-    twins = filled(host_bytes=60 * block_bytes())
+    twins = filled(host_bytes=60 * whole_page_bytes())
     twins.crop(0)
     stats = twins.manager.stats()
     with pytest.raises(HostTierFullError):
@@ -311,7 +311,7 @@ def test_a_cropped_cache_stays_as_it_was() -> None:
 
 def test_the_limit_itself_is_usable() -> None:
     """Exactly as many pages as fit, and not one more."""
-    twins = Twins(small_config(host_bytes=24 * block_bytes()), batch=1)
+    twins = Twins(small_config(host_bytes=24 * whole_page_bytes()), batch=1)
     twins.append(100 + 3)
     assert pages(twins) == 24
     with pytest.raises(HostTierFullError):
@@ -321,7 +321,7 @@ def test_the_limit_itself_is_usable() -> None:
 
 
 def test_copies_share_the_limit() -> None:
-    twins = filled(host_bytes=60 * block_bytes())
+    twins = filled(host_bytes=60 * whole_page_bytes())
     clone = copy.deepcopy(twins)
     clone.append(12)
     assert_refused(twins, append(new(2, HEADS, 12, DIM)), HostTierFullError, "host_bytes")
@@ -338,7 +338,7 @@ def test_room_taken_by_a_copy_between_two_layers(
 ) -> None:
     """Each append is refused whole or done whole, whoever took the room."""
     monkeypatch.setattr(sealing, "SEAL_PAGES", 1)
-    twins = filled(host_bytes=(44 + 6 + 12 + room) * block_bytes())
+    twins = filled(host_bytes=(44 + 6 + 12 + room) * whole_page_bytes())
     clone = copy.deepcopy(twins)
     twins.append_layer(0, 12)
     twins.append_layer(1, 12)

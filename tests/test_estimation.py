@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
+from arkcache.bookkeeping import Ids
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
-from arkcache.pages import Ids
 from arkcache.step import Step
 from arkcache.views import page_bias
 from tests.twins import Twins, attend_latents, small_config
@@ -58,7 +58,8 @@ def test_equal_keys_in_a_page_are_full_attention(
     query = 2 * torch.randn(2, 4, 1, 16).to(dtype)
     manager.append(0, key, value)
     output = manager.attend(0, query, **how)
-    expected = reference.attention(query, key, value, scale=0.25, **how)
+    dense = {"sink_logits" if name == "sinks" else name: given for name, given in how.items()}
+    expected = reference.attention(query, key, value, scale=0.25, **dense)
     # Logits, means and ln n are rounded to the dtype.
     bound = 8 * torch.finfo(dtype).eps
     assert float((output - expected).abs().max()) < bound
@@ -244,7 +245,7 @@ def test_estimates_are_no_pages_to_importance() -> None:
     manager.attend(0, query, scale=1.0)
     layer: Any = manager._layers[0]
     share = (query[0, 0] @ key[0, 0].T).softmax(dim=1).unflatten(1, (25, 4)).sum(dim=2)[0]
-    held = layer._residency.page_of[0]
+    held = layer._page_table.page_of[0]
     received = torch.zeros(25)
     received[held] = share[held]
     # 8-bit keys are a little off.

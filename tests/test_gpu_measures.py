@@ -18,10 +18,10 @@ from tests.gpu.outcome import Skipped
 from tests.gpu.replays import refusal_is_an_error
 
 
-def test_a_profile_counts_overlapping_lanes_once() -> None:
+def test_a_profile_counts_overlapping_streams_once() -> None:
     spans = [
         Span("attend", 10.0, 20.0),
-        Span("gather", 15.0, 30.0),  # beside it, on another lane
+        Span("gather", 15.0, 30.0),  # beside it, on another stream
         Span("attend", 34.0, 40.0),
         Span("select", 36.0, 37.0),
         Span("select", 50.0, 52.0),

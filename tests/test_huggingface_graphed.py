@@ -45,7 +45,7 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
-    """The kinds of the steps that were launched apart from their books."""
+    """The kinds of the steps that were launched apart from their counting."""
     kinds: list[tuple[bool, ...]] = []
     original = Replayer._launch
 

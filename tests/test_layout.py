@@ -29,42 +29,42 @@ MAY_IMPORT = {
     "formats": {"errors"},
     "config": {"errors", "formats"},
     "stats": {"config", "errors"},
-    "pages": {"config", "errors"},
+    "bookkeeping": {"config", "errors"},
     "policy": {"config", "errors"},
     "kernels": {"config", "errors", "formats", "kernels"},
-    "tiering": {"config", "errors", "formats", "kernels", "pages", "stats", "tiering"},
+    "tiering": {"config", "errors", "formats", "kernels", "bookkeeping", "stats", "tiering"},
 }
-MAY_IMPORT["importance"] = {"pages"}
+MAY_IMPORT["importance"] = {"bookkeeping"}
 MAY_IMPORT["index"] = {"config", "kernels"}
-MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
+MAY_IMPORT["validate"] = {"config", "errors", "kernels", "bookkeeping"}
 MAY_IMPORT["step"] = {*MAY_IMPORT} - {"validate", "importance"}
 MAY_IMPORT["windows"] = set()
-MAY_IMPORT["views"] = {"config", "pages", "step", "tiering"}
-MAY_IMPORT["summaries"] = {"config", "pages", "step", "tiering", "views"}
-MAY_IMPORT["rating"] = {"config", "index", "kernels", "pages", "policy", "step", "tiering"}
+MAY_IMPORT["views"] = {"config", "bookkeeping", "step", "tiering"}
+MAY_IMPORT["summaries"] = {"config", "bookkeeping", "step", "tiering", "views"}
+MAY_IMPORT["rating"] = {"config", "index", "kernels", "bookkeeping", "policy", "step", "tiering"}
 MAY_IMPORT["rating"] |= {"views"}
-MAY_IMPORT["missed"] = {"config", "pages", "stats", "step", "tiering", "views"}
-MAY_IMPORT["store"] = {"kernels", "pages", "tiering"}
-MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}
-MAY_IMPORT["sealing"] = {"config", "errors", "pages", "step", "tiering", "windows"}
-MAY_IMPORT["tiered"] = {"config", "kernels", "pages", "sealing", "store", "tiering"}
+MAY_IMPORT["missed"] = {"config", "bookkeeping", "stats", "step", "tiering", "views"}
+MAY_IMPORT["store"] = {"kernels", "bookkeeping", "tiering"}
+MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "bookkeeping", "tiering"}
+MAY_IMPORT["sealing"] = {"config", "errors", "bookkeeping", "step", "tiering", "windows"}
+MAY_IMPORT["tiered"] = {"config", "kernels", "bookkeeping", "sealing", "store", "tiering"}
 MAY_IMPORT["dense"] = {*MAY_IMPORT} - {"sealing", "store"}
-MAY_IMPORT["packed"] = {*MAY_IMPORT} - {"dense", "store"}
-MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed"}
-MAY_IMPORT["stepping"] = {"pages", "step"}
+MAY_IMPORT["packed_dense"] = {*MAY_IMPORT} - {"dense", "store"}
+MAY_IMPORT["paged"] = {*MAY_IMPORT} - {"dense", "packed_dense"}
+MAY_IMPORT["capture"] = {"bookkeeping", "step"}
 MAY_IMPORT["backend"] = {"config", "errors"}
-MAY_IMPORT["page_table"] = {"config", "kernels", "pages", "tiering"}
-MAY_IMPORT["residents"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
-MAY_IMPORT["ring"] = {"kernels", "pages", "sealing", "step", "stepping", "tiering", "windows"}
-MAY_IMPORT["offloaded"] = {*MAY_IMPORT} - {"dense", "packed", "paged"}
-MAY_IMPORT["recalled"] = {*MAY_IMPORT} - {"dense", "packed", "paged"}
-MAY_IMPORT["resident"] = {*MAY_IMPORT} - {"packed", "paged", "tiered"}
+MAY_IMPORT["page_directory"] = {"config", "kernels", "bookkeeping", "tiering"}
+MAY_IMPORT["device_page_table"] = {"config", "errors", "kernels", "bookkeeping", "stats", "tiering"}
+MAY_IMPORT["ring"] = {"kernels", "bookkeeping", "sealing", "step", "capture", "tiering", "windows"}
+MAY_IMPORT["offloaded"] = {*MAY_IMPORT} - {"dense", "packed_dense", "paged"}
+MAY_IMPORT["recalled"] = {*MAY_IMPORT} - {"dense", "packed_dense", "paged"}
+MAY_IMPORT["device_dense"] = {*MAY_IMPORT} - {"packed_dense", "paged", "tiered"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
-MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "index", "manager", "packed"}
-MAY_IMPORT["memory"] |= {"pages", "planning", "tiering"}
+MAY_IMPORT["memory"] = {"backend", "bookkeeping", "config", "errors", "formats", "index", "manager"}
+MAY_IMPORT["memory"] |= {"packed_dense", "planning", "tiering"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["evaluation"] = {*MAY_IMPORT, "evaluation"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
@@ -75,7 +75,7 @@ EVERYWHERE = {*MAY_IMPORT}
 IMPORTED_BY = {
     "torch": EVERYWHERE,
     "numpy": EVERYWHERE,
-    "safetensors": EVERYWHERE - {"pages", "policy"},
+    "safetensors": EVERYWHERE - {"bookkeeping", "policy"},
     "triton": {"kernels"},
     "cupy": {"tiering"},
     "transformers": {"huggingface", "demo", "evaluation", "cli"},
@@ -91,7 +91,7 @@ LAZILY = {
     ("arkcache", "huggingface"),
     ("tiering", "cupy"),
     ("layers", "recalled"),  # they import Triton
-    ("layers", "resident"),
+    ("layers", "device_dense"),
 }
 
 

@@ -238,7 +238,7 @@ def test_sharp_queries_choose_pages_that_exist(factor: float, reduction: str) ->
     twins.append(100, torch.arange(100) >= torch.tensor([[60], [0]]))
     for _ in range(20):
         twins.attend(size=1000.0)
-        residents = cast("Any", twins.manager._layers[0])._residency.page_of
+        residents = cast("Any", twins.manager._layers[0])._page_table.page_of
         assert residents[:2].max() < twins.oracle.sealed(0, 0)
     twins.check()
 
@@ -418,7 +418,7 @@ def test_crop_gives_pages_back() -> None:
     twins = Twins(small_config())
     twins.append(100)
     twins.crop(50)
-    assert twins.manager.stats().host_bytes == 2 * 11 * twins.block_bytes
+    assert twins.manager.stats().host_bytes == 2 * 11 * twins.whole_page_bytes
     twins.crop(0)
     assert twins.manager.stats().host_bytes == 0
     twins.check()
@@ -458,13 +458,13 @@ def test_sequences_share_their_pages() -> None:
     twins = Twins(small_config(), batch=1)
     twins.append(100)
     host_bytes = twins.manager.stats().host_bytes
-    assert host_bytes == 24 * twins.block_bytes
+    assert host_bytes == 24 * twins.whole_page_bytes
     twins.keep_sequences([0, 0, 0])
     assert twins.manager.stats().host_bytes == host_bytes
     twins.append(8)
-    assert twins.manager.stats().host_bytes == host_bytes + 3 * 2 * twins.block_bytes
+    assert twins.manager.stats().host_bytes == host_bytes + 3 * 2 * twins.whole_page_bytes
     twins.keep_sequences([1])
-    assert twins.manager.stats().host_bytes == host_bytes + 2 * twins.block_bytes
+    assert twins.manager.stats().host_bytes == host_bytes + 2 * twins.whole_page_bytes
     twins.attend()
     twins.check()
 
@@ -572,11 +572,11 @@ def test_other_queries_of_any_group_size_may_follow() -> None:
 
 def test_counters_say_what_moved() -> None:
     twins = Twins(small_config(), num_layers=2)
-    piece_bytes = twins.block_bytes // 2  # one page of one KV head
+    piece_bytes = twins.whole_page_bytes // 2  # one page of one KV head
     twins.append(100)
     stats = twins.manager.stats()
     sealed = 2 * 2 * 24  # layers, sequences, pages
-    assert stats.bytes_backed_up == stats.host_bytes == sealed * twins.block_bytes
+    assert stats.bytes_backed_up == stats.host_bytes == sealed * twins.whole_page_bytes
     assert (stats.pages_hit, stats.pages_recalled, stats.hit_rate) == (0, 0, 1.0)
     twins.attend()
     stats = twins.manager.stats()
@@ -591,7 +591,7 @@ def test_counters_say_what_moved() -> None:
     assert 0 <= stats.hit_rate < 1
     twins.attend(3)
     stats = twins.manager.stats()
-    assert stats.bytes_streamed == sealed * twins.block_bytes
+    assert stats.bytes_streamed == sealed * twins.whole_page_bytes
     assert stats.attended_tokens == stats.total_tokens
 
 
@@ -629,12 +629,12 @@ def damage_sink(layer: Any) -> None:
 
 
 def damage_backup(layer: Any) -> None:
-    resident = int(layer._residency.page_of[0, 0])
+    resident = int(layer._page_table.page_of[0, 0])
     layer._store.pieces()[layer._store.locate(np.array([0]), np.array([resident]))] += 1
 
 
-def damage_books(layer: Any) -> None:
-    layer._residency.page_of[0, 0] = layer._residency.page_of[0, 1]
+def damage_metadata(layer: Any) -> None:
+    layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
 
 
 def damage_sealed(layer: Any) -> None:
@@ -655,7 +655,7 @@ def damage_blocks(layer: Any) -> None:
         damage_resident,
         damage_sink,
         damage_backup,
-        damage_books,
+        damage_metadata,
         damage_sealed,
         damage_length,
         damage_blocks,

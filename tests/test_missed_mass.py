@@ -154,7 +154,7 @@ def test_the_truth_is_full_attentions(name: str, index: str) -> None:
     share = logits.softmax(dim=-1).mean(dim=2).flatten(0, 1)
     share = share.unflatten(1, (25, 4)).sum(dim=2)
     expected = []
-    for row, pages in enumerate(layer._residency.page_of):
+    for row, pages in enumerate(layer._page_table.page_of):
         out = sorted(set(range(1, 24)) - set(pages.tolist()))
         expected.append(float(share[row, out].sum()))
     missed = manager.stats().missed
@@ -188,7 +188,7 @@ def test_estimates_hold_on_a_trained_model() -> None:
     assert missed.low_share <= 0.01
 
 
-# -- books ----------------------------------------------------------------------------------------
+# -- metadata -------------------------------------------------------------------------------------
 
 
 def test_layers_take_turns() -> None:
@@ -209,7 +209,7 @@ def test_layers_take_turns() -> None:
     assert seen[12] == [2, 1, 1, 1]
     mine, other = twins.manager.stats(), plain.manager.stats()
     assert mine.attended_tokens == other.attended_tokens
-    assert mine.bytes_streamed == 5 * 24 * twins.block_bytes
+    assert mine.bytes_streamed == 5 * 24 * twins.whole_page_bytes
     assert other.missed_by_layer == ()
     assert mine.missed.num_estimates == 0
     assert mine.missed.estimated is None

@@ -231,7 +231,7 @@ class Conversations(RuleBasedStateMachine):
         return multiple(clone)
 
     @invariant()
-    def books_balance(self) -> None:
+    def metadata_balances(self) -> None:
         for twins in self.alive:
             twins.check()
         check_references(self.alive)
@@ -253,7 +253,7 @@ def check_references(alive: list[Twins]) -> None:
     for host in {id(t.manager._host): t.manager._host for t in alive}.values():
         if host is not None:
             sharing = [t.manager for t in alive if t.manager._host is host]
-            host.check([s.held_blocks() for manager in sharing for s in manager._layers])
+            host.check([s.held_pieces() for manager in sharing for s in manager._layers])
 
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}

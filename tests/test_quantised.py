@@ -13,7 +13,7 @@ from arkcache import CacheConfig, ConfigError, HostTierFullError, InputError, KV
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.importance import Importance, demotable
 from arkcache.kernels import reference
-from arkcache.packed import PackedLayer
+from arkcache.packed_dense import PackedDenseLayer
 from arkcache.paged import PagedLayer
 from arkcache.tiering import host as host_module
 from arkcache.tiering.device import PackedWorkingSet
@@ -77,7 +77,7 @@ def test_conversations(name: str, rotation: str) -> None:
     """One dense layer, whose pages are quantised too, and one paged."""
     twins = Twins(config_of(name, rotation=rotation, num_dense_layers=1), num_layers=2)
     converse(twins)
-    assert isinstance(twins.manager._layers[0], PackedLayer) or name.startswith("K16V16")
+    assert isinstance(twins.manager._layers[0], PackedDenseLayer) or name.startswith("K16V16")
 
 
 @pytest.mark.parametrize("name", ["K4V2", "K8V4+K4V2"])
@@ -265,7 +265,7 @@ def test_quantising_takes_something_and_less_at_more_bits() -> None:
 def sealed_bytes(layer: Any) -> list[Tensor]:
     """The bytes of all sealed pages of a layer, row by row."""
     heads, rows = layer.geometry.num_kv_heads, range(layer.geometry.num_rows)
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, PackedDenseLayer):
         return [
             layer._pages.read(page, page + 1).flatten(0, 1)[row, 0]
             for row in rows
@@ -316,7 +316,7 @@ def test_recalled_pages_are_the_sealed_bytes(name: str, factor: float) -> None:
     twins.check()
     working_set = cast("PackedWorkingSet", layer.working_set)
     slots = working_set.slots.flatten(0, 1).flip(1)
-    for row, resident in enumerate(layer._residency.page_of.tolist()):
+    for row, resident in enumerate(layer._page_table.page_of.tolist()):
         assert torch.equal(slots[row, 0], sealed[row, 0])
         for place, page in enumerate(resident, start=1):
             assert page < 0 or torch.equal(slots[row, place], sealed[row, page])
@@ -556,7 +556,7 @@ def test_beams_share_what_they_demote() -> None:
     assert sizes[1] < sizes[0] + 2 * fresh
     manager.check_integrity()
     assert manager._host is not None
-    manager._host.check([manager._held_blocks()])
+    manager._host.check([manager._held_pieces()])
 
 
 # -- which pages are demoted ----------------------------------------------------------------------
@@ -750,7 +750,7 @@ def test_residents_are_rewritten() -> None:
     """What is attended is the same whether a page stayed or is recalled."""
     cache = Attended()
     while not cache.twins.manager.stats().pages_demoted:
-        resident = cache.layer._residency.page_of.copy()
+        resident = cache.layer._page_table.page_of.copy()
         cache.step()
     stale = [
         set(row) - fine - {-1} for row, fine in zip(resident.tolist(), cache.fine(), strict=True)
@@ -831,7 +831,7 @@ def test_coarse_pages_go_back_to_the_window_and_are_sealed_fine() -> None:
 def test_demotion_makes_room() -> None:
     """In a tier with room for a single page more, a conversation goes on for many."""
     name = "K16V16+K2V2"
-    host_bytes = 17 * Attended(name=name).twins.block_bytes
+    host_bytes = 17 * Attended(name=name).twins.whole_page_bytes
     cache = Attended(name=name, host_bytes=host_bytes)
     with pytest.raises(HostTierFullError):
         copy.deepcopy(cache).twins.append(4 * 4)
@@ -858,7 +858,7 @@ def test_demotion_of_shared_pages_takes_no_room_that_was_promised(
     give back 160 bytes each; the page itself needs 512.
     """
     name = "K16V16+K2V2"
-    host_bytes = num_layers * (14 + 3) * Attended(name=name).twins.block_bytes + room
+    host_bytes = num_layers * (14 + 3) * Attended(name=name).twins.whole_page_bytes + room
     cache = Attended(name=name, num_layers=num_layers, host_bytes=host_bytes)
     clone = copy.deepcopy(cache)
     for _ in range(12):

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.kernels import reference, torch_attention
 from arkcache.kernels.torch_attention import block_attention
-from arkcache.pages import Ids
 from arkcache.step import Step, causal_blocks, causal_lines
 
 HEADS, DIM = 2, 16

@@ -164,7 +164,7 @@ class Twins:
         self.oracle.reset()
 
     def check(self) -> None:
-        """The manager's books agree, nothing it holds differs by a bit, sizes are what they are."""
+        """The manager's metadata agrees, nothing held differs by a bit, sizes are what they are."""
         self.manager.check_integrity()
         assert self.manager.batch == self.oracle.batch
         assert self.manager.num_columns == self.oracle.num_columns
@@ -199,7 +199,7 @@ class Twins:
     def held(self) -> list[np.ndarray]:
         """Per format, the host pieces that the layers refer to; a shared one is listed once."""
         host = self.manager._host
-        pieces = [state.held_blocks() for state in self.manager._layers]
+        pieces = [state.held_pieces() for state in self.manager._layers]
         if host is None:
             return []
         handles = np.unique(np.concatenate(pieces))
@@ -232,7 +232,7 @@ class Twins:
         return PageLayout(page_format or self.config.format, *sizes).nbytes
 
     @property
-    def block_bytes(self) -> int:
+    def whole_page_bytes(self) -> int:
         """A sealed page of all KV heads in the first format."""
         return self.num_kv_heads * self.page_bytes()
 

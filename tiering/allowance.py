@@ -1,4 +1,4 @@
-"""What the tiers of this process may take of memory that is nobody's yet.
+"""How much more memory the host tiers of this process may take.
 
 A tier without a limit of its own grows while the system has memory to spare. It asks before it
 grows, some memory at a time, so that few steps have to look. What other tiers were granted and have

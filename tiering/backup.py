@@ -1,13 +1,13 @@
 """Backup: sealed pages leave the device through staging blocks, while attention goes on.
 
-    layers:       borrow a block -> fill it (main lane) -> submit it
-    backup lane:                                          wait for main -> copy into the host tier
-    layers:                                      settle, before the main lane reads those pages
+    layers:         borrow a block -> fill it (main stream) -> submit it
+    backup stream:                                    wait for main -> copy into the host tier
+    layers:                                  settle, before the main stream reads those pages
 
-Three barriers make that right, and each is a wait of one lane for another: the main lane waits
-before it fills a block whose last copy is still under way, the backup lane waits for what fills the
-block, and the main lane waits for the copy before it reads the pages. The host waits for nothing,
-unless a copy failed.
+Three barriers make that right, and each is a wait of one stream for another: the main stream waits
+before it fills a block whose last copy is still under way, the backup stream waits for what fills
+the block, and the main stream waits for the copy before it reads the pages. The host waits for
+nothing, unless a copy failed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from arkcache.errors import InputError, TransferError
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import Event, Lanes, lanes_of, numbered
 from arkcache.tiering.pinned import Run, runs_of
+from arkcache.tiering.streams import Event, Streams, numbered, streams_of
 
 Ids = NDArray[np.int64]
 
@@ -37,11 +37,11 @@ _FAILURES = (RuntimeError, MemoryError, OSError)
 
 
 @dataclass(eq=False)
-class Block:
+class StagingBlock:
     """A staging block while it is borrowed.
 
     Attributes:
-        data: uint8 [nbytes] on the device, to be filled by work of the main lane.
+        data: uint8 [nbytes] on the device, to be filled by work of the main stream.
     """
 
     data: Tensor
@@ -52,7 +52,7 @@ class _Slot:
 
     def __init__(self) -> None:
         self.storage: Tensor | None = None
-        self.lent: Block | None = None
+        self.lent: StagingBlock | None = None
         self.copied: Event | None = None
         self.failed: Ticket | None = None
 
@@ -83,7 +83,7 @@ class BackupEngine:
     once more, the host waiting, when the ticket is settled.
 
     Args:
-        lanes: of the device.
+        streams: of the device.
         device: where staging blocks are.
         block_bytes: of a staging block; a larger request enlarges the block that it gets.
         num_blocks: staging blocks, each allocated when first lent.
@@ -91,12 +91,12 @@ class BackupEngine:
 
     def __init__(
         self,
-        lanes: Lanes,
+        streams: Streams,
         device: torch.device,
         block_bytes: int = BLOCK_BYTES,
         num_blocks: int = NUM_BLOCKS,
     ) -> None:
-        self.lanes, self.device, self.block_bytes = lanes, device, block_bytes
+        self.streams, self.device, self.block_bytes = streams, device, block_bytes
         self._slots = [_Slot() for _ in range(num_blocks)]
 
     @property
@@ -104,28 +104,28 @@ class BackupEngine:
         """Bytes of the staging blocks allocated so far."""
         return sum(slot.storage.numel() for slot in self._slots if slot.storage is not None)
 
-    def borrow(self, nbytes: int) -> Block:
-        """A block to fill on the main lane: it is free when the lane gets there.
+    def borrow(self, nbytes: int) -> StagingBlock:
+        """A block to fill on the main stream: it is free when the stream gets there.
 
-        Where all are lent, whoever borrowed first has not submitted and does not mean to: an error
-        came in between. That block is lent anew. Raises `TransferError` where failed copies hold
+        Where all are lent, the one that was borrowed first is lent again: its borrower met an error
+        and will not submit it. Raises `TransferError` where failed copies hold
         all blocks and fail once more.
         """
         slot = self._free_slot()
         self._slots.remove(slot)
         self._slots.append(slot)  # lent in turn, so that the longest copied is next
         if slot.copied is not None:
-            self.lanes.main.wait(slot.copied)
+            self.streams.main.wait(slot.copied)
         if slot.storage is None or slot.storage.numel() < nbytes:
             if slot.storage is not None:
-                self.lanes.backup.keep(slot.storage)
+                self.streams.backup.keep(slot.storage)
             with torch.inference_mode(False):
                 size = max(nbytes, self.block_bytes)
                 slot.storage = torch.empty(size, dtype=torch.uint8, device=self.device)
-        slot.lent = Block(slot.storage[:nbytes])
+        slot.lent = StagingBlock(slot.storage[:nbytes])
         return slot.lent
 
-    def submit(self, block: Block, host: HostTier, handles: Ids) -> Ticket:
+    def submit(self, block: StagingBlock, host: HostTier, handles: Ids) -> Ticket:
         """Copy a block, [len(handles), bytes of a piece], to where the host tier has its pieces.
 
         handles: int64 [pieces], distinct. Where the tier is pageable, it is written at once. Raises
@@ -140,37 +140,37 @@ class BackupEngine:
                 "expected a block of just their size, borrowed last and not submitted yet"
             )
         handles, content = np.array(handles, dtype=np.int64), block.data.view(-1, size)
-        main, lane, failure = self.lanes.main, self.lanes.backup, None
+        main, stream, failure = self.streams.main, self.streams.backup, None
         try:
             if host.rows_per_chunk is None:
                 main.record().synchronize()
                 host.write(handles, content)
             else:
                 runs = runs_of(host.rows(handles), host.rows_per_chunk)
-                lane.wait(main.record())
-                lane.run(partial(_copy_runs, host.pieces(), runs, content))
+                stream.wait(main.record())
+                stream.run(partial(_copy_runs, host.pieces(), runs, content))
         except _FAILURES as error:
             failure = f"{type(error).__name__}: {error}"
-        ticket = Ticket(host, handles, lane.record(), failure)
+        ticket = Ticket(host, handles, stream.record(), failure)
         slot.copied, slot.lent = ticket.copied, None
         if failure is not None:
             slot.failed, ticket.staged = ticket, content
-            host.retain(handles)  # so that nobody else gets these places before they are written
+            host.retain(handles)  # their places must not be given away before they are written
         return ticket
 
     def settle(self, ticket: Ticket) -> None:
-        """Let what the main lane does from now on find the pages in the host tier.
+        """Let what the main stream does from now on find the pages in the host tier.
 
         And those of all tickets before it for that tier. Raises `TransferError` if some could not
         be copied, nor written here; they stay in the block, and to settle again tries again.
         """
         self._write_failed(ticket.host)
-        self.lanes.main.wait(ticket.copied)
+        self.streams.main.wait(ticket.copied)
 
     def settle_all(self) -> None:
         """Settle all tickets there are."""
         self._write_failed(None)
-        self.lanes.main.wait(self.lanes.backup.record())
+        self.streams.main.wait(self.streams.backup.record())
 
     def _free_slot(self) -> _Slot:
         usable = [slot for slot in self._slots if slot.failed is None]
@@ -189,12 +189,12 @@ class BackupEngine:
     def _write(self, slot: _Slot, ticket: Ticket) -> None:
         """Write the pages of a failed copy, the host waiting for all that may touch either end."""
         assert ticket.staged is not None
-        host, lanes = ticket.host, self.lanes
-        # Whoever wanted the others has released them since.
+        host, streams = ticket.host, self.streams
+        # The others have been released since: only the reference held here is left.
         wanted = np.flatnonzero(host.references(ticket.handles) > 1)
         try:
-            for lane in (lanes.main, lanes.backup, lanes.side):
-                lane.record().synchronize()
+            for stream in (streams.main, streams.backup, streams.side):
+                stream.record().synchronize()
             if len(wanted):
                 host.write(ticket.handles[wanted], ticket.staged[torch.from_numpy(wanted)])
         except _FAILURES as error:
@@ -203,7 +203,7 @@ class BackupEngine:
                 f"({ticket.failure}), nor written there ({error}); they are still staged on the "
                 "device: free host memory and repeat the step, or release the cache"
             ) from error
-        ticket.copied = slot.copied = lanes.main.record()
+        ticket.copied = slot.copied = streams.main.record()
         slot.failed = ticket.failure = ticket.staged = None
         host.release(ticket.handles)
 
@@ -222,4 +222,4 @@ def backup_engine_of(device: torch.device) -> BackupEngine:
 
 @cache
 def _engine_of(device: torch.device) -> BackupEngine:
-    return BackupEngine(lanes_of(device), device)
+    return BackupEngine(streams_of(device), device)

@@ -79,14 +79,14 @@ class WorkingSet:
         stop = self.boundary + num_recent
         return self.key[:, :, start:stop], self.value[:, :, start:stop]
 
-    def fill_places(self, rows: slice, first_place: int, key: Tensor, value: Tensor) -> None:
-        """Write pages [sequences, kv_heads, pages, page_size, dim] into adjacent places."""
+    def fill_places(self, seqs: slice, first_place: int, key: Tensor, value: Tensor) -> None:
+        """Write pages [seqs, kv_heads, pages, page_size, dim] into adjacent places."""
         num_pages = key.shape[2]
         stop = self.num_slots - first_place
         slots = slice((stop - num_pages) * self.page_size, stop * self.page_size)
         # Places run right to left.
-        self.key[rows, :, slots] = key.flip(2).flatten(2, 3)
-        self.value[rows, :, slots] = value.flip(2).flatten(2, 3)
+        self.key[seqs, :, slots] = key.flip(2).flatten(2, 3)
+        self.value[seqs, :, slots] = value.flip(2).flatten(2, 3)
 
     def write_pages(self, rows: Tensor, places: Tensor, key: Tensor, value: Tensor) -> None:
         """Write pages [count, page_size, dim]; rows, places: int64 [count], where each goes."""
@@ -133,11 +133,11 @@ class PackedWorkingSet:
         self.planes = (slots, *windows)
         self.num_slots = slots.shape[2]
 
-    def fill_places(self, rows: slice, first_place: int, packed: Tensor) -> None:
-        """Write pages [sequences, kv_heads, pages, nbytes] into adjacent places."""
+    def fill_places(self, seqs: slice, first_place: int, packed: Tensor) -> None:
+        """Write pages [seqs, kv_heads, pages, nbytes] into adjacent places."""
         stop = self.num_slots - first_place
         # Places run right to left.
-        self.slots[rows, :, stop - packed.shape[2] : stop] = packed.flip(2)
+        self.slots[seqs, :, stop - packed.shape[2] : stop] = packed.flip(2)
 
     def write_pages(self, rows: Tensor, places: Tensor, packed: Tensor) -> None:
         """Write pages [count, nbytes]; rows, places: int64 [count], where each goes."""

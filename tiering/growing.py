@@ -42,11 +42,11 @@ class GrowingTensor:
         grown.narrow(self.dim, 0, capacity).copy_(self.data)
         self.data = grown
 
-    def write(self, sequences: slice, start: int, entries: Tensor) -> None:
+    def write(self, seqs: slice, start: int, entries: Tensor) -> None:
         """Write `entries` of some sequences (dimension 0) from `start` on along `dim`."""
         length = entries.shape[self.dim]
         self.reserve(start + length)
-        self.data[sequences].narrow(self.dim, start, length).copy_(entries)
+        self.data[seqs].narrow(self.dim, start, length).copy_(entries)
 
     def first(self, length: int) -> Tensor:
         """A view of the first `length` entries along `dim`."""
@@ -83,7 +83,7 @@ class ChunkedTensor:
         """Entries along `dim` that there is room for."""
         return len(self._chunks) * self._shape[self.dim]
 
-    def write(self, sequences: slice, start: int, entries: Tensor) -> None:
+    def write(self, seqs: slice, start: int, entries: Tensor) -> None:
         """Write `entries` of some sequences (dimension 0) from `start` on along `dim`."""
         length = self._shape[self.dim]
         stop = start + entries.shape[self.dim]
@@ -97,7 +97,7 @@ class ChunkedTensor:
             number, offset = divmod(done, length)
             count = min(length - offset, stop - done)
             part = entries.narrow(self.dim, done - start, count)
-            self._chunks[number][sequences].narrow(self.dim, offset, count).copy_(part)
+            self._chunks[number][seqs].narrow(self.dim, offset, count).copy_(part)
             done += count
 
     def read(self, first: int, last: int) -> Tensor:

@@ -98,7 +98,7 @@ class HostTier:
         return pinning
 
     def _forget(self) -> None:
-        """Be as new: hold nothing and no memory."""
+        """Go back to the state of a new tier: no pieces and no memory."""
         self._pinning.close()
         if self._allowance is not None:
             self._allowance.give_back(0)
@@ -312,7 +312,7 @@ class HostTier:
     def _close_holes(self) -> None:
         """Move the last pieces of each side into its holes.
 
-        The books change after the bytes: a move that fails for want of memory has done nothing.
+        The metadata changes after the bytes: a move that fails for want of memory has done nothing.
         """
         for kind, side in enumerate(self._sides):
             sources, targets = side.moves()

@@ -5,7 +5,7 @@ copied for it. What is pinned stays so until the arena goes: the device keeps th
 was shown, so giving such memory back to the system would leave it reading others.
 
 Registering takes the driver about as long as touching the memory does. So while the arena grows, a
-thread registers what is likely to be needed next, and only what nobody foresaw is waited for.
+thread registers what is likely to be needed next, and only what it did not foresee is waited for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ import torch
 from numpy.typing import NDArray
 
 from arkcache.errors import HostTierFullError, InputError
-from arkcache.tiering.lanes import numbered
 from arkcache.tiering.mapping import keep_from_forks, share_with_forks
 from arkcache.tiering.registration import (
     OtherAddressesError,
@@ -35,6 +34,7 @@ from arkcache.tiering.registration import (
     register,
     unregister,
 )
+from arkcache.tiering.streams import numbered
 
 CHUNK_BYTES = 256 << 20
 """Memory is pinned in multiples of about this: what is pinned but unused is wasted."""
@@ -43,10 +43,10 @@ MOST_CHUNK_BYTES = 2 << 30
 """More than this in one registration is refused by some drivers."""
 
 MOST_AT_ONCE_BYTES = 1 << 30
-"""No registration of several chunks takes more."""
+"""The most that one registration of several chunks takes."""
 
 MOST_AHEAD_BYTES = 1 << 30
-"""So far beyond what is needed, at most, the thread pins."""
+"""The thread pins at most so much beyond what is needed."""
 
 NO_DEVICE = "there is no CUDA device to pin it for"
 NOT_YET = "it has reserved no memory yet"
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 def runs_of(rows: NDArray[np.int64], rows_per_chunk: int) -> list[Run]:
     """`rows` [n] as runs of adjacent ones, none of which crosses from one chunk into the next.
 
-    One copy may not: the driver knows two registrations, however close they lie.
+    A copy must not cross: to the driver the chunks are two registrations, however close they lie.
     """
     if len(rows) == 0:
         return []

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.tiering.host import HostTier, take
-from arkcache.tiering.lanes import numbered
 from arkcache.tiering.pinned import Run, runs_of
+from arkcache.tiering.streams import numbered
 from arkcache.tiering.transfer import upload
 
 RUN_BYTES = 128 << 10

@@ -318,7 +318,7 @@ class ArkCache(DynamicCache):
         return sum((manager.stats() for manager in self._core.managers.values()), CacheStats())
 
     def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless the books of every layer agree with its tiers."""
+        """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers."""
         for manager in self._core.managers.values():
             manager.check_integrity()
 

@@ -1,6 +1,6 @@
 """Decode steps that were recorded, and what they were recorded from.
 
-They are kept with the steps of the cache (`StaticSteps.recordings`) and hold neither it nor the
+They are kept with the steps of the cache (`CapturableSteps.recordings`) and hold neither it nor the
 model: they outlive a call of `generate`, and go when the cache is reset or goes itself.
 """
 

@@ -1,4 +1,4 @@
-"""The steps of one cache, replayed: the host keeps the books, the device does what was recorded.
+"""The steps of one cache, replayed: the host counts, the device does what was recorded.
 
 A step of one token is recorded twice, once as it is when a page seals and once as it is when none
 does. From then on the model's Python code does not run.
@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
+from arkcache.capture import CapturableSteps
 from arkcache.errors import HostTierFullError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.probe import follows_positions
 from arkcache.huggingface.recordings import Recordings, seen_waiting
-from arkcache.stepping import StaticSteps
 
 INPUTS = ("input_ids", "position_ids", "cache_position")
 """Tensors that are new at every step: a recording reads them from where they were first."""
@@ -137,7 +137,7 @@ class Replayer:
         return first.recordings
 
     @property
-    def _steps(self) -> list[StaticSteps]:
+    def _steps(self) -> list[CapturableSteps]:
         return [manager.steps for manager in self.cache.managers if manager.steps is not None]
 
     def _warn(self, reason: str) -> None:
@@ -148,7 +148,7 @@ class Replayer:
     def _step(self, kwargs: dict[str, Any]) -> Any:
         managers = self.cache.managers
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
-        # Said now: the model would count what the books hold already.
+        # Said now: the model would count what is counted already.
         position = torch.full_like(inputs["input_ids"], self.cache.get_seq_length())
         inputs.setdefault("position_ids", position)
         for manager in managers:
@@ -162,7 +162,7 @@ class Replayer:
             raise
 
     def _booked_step(self, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
-        """Keep the books of a step, then do it: the first time as it is, then recorded."""
+        """Count a step, then do it: the first time as it is, then recorded."""
         kept = self._kept
         kind = tuple(manager.begin_step() for manager in self.cache.managers)
         launch = functools.partial(self._launch, kind, kwargs)
@@ -200,11 +200,11 @@ class Replayer:
     def _launch(
         self, kind: Kind, kwargs: dict[str, Any], inputs: dict[str, Tensor], recorded: bool = False
     ) -> Any:
-        """Run the model, whose books have been kept already."""
+        """Run the model over a step that has been counted already."""
         with ExitStack() as stack:
             for steps, seals in zip(self._steps, kind, strict=True):
                 stack.enter_context(steps.launch(seals, recorded=recorded))
-            # Padding is in the books: a mask would be recorded as it is now.
+            # The manager knows the padding: a mask would be recorded as it is now.
             return self._forward(**{**kwargs, **inputs, "attention_mask": None})
 
 

@@ -19,7 +19,7 @@ from benchmarks.gpu.bench import Bench, Timing
 from benchmarks.gpu.check import Outcome
 
 ROWS, GROUP, HEAD_DIM, PAGE_SIZE = 8, 4, 128, 32
-NUM_SINKS, NUM_SELECTED, RECENT, WINDOW = 1, 58, 128, 160
+NUM_SINK_PAGES, NUM_SELECTED, RECENT, WINDOW = 1, 58, 128, 160
 """What the default settings (2048 tokens) make of this."""
 
 SCALE = HEAD_DIM**-0.5
@@ -42,7 +42,10 @@ def make_rows(bench: Bench, tokens: int, count: int = ROWS) -> Rows:
     lengths, sealed_pages, num_places = (
         torch.full((count,), number, dtype=torch.int32, device=bench.device) for number in numbers
     )
-    pages = [torch.randperm(sealed - NUM_SINKS)[:NUM_SELECTED] + NUM_SINKS for _ in range(count)]
+    pages = [
+        torch.randperm(sealed - NUM_SINK_PAGES)[:NUM_SELECTED] + NUM_SINK_PAGES
+        for _ in range(count)
+    ]
     page_of = torch.full((count, NUM_SELECTED), -1, dtype=torch.int32)
     for row, own in enumerate(pages):
         page_of[row, : len(own)] = own
@@ -87,7 +90,7 @@ def volumes_load(bench: Bench, context: int) -> Load:
     sets = bench.num_sets(ROWS * pages * 2 * HEAD_DIM * DTYPE.itemsize)
     digests = [bench.randn(ROWS, pages, 2 * HEAD_DIM) for _ in range(sets)]
     query = bench.randn(ROWS, GROUP, HEAD_DIM)
-    how: dict[str, Any] = {"num_sinks": NUM_SINKS, "kind": "cuboid-mean", "scale": SCALE}
+    how: dict[str, Any] = {"num_sink_pages": NUM_SINK_PAGES, "kind": "cuboid-mean", "scale": SCALE}
     return Load(
         lambda number: score_volumes(query, digests[number], rows.sealed, **how),
         sets,
@@ -117,7 +120,7 @@ def tokens_load(bench: Bench, context: int) -> Load:
     how: dict[str, Any] = {"page_size": PAGE_SIZE, "bits": 2, "scale": SCALE}
     return Load(
         lambda number: score_tokens(
-            query, digests[number], rows.sealed, num_sinks=NUM_SINKS, **how
+            query, digests[number], rows.sealed, num_sink_pages=NUM_SINK_PAGES, **how
         ),
         sets,
         digests[0].nbytes,
@@ -142,7 +145,7 @@ def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
     rows, pages = make_rows(bench, context), context // PAGE_SIZE
     digests = bench.randn(ROWS, pages, 2 * HEAD_DIM)
     sets = bench.pick(8, 1)
-    how: dict[str, Any] = {"num_sinks": NUM_SINKS, "kind": "cuboid-mean", "scale": SCALE}
+    how: dict[str, Any] = {"num_sink_pages": NUM_SINK_PAGES, "kind": "cuboid-mean", "scale": SCALE}
     scores = [
         score_volumes(bench.randn(ROWS, GROUP, HEAD_DIM), digests, rows.sealed, **how)
         for _ in range(sets)
@@ -159,8 +162,8 @@ def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
             rows.num_places,
             speculated,
             counters,
-            num_sinks=NUM_SINKS,
-            most=NUM_SELECTED,
+            num_sink_pages=NUM_SINK_PAGES,
+            max_selected=NUM_SELECTED,
             reduction="softmax-mean",
         )
 
@@ -191,11 +194,15 @@ def seal_page(bench: Bench, preset: str) -> Outcome:
     sealed = 100
     rows = make_rows(bench, sealed * PAGE_SIZE + RECENT)
     key, value = (bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2))
-    slots = torch.zeros((ROWS, NUM_SINKS + NUM_SELECTED, layout.nbytes), dtype=torch.uint8)
+    slots = torch.zeros((ROWS, NUM_SINK_PAGES + NUM_SELECTED, layout.nbytes), dtype=torch.uint8)
     packed = torch.zeros((ROWS, layout.nbytes), dtype=torch.uint8, device=bench.device)
     places = (slots.to(bench.device), rows.page_of, rows.num_places, packed)
     digests = bench.randn(ROWS, sealed, 2 * HEAD_DIM)
-    how: dict[str, Any] = {"recent": RECENT, "num_sinks": NUM_SINKS, "index": "cuboid-mean"}
+    how: dict[str, Any] = {
+        "recent": RECENT,
+        "num_sink_pages": NUM_SINK_PAGES,
+        "index": "cuboid-mean",
+    }
 
     def seal(_number: int) -> None:
         counts = (rows.lengths, rows.sealed)
@@ -239,7 +246,7 @@ def attention_load(bench: Bench, context: int, preset: str) -> Load:
 
     context, heads = bench.pick((context, ROWS), (2560, 1))
     layout = PageLayout(PRESETS[preset], PAGE_SIZE, HEAD_DIM, HEAD_DIM, DTYPE.itemsize)
-    rows, num_slots = make_rows(bench, context, heads), NUM_SINKS + NUM_SELECTED
+    rows, num_slots = make_rows(bench, context, heads), NUM_SINK_PAGES + NUM_SELECTED
     sets = bench.num_sets(heads * num_slots * layout.nbytes)
     slots = [_random_slots(bench, layout, heads, num_slots) for _ in range(sets)]
     windows = [bench.randn(2, heads, WINDOW, HEAD_DIM) for _ in range(sets)]
@@ -247,7 +254,7 @@ def attention_load(bench: Bench, context: int, preset: str) -> Load:
     chosen = torch.arange(NUM_SELECTED, dtype=torch.int32, device=bench.device).repeat(heads, 1)
     pages = (chosen, rows.num_places, rows.page_of)
     tickets = torch.zeros(heads, dtype=torch.int32, device=bench.device)
-    how: dict[str, Any] = {"layout": layout, "num_sinks": NUM_SINKS, "scale": SCALE}
+    how: dict[str, Any] = {"layout": layout, "num_sink_pages": NUM_SINK_PAGES, "scale": SCALE}
     how["tickets"] = tickets  # as layers do; launches of a graph follow each other
 
     def attend(number: int) -> Tensor:

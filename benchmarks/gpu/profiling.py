@@ -77,7 +77,7 @@ def shares_of(spans: Sequence[Span], num_steps: int = NUM_STEPS) -> dict[str, An
     """Microseconds of a step by kernel, and those in which none ran.
 
     Args:
-        spans: of so many steps, in any order; they may overlap, as lanes do.
+        spans: of so many steps, in any order; they may overlap, as streams do.
     """
     spans = sorted(spans, key=lambda span: span.start)
     totals: dict[str, float] = defaultdict(float)

@@ -1,7 +1,7 @@
 """Whole decode steps of models of real size: replayed ArkCache steps against a `StaticCache`.
 
 Both are CUDA graphs, so that neither pays for Python; the events around a step of ArkCache include
-the books that the host keeps for it, where they take longer than the GPU. A step that was to be
+the counting that the host does for it, where that takes longer than the GPU. A step that was to be
 replayed and is not fails its check. Weights are random and caches are filled with random keys and
 values, so selections mean nothing; how many pages a step recalls is therefore set by hand. Every
 step repeats the same token at the same position, which selects the same pages again, and before it
@@ -128,8 +128,8 @@ def ark_steps(
 
 def emptying(manager: KVCacheManager, share: int) -> Callable[[int], None]:
     """What empties so many percent of the places of all layers, other places at every step."""
-    paged = [layer for layer in manager._layers if hasattr(layer, "_residents")]
-    tables = [layer._residents.page_of for layer in paged]
+    paged = [layer for layer in manager._layers if hasattr(layer, "_page_table")]
+    tables = [layer._page_table.page_of for layer in paged]
     places = tables[0].shape[1]
     count = round(share * places / 100)
     order = torch.randperm(places, device=tables[0].device).repeat(2)

@@ -92,7 +92,7 @@ class Recall(NamedTuple):
         """Recall one selection."""
         from arkcache.kernels.triton_copy import gather
 
-        gather(self.lines, *self.arguments[number], num_sinks=1)
+        gather(self.lines, *self.arguments[number], num_sink_pages=1)
 
     @property
     def nbytes(self) -> int:
@@ -102,16 +102,18 @@ class Recall(NamedTuple):
 
 def make_recall(bench: Bench, lines: Tensor) -> Recall:
     """Selections of random pages; every head has its own order of them."""
-    rows, most, count, device = 8, bench.pick(58, 3), len(lines), bench.device
+    rows, max_selected, count, device = 8, bench.pick(58, 3), len(lines), bench.device
     located = torch.stack([torch.randperm(count) for _ in range(rows)]).to(device)
-    places = torch.arange(most, dtype=torch.int32, device=device).repeat(rows, 1)
-    counts = torch.full((rows,), most, dtype=torch.int32, device=device)
-    slots = torch.zeros((rows, most + 1, lines.shape[1]), dtype=torch.uint8, device=device)
+    places = torch.arange(max_selected, dtype=torch.int32, device=device).repeat(rows, 1)
+    counts = torch.full((rows,), max_selected, dtype=torch.int32, device=device)
+    slots = torch.zeros((rows, max_selected + 1, lines.shape[1]), dtype=torch.uint8, device=device)
     pages = [
-        torch.stack([torch.randperm(count)[:most] for _ in range(rows)]).int().to(device)
+        torch.stack([torch.randperm(count)[:max_selected] for _ in range(rows)]).int().to(device)
         for _ in range(bench.pick(8, 1))
     ]
-    return Recall(lines, [(located, own, places, counts, slots) for own in pages], rows * most)
+    return Recall(
+        lines, [(located, own, places, counts, slots) for own in pages], rows * max_selected
+    )
 
 
 def check_recalled(recall: Recall) -> None:

@@ -34,7 +34,7 @@ EXTRAS = ["", "softcap", "sinks", "bias", "everything", "window"]
 
 
 def test_attention(card: Card) -> None:
-    """Every format and shape; softcap, sinks and bias; all pages; the window alone; nothing."""
+    """Every format and shape; softcap, sink logits, bias; all pages; the window alone; nothing."""
     run_cases(card, some(card, attention_cases(card)))
 
 
@@ -64,8 +64,8 @@ def _attention(
 
     layout = PageLayout(PRESETS[preset], page_size, *dims, dtype.itemsize)
     packer = PagePacker(layout, dtype)
-    sealed, recent, num_sinks, places = [0, 1, 4, 9, 9, 0], [1, 3, 2, 0, window, 0], 1, 6
-    rows, num_slots = len(sealed), 9 if extra == "everything" else num_sinks + places
+    sealed, recent, num_sink_pages, places = [0, 1, 4, 9, 9, 0], [1, 3, 2, 0, window, 0], 1, 6
+    rows, num_slots = len(sealed), 9 if extra == "everything" else num_sink_pages + places
     shape = (rows, num_slots, page_size)
     slots = packer.pack(
         randn(1, *shape, dims[0], dtype=dtype), randn(2, *shape, dims[1], dtype=dtype)
@@ -82,7 +82,7 @@ def _attention(
         "lengths": int32(*lengths),
         "sealed": int32(*sealed),
         "layout": layout,
-        "num_sinks": num_sinks,
+        "num_sink_pages": num_sink_pages,
         "scale": dims[0] ** -0.5,
     }
     arguments |= _extra(extra, rows, group, max(lengths) + 1)
@@ -98,19 +98,19 @@ def _extra(extra: str, rows: int, group: int, tokens: int) -> dict[str, Any]:
     if extra == "softcap":
         return {"softcap": 2.0}
     if extra == "sinks":
-        return {"sinks": randn(6, rows, group)}
+        return {"sink_logits": randn(6, rows, group)}
     if extra == "bias":
         bias = randn(7, rows, 1, tokens)
         return {"bias": bias.masked_fill(bias > 1.5, -math.inf).expand(-1, group, -1)}
     if extra == "everything":
-        return {"chosen": None, "num_chosen": None, "page_of": None, "num_sinks": 0}
+        return {"chosen": None, "num_chosen": None, "page_of": None, "num_sink_pages": 0}
     if extra == "window":  # a layer whose window is the whole context
         return {
             "slots": None,
             "chosen": None,
             "num_chosen": None,
             "page_of": None,
-            "num_sinks": 0,
+            "num_sink_pages": 0,
             "sealed": torch.zeros(rows, dtype=torch.int32),
             "lengths": int32(0, 1, 2, 3, 5, 7),
         }
@@ -122,7 +122,9 @@ def _plain_row(row: int, packer: PagePacker, given: dict[str, Any]) -> Tensor:
     size, slots, window = packer.layout.page_size, given["slots"], given["window_key"].shape[1]
     attended = []
     if slots is not None:
-        how = (given[name] for name in ("chosen", "num_chosen", "page_of", "sealed", "num_sinks"))
+        how = (
+            given[name] for name in ("chosen", "num_chosen", "page_of", "sealed", "num_sink_pages")
+        )
         attended = reference_attention._attended(row, *how)
     length, first = int(given["lengths"][row]), int(given["sealed"][row]) * size
     recent = torch.arange(first, length)
@@ -140,7 +142,7 @@ def _plain_row(row: int, packer: PagePacker, given: dict[str, Any]) -> Tensor:
         logits = given["softcap"] * torch.tanh(logits / given["softcap"])
     if "bias" in given:
         logits = logits + given["bias"][row][:, torch.cat((*tokens, recent))].to(logits)
-    if "sinks" in given:
-        logits = torch.cat((logits, given["sinks"][row, :, None].to(logits)), dim=1)
+    if "sink_logits" in given:
+        logits = torch.cat((logits, given["sink_logits"][row, :, None].to(logits)), dim=1)
     share = logits.softmax(dim=-1)[:, : len(key)] if logits.shape[1] else logits
     return (share @ value).nan_to_num(0.0)

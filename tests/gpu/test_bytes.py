@@ -167,7 +167,7 @@ def _seal_newest(
     from arkcache.kernels import triton_seal
 
     layout = PageLayout(PageFormat(*bits), page_size, *dims, dtype.itemsize)
-    sealed, off, num_sinks, num_places = [1, 3, 6, 4, 0], [0, 0, 0, 1, 1], 1, 4
+    sealed, off, num_sink_pages, num_places = [1, 3, 6, 4, 0], [0, 0, 0, 1, 1], 1, 4
     rows, recent, window = len(sealed), 2 * page_size, 3 * page_size
     lengths = [count * page_size + recent + extra for count, extra in zip(sealed, off, strict=True)]
     key = randn(1, rows, window, dims[0], dtype=dtype)
@@ -182,13 +182,13 @@ def _seal_newest(
         digest_window=key.roll(1, dims=2),
         lengths=int32(*lengths),
         sealed=int32(*sealed),
-        slots=random_bytes(3, rows, 8 if dense else num_sinks + num_places, layout.nbytes),
+        slots=random_bytes(3, rows, 8 if dense else num_sink_pages + num_places, layout.nbytes),
         page_of=None if dense else torch.full((rows, num_places), -1, dtype=torch.int32),
         num_places=None if dense else int32(4, 4, 4, 2, 4),
         packed=random_bytes(4, rows, layout.nbytes),
         digests=None if dense else _digests(rows, 8, dtype, layout, index, index_bits),
         recent=recent,
-        num_sinks=0 if dense else num_sinks,
+        num_sink_pages=0 if dense else num_sink_pages,
         layout=layout,
         index=index,
         index_bits=index_bits,
@@ -211,10 +211,10 @@ def copy_cases(card: Card) -> list[Case]:
     """The pages of a large model first."""
     cases = []
     for nbytes in (16384, 1, 13, 64, 1000, 8192, 24576, 40008):
-        cases.append(Case(f"gather {nbytes}", lambda n=nbytes: _gather(card, n, num_sinks=1)))
+        cases.append(Case(f"gather {nbytes}", lambda n=nbytes: _gather(card, n, num_sink_pages=1)))
         cases.append(Case(f"scatter {nbytes}", lambda n=nbytes: _scatter(card, n)))
         cases.append(Case(f"gather_lines {nbytes}", lambda n=nbytes: _gather_lines(card, n)))
-    cases.append(Case("gather without sinks", lambda: _gather(card, 512, num_sinks=0)))
+    cases.append(Case("gather without sinks", lambda: _gather(card, 512, num_sink_pages=0)))
     return cases
 
 
@@ -223,11 +223,11 @@ def _lines(rows: int, capacity: int, seed: int) -> Tensor:
     return order.view(rows, capacity)
 
 
-def _gather(card: Card, nbytes: int, num_sinks: int) -> None:
+def _gather(card: Card, nbytes: int, num_sink_pages: int) -> None:
     from arkcache.kernels import triton_copy
 
-    rows, capacity, most = 4, 12, 7
-    order = torch.stack([torch.randperm(most) for _ in range(rows)]).int()
+    rows, capacity, max_selected = 4, 12, 7
+    order = torch.stack([torch.randperm(max_selected) for _ in range(rows)]).int()
     pair = on_both(
         card,
         triton_copy.gather,
@@ -235,11 +235,11 @@ def _gather(card: Card, nbytes: int, num_sinks: int) -> None:
         ("pieces",),
         pieces=random_bytes(1, rows * capacity, nbytes),
         located=_lines(rows, capacity, 2),
-        pages=_lines(rows, capacity, 3).argsort(dim=1)[:, :most].int().contiguous(),
+        pages=_lines(rows, capacity, 3).argsort(dim=1)[:, :max_selected].int().contiguous(),
         places=order,
-        counts=int32(0, 1, 4, most),
-        slots=random_bytes(5, rows, num_sinks + most, nbytes),
-        num_sinks=num_sinks,
+        counts=int32(0, 1, 4, max_selected),
+        slots=random_bytes(5, rows, num_sink_pages + max_selected, nbytes),
+        num_sink_pages=num_sink_pages,
     )
     pair.check_equal("slots")
 

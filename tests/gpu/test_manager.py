@@ -80,7 +80,7 @@ TARGETS: dict[str, Scenario] = {
 
 
 def test_oracle(card: Card) -> None:
-    """Every scenario, every output against the oracle; the books and the tiers afterwards."""
+    """Every scenario, every output against the oracle; the metadata and the tiers afterwards."""
     play(card, SCENARIOS, ["several prompts", "left padding"])
 
 

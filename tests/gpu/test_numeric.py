@@ -139,15 +139,20 @@ def _check_scores(
     card: Card, functions: tuple[Any, Any], plain: Tensor, hides: bool, **arguments: Any
 ) -> float:
     """Scores, and what peaks and masses of all blocks make of them together."""
-    num_sinks, rows = 1, len(SEALED)
-    hidden = randn(3, rows, max(SEALED) - num_sinks) > 1 if hides else None
+    num_sink_pages, rows = 1, len(SEALED)
+    hidden = randn(3, rows, max(SEALED) - num_sink_pages) > 1 if hides else None
     pair = on_both(
-        card, *functions, sealed=int32(*SEALED), num_sinks=num_sinks, hidden=hidden, **arguments
+        card,
+        *functions,
+        sealed=int32(*SEALED),
+        num_sink_pages=num_sink_pages,
+        hidden=hidden,
+        **arguments,
     )
     mine, exact = pair.actual["returned"], pair.expected["returned"]
     worst = 0.0
     for row, sealed in enumerate(SEALED):
-        pages = slice(0, max(0, sealed - num_sinks))
+        pages = slice(0, max(0, sealed - num_sink_pages))
         seen = torch.ones(pages.stop, dtype=torch.bool)
         if hidden is not None:
             seen = ~hidden[row, pages]
@@ -156,7 +161,7 @@ def _check_scores(
             )
         scores, wanted = (one.score[row, :, pages][:, seen] for one in (mine, exact))
         if wanted.numel():
-            bound = bound_of(plain[row, :, num_sinks:][:, pages][:, seen], wanted)
+            bound = bound_of(plain[row, :, num_sink_pages:][:, pages][:, seen], wanted)
             worst = max(worst, error_share("score", scores, wanted, bound))
         total = (mine.peak[row] + mine.mass[row].log()).logsumexp(dim=-1)
         # Sums of shares: their error is relative, that of a logarithm is not.
@@ -185,14 +190,14 @@ def select_cases(card: Card) -> list[Case]:
 def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -> None:
     from arkcache.kernels import triton_select
 
-    num_sinks, places, head_dim = 1, 12, 64
+    num_sink_pages, places, head_dim = 1, 12, 64
     limits = [(4, 6), (8, 12), (1, 1), (8, 8), (0, 4)]
     sealed = int32(pages, max(0, pages - 20), pages, 1, pages)
     rows = len(limits)
     digests = randn(1, rows, pages, head_dim)
-    hidden = randn(3, rows, pages - num_sinks) > 1.5
-    held = _held_pages(sealed, limits, num_sinks, places)
-    arguments: dict[str, Any] = {"num_sinks": num_sinks, "kind": "centroid", "scale": 0.3}
+    hidden = randn(3, rows, pages - num_sink_pages) > 1.5
+    held = _held_pages(sealed, limits, num_sink_pages, places)
+    arguments: dict[str, Any] = {"num_sink_pages": num_sink_pages, "kind": "centroid", "scale": 0.3}
     scores = reference_paged.score_volumes(
         randn(2, rows, group, head_dim), digests, sealed, hidden=hidden, **arguments
     )
@@ -208,8 +213,8 @@ def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -
         num_places=int32(*(limit[1] for limit in limits)),
         speculated=(randn(5, rows, places) > 0).to(torch.int8) * (held >= 0),
         counters=torch.arange(rows * 5).view(rows, 5),
-        num_sinks=num_sinks,
-        most=int(selected.max()),
+        num_sink_pages=num_sink_pages,
+        max_selected=int(selected.max()),
         reduction=reduction,
         speculative=guesses,
     )
@@ -236,14 +241,14 @@ def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -
 
 
 def _held_pages(
-    sealed: Tensor, limits: list[tuple[int, int]], num_sinks: int, places: int
+    sealed: Tensor, limits: list[tuple[int, int]], num_sink_pages: int, places: int
 ) -> Tensor:
     """What is in the places of each row: some empty, the others random pages."""
     held = torch.full((len(limits), places), -1, dtype=torch.int32)
-    for row, (_, most) in enumerate(limits):
+    for row, (_, max_selected) in enumerate(limits):
         order = torch.randperm(
-            max(0, int(sealed[row]) - num_sinks), generator=torch.Generator().manual_seed(row)
+            max(0, int(sealed[row]) - num_sink_pages), generator=torch.Generator().manual_seed(row)
         )
-        count = min(len(order), max(0, most - 2))
-        held[row, 1 : 1 + count] = (order[:count] + num_sinks).int()
+        count = min(len(order), max(0, max_selected - 2))
+        held[row, 1 : 1 + count] = (order[:count] + num_sink_pages).int()
     return held

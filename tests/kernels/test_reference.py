@@ -76,7 +76,7 @@ def test_attention_softcap_and_sinks_by_hand() -> None:
     output = reference.attention(query, key, value, scale=1.0, softcap=1.0)
     weight = math.exp(math.tanh(2.0))
     assert output.item() == pytest.approx((weight + 10) / (weight + 1))
-    output = reference.attention(query, key, value, scale=1.0, sinks=torch.tensor([3.0]))
+    output = reference.attention(query, key, value, scale=1.0, sink_logits=torch.tensor([3.0]))
     weight, extra = math.exp(2.0), math.exp(3.0)
     assert output.item() == pytest.approx((weight + 10) / (weight + 1 + extra))
 

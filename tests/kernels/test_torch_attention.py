@@ -36,7 +36,7 @@ def expected_of(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **how: object
 ) -> Tensor:
     """The reference, in the layout of the fast version; mask [batch, kv_heads, group, new, all]."""
-    sinks = how.pop("sinks", None)
+    sink_logits = how.pop("sink_logits", None)
     if mask is not None:
         mask = mask.expand(*query.shape[:4], -1).flatten(1, 2)
     output = reference.attention(
@@ -44,7 +44,7 @@ def expected_of(
         key,
         value,
         mask=mask,
-        sinks=None if sinks is None else sinks.flatten(),  # type: ignore[attr-defined]
+        sink_logits=None if sink_logits is None else sink_logits.flatten(),  # type: ignore[attr-defined]
         **how,  # type: ignore[arg-type]
     )
     return output.unflatten(1, query.shape[1:3])
@@ -75,23 +75,23 @@ def masks(kind: str, new_tokens: int, tokens: int, group: int) -> Tensor | None:
 # -- one token ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("extras", ["", "softcap", "sinks", "softcap sinks"])
+@pytest.mark.parametrize("extras", ["", "softcap", "sink_logits", "softcap sink_logits"])
 @pytest.mark.parametrize("mask_kind", ["none", "sequence", "kv_head", "head"])
 @pytest.mark.parametrize("group", GROUPS)
 def test_decode(group: int, mask_kind: str, extras: str) -> None:
     query, key, value = inputs(group, 1, 37)
     mask = masks(mask_kind, 1, 37, group)
     how = {"scale": 0.3, "softcap": 2.0 if "softcap" in extras else None}
-    sinks = torch.randn(KV_HEADS, group) if "sinks" in extras else None
+    sink_logits = torch.randn(KV_HEADS, group) if "sink_logits" in extras else None
     output = decode_attention(
         query[:, :, :, 0],
         key,
         value,
         mask=None if mask is None else mask[:, :, :, 0],
-        sinks=sinks,
+        sink_logits=sink_logits,
         **how,
     )
-    expected = expected_of(query, key, value, mask, sinks=sinks, **how)[:, :, :, 0]
+    expected = expected_of(query, key, value, mask, sink_logits=sink_logits, **how)[:, :, :, 0]
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -138,17 +138,17 @@ def causal(new_tokens: int, tokens: int) -> Tensor:
     return torch.zeros(hidden.shape).masked_fill(hidden, -math.inf)[None, None, None]
 
 
-@pytest.mark.parametrize("extras", ["", "softcap", "sinks", "softcap sinks"])
+@pytest.mark.parametrize("extras", ["", "softcap", "sink_logits", "softcap sink_logits"])
 @pytest.mark.parametrize("sizes", [[40], [1, 39], [16, 16, 8], [8] * 5])
 @pytest.mark.parametrize("group", [1, 3, 7])
 def test_blocks(group: int, sizes: list[int], extras: str) -> None:
     query, key, value = inputs(group, 9, 40)
     mask = causal(9, 40)
     how = {"scale": 0.3, "softcap": 2.0 if "softcap" in extras else None}
-    sinks = torch.randn(KV_HEADS, group) if "sinks" in extras else None
+    sink_logits = torch.randn(KV_HEADS, group) if "sink_logits" in extras else None
     blocks = split(key, value, sizes, mask)
-    output = block_attention(query, blocks, sinks=sinks, **how)
-    expected = expected_of(query, key, value, mask, sinks=sinks, **how)
+    output = block_attention(query, blocks, sink_logits=sink_logits, **how)
+    expected = expected_of(query, key, value, mask, sink_logits=sink_logits, **how)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -188,12 +188,14 @@ def test_blocks_that_nobody_sees_change_nothing() -> None:
         torch.testing.assert_close(block_attention(query, blocks, scale=1.0), expected)
 
 
-@pytest.mark.parametrize("sinks", [None, torch.zeros(KV_HEADS, 2)])
-def test_blocks_give_zeros_where_nothing_may_be_attended(sinks: Tensor | None) -> None:
+@pytest.mark.parametrize("sink_logits", [None, torch.zeros(KV_HEADS, 2)])
+def test_blocks_give_zeros_where_nothing_may_be_attended(sink_logits: Tensor | None) -> None:
     query, key, value = inputs(2, 3, 10)
     mask = torch.zeros(2, 1, 1, 3, 10)
     mask[1, :, :, 1] = -math.inf
-    output = block_attention(query, split(key, value, [4, 6], mask), scale=1.0, sinks=sinks)
+    output = block_attention(
+        query, split(key, value, [4, 6], mask), scale=1.0, sink_logits=sink_logits
+    )
     assert not output[1, :, :, 1].any()
     assert output[0].abs().min() > 0
 

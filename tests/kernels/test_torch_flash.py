@@ -95,8 +95,8 @@ def test_causal_blocks(group: int, seen_from: int, path: str) -> None:
 def test_blocks_of_one_sequence(path: str) -> None:
     query, key, value = inputs(3, 6, 50)
     blocks = [
-        Block(key[:1, :, :50], value[:1, :, :50], sequences=slice(0, 1)),
-        Block(key[1:, :, :20], value[1:, :, :20], sequences=slice(1, 2)),
+        Block(key[:1, :, :50], value[:1, :, :50], seqs=slice(0, 1)),
+        Block(key[1:, :, :20], value[1:, :, :20], seqs=slice(1, 2)),
     ]
     output = block_attention(query, blocks, scale=0.3).flatten(1, 2)
     for sequence, tokens in enumerate((50, 20)):
@@ -116,11 +116,11 @@ def test_queries_before_the_first_token_get_zeros(path: str) -> None:
 
 def test_sinks_after_fused_blocks(path: str) -> None:
     query, key, value = inputs(3, 6, 50)
-    sinks = torch.randn(KV_HEADS, 3)
+    sink_logits = torch.randn(KV_HEADS, 3)
     blocks = [Block(key[:, :, part], value[:, :, part]) for part in (slice(0, 30), slice(30, 50))]
-    output = block_attention(query, blocks, scale=0.3, sinks=sinks)
+    output = block_attention(query, blocks, scale=0.3, sink_logits=sink_logits)
     expected = reference.attention(
-        query.flatten(1, 2), key, value, scale=0.3, sinks=sinks.flatten()
+        query.flatten(1, 2), key, value, scale=0.3, sink_logits=sink_logits.flatten()
     )
     torch.testing.assert_close(output.flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
 

@@ -397,7 +397,7 @@ def test_packed_attention_of_the_reference(key_bits: int, value_bits: int, pages
     packer = packer_of(key_bits, value_bits, torch.float32, (20, 15, 5), page_size=7)
     key, value = random_pages(packer, torch.float32, 2, 2, pages)
     window_key, window_value = torch.randn(2, 2, 4, 20), torch.randn(2, 2, 4, 15)
-    query, sinks = torch.randn(2, 6, 1, 20), torch.randn(6)
+    query, sink_logits = torch.randn(2, 6, 1, 20), torch.randn(6)
     mask = torch.rand(2, 1, 1, 7 * pages + 4) < 0.7
     packed = packer.pack(key, value)
     held_key, held_value = (states.flatten(2, 3) for states in packer.unpack(packed))
@@ -407,7 +407,7 @@ def test_packed_attention_of_the_reference(key_bits: int, value_bits: int, pages
         torch.cat((held_value, window_value), dim=2),
         scale=0.3,
         softcap=5.0,
-        sinks=sinks,
+        sink_logits=sink_logits,
         mask=mask,
     )
     output = reference.packed_attention(
@@ -419,7 +419,7 @@ def test_packed_attention_of_the_reference(key_bits: int, value_bits: int, pages
         torch.float32,
         scale=0.3,
         softcap=5.0,
-        sinks=sinks,
+        sink_logits=sink_logits,
         mask=mask,
     )
     assert torch.equal(output, expected)

@@ -38,7 +38,7 @@ def inputs(
     dims: tuple[int, int, int] = (24, 16, 16),
     group: int = 3,
     page_size: int = 5,
-    num_sinks: int = 1,
+    num_sink_pages: int = 1,
     sealed: Sequence[int] = (9, 3, 0),
     num_chosen: Sequence[int] | None = (4, 1, 0),
     newest: Sequence[int] = (37, 1, 5),
@@ -51,23 +51,23 @@ def inputs(
     rows = len(sealed)
     page_format = PageFormat(*bits, dims[2])
     layout = PageLayout(page_format, page_size, dims[0], dims[1], dtype.itemsize)
-    most = max(sealed) if num_chosen is None else max(num_chosen) + 2
-    num_slots = most + (0 if num_chosen is None else num_sinks)
+    max_selected = max(sealed) if num_chosen is None else max(num_chosen) + 2
+    num_slots = max_selected + (0 if num_chosen is None else num_sink_pages)
     slots = torch.full((rows, num_slots, layout.nbytes), 255, dtype=torch.uint8)
-    chosen = torch.full((rows, most), NOWHERE, dtype=torch.int32)
-    page_of = torch.full((rows, most), NOWHERE, dtype=torch.int32)
+    chosen = torch.full((rows, max_selected), NOWHERE, dtype=torch.int32)
+    page_of = torch.full((rows, max_selected), NOWHERE, dtype=torch.int32)
     packer = PagePacker(layout, dtype)
     window_key = torch.full((rows, ring, dims[0]), math.nan, dtype=dtype)
     window_value = torch.full((rows, ring, dims[1]), math.nan, dtype=dtype)
     for row, (pages, tokens) in enumerate(zip(sealed, newest, strict=True)):
         attended = torch.arange(pages)
         if num_chosen is not None:
-            count, first = num_chosen[row], min(num_sinks, pages)
-            places = torch.randperm(most)[:count]
+            count, first = num_chosen[row], min(num_sink_pages, pages)
+            places = torch.randperm(max_selected)[:count]
             chosen[row, :count] = places.int()
             held = torch.randperm(pages - first)[:count] + first
             page_of[row, places] = held.int()
-            attended = torch.cat((attended[:first], num_sinks + places))
+            attended = torch.cat((attended[:first], num_sink_pages + places))
         states = [torch.randn(len(attended), page_size, dim).to(dtype) for dim in dims[:2]]
         slots[row, attended] = packer.pack(*states)
         line = (pages * page_size + torch.arange(tokens)) % ring
@@ -84,7 +84,7 @@ def inputs(
         "lengths": ints(*sealed) * page_size + ints(*newest),
         "sealed": ints(*sealed),
     }
-    return given | {"layout": layout, "num_sinks": num_sinks, "scale": dims[0] ** -0.5}
+    return given | {"layout": layout, "num_sink_pages": num_sink_pages, "scale": dims[0] ** -0.5}
 
 
 def estimates_of(given: Inputs, spare: int = 3, bias: bool = False) -> Inputs:
@@ -93,16 +93,16 @@ def estimates_of(given: Inputs, spare: int = 3, bias: bool = False) -> Inputs:
     spare: pages that there is room for beyond the sealed ones.
     """
     rows, group, head_dim = given["query"].shape
-    num_sinks, layout = given["num_sinks"], given["layout"]
-    capacity = max(num_sinks, int(given["sealed"].max())) + spare
+    num_sink_pages, layout = given["num_sink_pages"], given["layout"]
+    capacity = max(num_sink_pages, int(given["sealed"].max())) + spare
     dims = head_dim + layout.value_dim
     means = torch.full((rows, capacity, dims), math.nan, dtype=given["query"].dtype)
-    estimated = torch.ones(rows, capacity - num_sinks, dtype=torch.int32)
+    estimated = torch.ones(rows, capacity - num_sink_pages, dtype=torch.int32)
     numbers = torch.full((rows, group, capacity), math.nan)
     for row, sealed in enumerate(given["sealed"].tolist()):
         means[row, :sealed] = torch.randn(sealed, dims).to(means)
         places = given["chosen"][row, : int(given["num_chosen"][row])].long()
-        estimated[row, given["page_of"][row, places].long() - num_sinks] = 0
+        estimated[row, given["page_of"][row, places].long() - num_sink_pages] = 0
         numbers[row, :, :sealed] = torch.randn(group, sealed)
     numbers = numbers.masked_fill(torch.rand(numbers.shape) < 0.3, -math.inf)
     estimates: Inputs = {"means": means, "estimated": estimated}
@@ -135,7 +135,7 @@ def plain(
     *,
     scale: float,
     softcap: float | None,
-    sinks: Tensor | None,
+    sink_logits: Tensor | None,
     mask: Tensor | None,
 ) -> Tensor:
     """What anybody would write, in the dtype of the inputs: `reference.attention` without fp32."""
@@ -144,8 +144,8 @@ def plain(
         logits = softcap * torch.tanh(logits / softcap)
     if mask is not None:
         logits = logits + mask.to(query.dtype)
-    if sinks is not None:
-        logits = torch.cat((logits, sinks.to(query.dtype)[None, :, None, None]), dim=-1)
+    if sink_logits is not None:
+        logits = torch.cat((logits, sink_logits.to(query.dtype)[None, :, None, None]), dim=-1)
     return (logits.softmax(dim=-1)[..., : key.shape[2]] @ value).float()
 
 
@@ -163,7 +163,7 @@ def assert_as_good(given: Inputs) -> None:
 
 
 def extras_of(given: Inputs, bias: str = "head") -> Inputs:
-    """Softcap, sinks and a bias that is NaN where nothing may be read."""
+    """Softcap, sink logits and a bias that is NaN where nothing may be read."""
     rows, group, _ = given["query"].shape
     tokens = int(given["lengths"].max()) + 3
     shapes = {"head": (rows, group), "row": (rows, 1), "all": (1, 1)}
@@ -174,7 +174,7 @@ def extras_of(given: Inputs, bias: str = "head") -> Inputs:
     numbers = numbers.masked_fill(torch.rand(numbers.shape) < 0.3, -math.inf)
     return given | {
         "softcap": 2.0,
-        "sinks": torch.randn(group, rows).T,
+        "sink_logits": torch.randn(group, rows).T,
         "bias": numbers.expand(rows, group, tokens),
     }
 
@@ -240,16 +240,18 @@ def test_strides_of_biases(bias: str) -> None:
     assert_as_good(extras_of(inputs(bits=(4, 4)), bias))
 
 
-@pytest.mark.parametrize("absent", ["softcap", "sinks", "bias"])
+@pytest.mark.parametrize("absent", ["softcap", "sink_logits", "bias"])
 def test_extras(absent: str) -> None:
     assert_as_good(extras_of(inputs()) | {absent: None})
 
 
-@pytest.mark.parametrize("num_sinks", [0, 1, 3])
-def test_sinks_are_attended_as_far_as_they_are_sealed(num_sinks: int) -> None:
+@pytest.mark.parametrize("num_sink_pages", [0, 1, 3])
+def test_sinks_are_attended_as_far_as_they_are_sealed(num_sink_pages: int) -> None:
     sealed = (8, 3, 2, 1, 0)
-    num_chosen = tuple(min(2, max(0, pages - num_sinks)) for pages in sealed)
-    given = inputs(num_sinks=num_sinks, sealed=sealed, num_chosen=num_chosen, newest=(3,) * 5)
+    num_chosen = tuple(min(2, max(0, pages - num_sink_pages)) for pages in sealed)
+    given = inputs(
+        num_sink_pages=num_sink_pages, sealed=sealed, num_chosen=num_chosen, newest=(3,) * 5
+    )
     assert_as_good(extras_of(given))
 
 
@@ -271,9 +273,9 @@ def test_only_a_window() -> None:
 
 def test_no_places() -> None:
     """Budgets of nothing but sinks and window, and of not even sinks."""
-    for num_sinks in (1, 0):
-        given = inputs(num_sinks=num_sinks, num_chosen=(0, 0, 0))
-        given["slots"] = given["slots"][:, :num_sinks].contiguous()
+    for num_sink_pages in (1, 0):
+        given = inputs(num_sink_pages=num_sink_pages, num_chosen=(0, 0, 0))
+        given["slots"] = given["slots"][:, :num_sink_pages].contiguous()
         given |= {name: torch.empty(3, 0, dtype=torch.int32) for name in ("chosen", "page_of")}
         assert_as_good(extras_of(given))
 
@@ -298,7 +300,7 @@ def test_long_contexts_have_more_splits_than_short_ones_fill() -> None:
 def test_nothing_to_attend_gives_zeros(extras: bool) -> None:
     given = inputs(sealed=(0, 2, 2), num_chosen=(0, 1, 1), newest=(0, 5, 5))
     if extras:
-        given["sinks"] = torch.randn(3, 3)
+        given["sink_logits"] = torch.randn(3, 3)
     given["bias"] = torch.zeros(3, 3, 15)
     given["bias"][1] = -math.inf
     output = run(given)
@@ -341,7 +343,7 @@ def test_no_rows() -> None:
 
 def test_what_is_held_and_where_changes_nothing_but_rounding() -> None:
     """The same pages in other places, listed in another order."""
-    given = inputs(num_sinks=1, sealed=(9,), num_chosen=(6,), newest=(7,))
+    given = inputs(num_sink_pages=1, sealed=(9,), num_chosen=(6,), newest=(7,))
     order = torch.randperm(8)
     moved = dict(given)
     moved["slots"] = given["slots"].clone()
@@ -351,7 +353,7 @@ def test_what_is_held_and_where_changes_nothing_but_rounding() -> None:
     moved["chosen"] = given["chosen"].clone()
     moved["chosen"][0, :6] = places[torch.randperm(6)].int()
     given, moved = (extras_of(each) for each in (given, moved))
-    moved |= {name: given[name] for name in ("softcap", "sinks", "bias")}
+    moved |= {name: given[name] for name in ("softcap", "sink_logits", "bias")}
     torch.testing.assert_close(run(moved), run(given), rtol=1e-6, atol=1e-6)
 
 
@@ -427,13 +429,13 @@ def test_estimates(
     assert not torch.equal(run(estimates_of(given))[0], run(given)[0])
 
 
-@pytest.mark.parametrize(("num_sinks", "page_size"), [(0, 1), (3, 5), (1, 33)])
-def test_estimates_and_sinks(num_sinks: int, page_size: int) -> None:
+@pytest.mark.parametrize(("num_sink_pages", "page_size"), [(0, 1), (3, 5), (1, 33)])
+def test_estimates_and_sinks(num_sink_pages: int, page_size: int) -> None:
     """Fewer pages than sinks, as many, and one more."""
     sealed = (8, 4, 3, 1, 0)
-    num_chosen = tuple(min(2, max(0, pages - num_sinks)) for pages in sealed)
+    num_chosen = tuple(min(2, max(0, pages - num_sink_pages)) for pages in sealed)
     given = inputs(
-        num_sinks=num_sinks,
+        num_sink_pages=num_sink_pages,
         sealed=sealed,
         num_chosen=num_chosen,
         newest=(3,) * 5,
@@ -470,7 +472,7 @@ def test_log_mass(with_tickets: bool) -> None:
     """Of all that is attended, sink logits included; -inf where that is nothing."""
     given = extras_of(inputs(sealed=(9, 3, 0), num_chosen=(4, 1, 0), newest=(37, 1, 0)))
     tickets = {"tickets": ints(0, 0, 0).to(DEVICE)} if with_tickets else {}
-    for each in (given, given | {"sinks": None, "bias": None}, estimates_of(given)):
+    for each in (given, given | {"sink_logits": None, "bias": None}, estimates_of(given)):
         own, expected = (torch.full((3, 3), math.nan) for _ in range(2))
         output = run(each | tickets)
         held = own.to(DEVICE)
@@ -479,7 +481,9 @@ def test_log_mass(with_tickets: bool) -> None:
         how = {name: value for name, value in each.items() if name not in NAMES}
         reference_attention.paged_attention(*positional, **how, log_mass=expected)
         torch.testing.assert_close(held.cpu(), expected, rtol=1e-5, atol=1e-5)
-        nothing = torch.full((3,), -math.inf) if each["sinks"] is None else each["sinks"][2]
+        nothing = (
+            torch.full((3,), -math.inf) if each["sink_logits"] is None else each["sink_logits"][2]
+        )
         assert torch.equal(held[2].cpu(), nothing)
 
 
@@ -496,7 +500,7 @@ REFUSED: dict[str, Inputs] = {
     "no window": {"window_key": torch.zeros(3, 0, 24), "window_value": torch.zeros(3, 0, 16)},
     "lengths": {"lengths": torch.zeros(3)},
     "sealed": {"sealed": torch.zeros(4, dtype=torch.int32)},
-    "sinks": {"sinks": torch.zeros(3)},
+    "sink_logits": {"sink_logits": torch.zeros(3)},
     "bias": {"bias": torch.zeros(3, 1, 100)},
     "tickets": {"tickets": torch.zeros(3, 3, dtype=torch.int32)},
     "layout": {"layout": PageLayout(PageFormat(), 5, 24, 16, 2)},

@@ -42,7 +42,7 @@ def test_what_is_refused_is_refused_again(monkeypatch: pytest.MonkeyPatch) -> No
         return triton_attention.paged_attention(
             *(query, *nothing, window, window, lengths, sealed),
             layout=None,
-            num_sinks=0,
+            num_sink_pages=0,
             scale=1.0,
         )
 

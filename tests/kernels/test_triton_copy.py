@@ -33,7 +33,7 @@ class Recall:
 
     counts: list[int]
     nbytes: int
-    most: int = 5
+    max_selected: int = 5
     capacity: int = 9
     num_places: int = 6
 
@@ -42,8 +42,10 @@ class Recall:
         self.pieces = host(random_bytes(rows * self.capacity, self.nbytes))
         lines = torch.randperm(rows * self.capacity)
         self.located = lines.view(rows, self.capacity).to(DEVICE)
-        pages = torch.randint(self.capacity, (rows, self.most), dtype=torch.int32)
-        places = torch.stack([torch.randperm(self.num_places)[: self.most] for _ in range(rows)])
+        pages = torch.randint(self.capacity, (rows, self.max_selected), dtype=torch.int32)
+        places = torch.stack(
+            [torch.randperm(self.num_places)[: self.max_selected] for _ in range(rows)]
+        )
         for row, count in enumerate(self.counts):  # what lies behind the count must not be read
             pages[row, count:] = places[row, count:] = torch.iinfo(torch.int32).max
         self.pages, self.places = pages.to(DEVICE), places.int().to(DEVICE)
@@ -63,8 +65,8 @@ class Recall:
 
 def assert_gathers_as_the_reference(recall: Recall) -> None:
     actual, expected = recall.arguments(), recall.arguments()
-    triton_copy.gather(**actual, num_sinks=NUM_SINKS)
-    reference_copy.gather(**expected, num_sinks=NUM_SINKS)
+    triton_copy.gather(**actual, num_sink_pages=NUM_SINKS)
+    reference_copy.gather(**expected, num_sink_pages=NUM_SINKS)
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
 
@@ -77,14 +79,14 @@ def test_gather(nbytes: int) -> None:
 def test_gather_of_nothing_changes_nothing() -> None:
     recall = Recall([0, 0], 24)
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sinks=NUM_SINKS)
+    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
     assert torch.equal(arguments["slots"], recall.slots)
 
 
 def test_gather_writes_only_the_places_it_was_given() -> None:
     recall = Recall([3, 1], 24)
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sinks=NUM_SINKS)
+    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
     for row, count in enumerate(recall.counts):
         written = {NUM_SINKS + place for place in recall.places[row, :count].tolist()}
         for slot in {*range(recall.slots.shape[1])} - written:
@@ -104,8 +106,10 @@ def test_gather_of_lines_that_rows_share() -> None:
 
 
 def test_gather_of_more_chunks_than_programs() -> None:
-    most = 2 * triton_copy.PROGRAMS_PER_ROW + 1
-    assert_gathers_as_the_reference(Recall([most, 1], 24, most, capacity=most, num_places=most))
+    max_selected = 2 * triton_copy.PROGRAMS_PER_ROW + 1
+    assert_gathers_as_the_reference(
+        Recall([max_selected, 1], 24, max_selected, capacity=max_selected, num_places=max_selected)
+    )
 
 
 def test_gather_splits_pages_over_programs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +140,8 @@ def test_nothing_to_copy_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(triton_copy, kernel, None)
     recall, pieces = Recall([1], 24), host(random_bytes(3, 24))
     none = {name: tensor[:0] for name, tensor in recall.arguments().items() if name != "pieces"}
-    triton_copy.gather(**recall.arguments(**none), num_sinks=NUM_SINKS)
-    triton_copy.gather(**Recall([0, 0], 24, most=0).arguments(), num_sinks=NUM_SINKS)
+    triton_copy.gather(**recall.arguments(**none), num_sink_pages=NUM_SINKS)
+    triton_copy.gather(**Recall([0, 0], 24, max_selected=0).arguments(), num_sink_pages=NUM_SINKS)
     lines, located, sealed, slots = (
         none[name] for name in ("counts", "located", "counts", "slots")
     )
@@ -178,7 +182,7 @@ def test_scatter_then_gather_is_the_same_page() -> None:
     triton_copy.scatter(packed, lines, recall.pieces, recall.located, sealed)
     recall.pages[:, 0] = sealed - 1
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sinks=NUM_SINKS)
+    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
     for row, place in enumerate(recall.places[:, 0].tolist()):
         assert torch.equal(arguments["slots"][row, NUM_SINKS + place], packed[row])
 
@@ -209,12 +213,12 @@ def test_gather_lines(nbytes: int, lines: list[int]) -> None:
 def test_gather_refuses_what_does_not_fit(name: str, wrong: Tensor) -> None:
     arguments = Recall([1, 1], 24).arguments(**{name: wrong.to(DEVICE)})
     with pytest.raises(InputError, match=rf"{name} is .*expected contiguous"):
-        triton_copy.gather(**arguments, num_sinks=NUM_SINKS)
+        triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
 
 
 def test_gather_refuses_more_sinks_than_slots() -> None:
-    with pytest.raises(InputError, match="num_sinks=9: expected 0 to 8"):
-        triton_copy.gather(**Recall([1], 24).arguments(), num_sinks=9)
+    with pytest.raises(InputError, match="num_sink_pages=9: expected 0 to 8"):
+        triton_copy.gather(**Recall([1], 24).arguments(), num_sink_pages=9)
 
 
 def test_scatter_and_gather_lines_refuse_what_does_not_fit() -> None:

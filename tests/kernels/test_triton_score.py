@@ -68,24 +68,29 @@ def worst(plain: Tensor, expected: Tensor, size: Tensor) -> float:
 
 
 def check_volumes(
-    query: Tensor, digests: Tensor, sealed: Tensor, kind: str, num_sinks: int = 1, **options: Any
+    query: Tensor,
+    digests: Tensor,
+    sealed: Tensor,
+    kind: str,
+    num_sink_pages: int = 1,
+    **options: Any,
 ) -> None:
     """Both on the same digests; plain torch is what a CPU runs, in the dtype of the model."""
     scale = 0.3
     expected = reference_paged.score_volumes(
-        query, digests, sealed, num_sinks=num_sinks, kind=kind, scale=scale, **options
+        query, digests, sealed, num_sink_pages=num_sink_pages, kind=kind, scale=scale, **options
     )
     on_device = {name: tensor.to(device) for name, tensor in options.items()}
     own = triton_score.score_volumes(
         query.to(device),
         digests.to(device),
         sealed.to(device),
-        num_sinks=num_sinks,
+        num_sink_pages=num_sink_pages,
         kind=kind,
         scale=scale,
         **on_device,
     )
-    rated = digests[:, num_sinks:]
+    rated = digests[:, num_sink_pages:]
     plain = BoundingVolumes(kind).score(query * scale, rated.transpose(-1, -2))
     size = volume_score(query.abs() * scale, rated.abs(), kind)
     compare(own, expected, worst(plain, expected.score, size))
@@ -97,19 +102,19 @@ def check_tokens(
     sealed: Tensor,
     page_size: int,
     bits: int,
-    num_sinks: int = 1,
+    num_sink_pages: int = 1,
     **options: Any,
 ) -> None:
     """Both on the same digests; plain torch multiplies dequantised keys in the model's dtype."""
     dtype, scale = query.dtype, 0.9 * query.shape[-1] ** -0.5
-    sizes = {"num_sinks": num_sinks, "page_size": page_size, "bits": bits, "scale": scale}
+    sizes = {"num_sink_pages": num_sink_pages, "page_size": page_size, "bits": bits, "scale": scale}
     expected = reference_paged.score_tokens(query, digests, sealed, **sizes, **options)
     on_device = {name: tensor.to(device) for name, tensor in options.items()}
     own = triton_score.score_tokens(
         query.to(device), digests.to(device), sealed.to(device), **sizes, **on_device
     )
     codes, step, zero = reference_paged.unpack_tokens(
-        digests[:, num_sinks:].contiguous(), query.shape[-1], bits
+        digests[:, num_sink_pages:].contiguous(), query.shape[-1], bits
     )
     key = (codes * step + zero).flatten(1, 2)
     logit = (query * scale).to(dtype) @ key.to(dtype).transpose(-1, -2)
@@ -135,7 +140,7 @@ def test_shapes_of_volumes(
     kind: str, dtype: torch.dtype, head_dim: int, group: int, pages: int
 ) -> None:
     key, query = keys(2, pages, 5, head_dim).to(dtype), torch.randn(2, group, head_dim).to(dtype)
-    check_volumes(query, volumes(key, kind), ints(pages, pages // 2), kind, num_sinks=0)
+    check_volumes(query, volumes(key, kind), ints(pages, pages // 2), kind, num_sink_pages=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -165,7 +170,7 @@ def test_shapes_of_tokens(
 ) -> None:
     key = keys(2, 7, page_size, head_dim).to(dtype)
     query = torch.randn(2, group, head_dim).to(dtype)
-    check_tokens(query, tokens(key, bits), ints(7, 4), page_size, bits, num_sinks=0)
+    check_tokens(query, tokens(key, bits), ints(7, 4), page_size, bits, num_sink_pages=0)
 
 
 @pytest.mark.parametrize("pages", [1, 64, 140])
@@ -173,7 +178,7 @@ def test_several_blocks_per_program(pages: int, monkeypatch: pytest.MonkeyPatch)
     """The last program has less of them, and rows end inside a program and before it."""
     key, query = keys(3, pages, 8, 32), torch.randn(3, 4, 32)
     digests, sealed = volumes(key, "cuboid-mean"), ints(pages, pages // 3, 1)
-    score = partial(triton_score.score_volumes, num_sinks=1, kind="cuboid-mean", scale=1.0)
+    score = partial(triton_score.score_volumes, num_sink_pages=1, kind="cuboid-mean", scale=1.0)
     inputs = [tensor.to(device) for tensor in (query, digests, sealed)]
     one = score(*inputs)
     monkeypatch.setattr(triton_score, "FEWEST_PROGRAMS", 1)
@@ -231,7 +236,12 @@ def test_tokens_under_a_softcap_and_a_mask(
     bias[:, :, 5 * page_size : 7 * page_size] = -float("inf")
     for row, count in enumerate(sealed.tolist()):
         bias[row, :, count * page_size :] = float("nan")
-    options: dict[str, Any] = {"num_sinks": 1, "page_size": page_size, "bits": bits, "scale": 0.2}
+    options: dict[str, Any] = {
+        "num_sink_pages": 1,
+        "page_size": page_size,
+        "bits": bits,
+        "scale": 0.2,
+    }
     options |= {} if extra == "bias" else {"softcap": 1.5}
     options |= {} if extra == "softcap" else {"bias": bias}
     expected = reference_paged.score_tokens(query, digests, sealed, **options)
@@ -251,7 +261,7 @@ def test_tokens_under_a_softcap_and_a_mask(
 
 def test_a_bias_of_another_shape_is_refused() -> None:
     key, query = keys(2, 3, 4, 16), torch.randn(2, 3, 16)
-    how: dict[str, Any] = {"num_sinks": 0, "page_size": 4, "bits": 2, "scale": 1.0}
+    how: dict[str, Any] = {"num_sink_pages": 0, "page_size": 4, "bits": 2, "scale": 1.0}
     for bias in (torch.zeros(2, 1, 12), torch.zeros(2, 3, 12).half()):
         with pytest.raises(InputError, match="bias"):
             triton_score.score_tokens(query, tokens(key, 2), ints(3, 3), bias=bias, **how)
@@ -266,12 +276,12 @@ def test_hidden_pages() -> None:
     check_tokens(query, tokens(key, 2), sealed, 4, 2, hidden=hidden.to(torch.uint8))
 
 
-@pytest.mark.parametrize("num_sinks", [0, 3, 40])
-def test_rows_without_pages(num_sinks: int) -> None:
+@pytest.mark.parametrize("num_sink_pages", [0, 3, 40])
+def test_rows_without_pages(num_sink_pages: int) -> None:
     key, query = keys(4, 40, 4, 32), torch.randn(4, 2, 32)
     sealed = ints(0, 2, 3, 4)
-    check_volumes(query, volumes(key, "sphere-mean"), sealed, "sphere-mean", num_sinks)
-    check_tokens(query, tokens(key, 4), sealed, 4, 4, num_sinks)
+    check_volumes(query, volumes(key, "sphere-mean"), sealed, "sphere-mean", num_sink_pages)
+    check_tokens(query, tokens(key, 4), sealed, 4, 4, num_sink_pages)
 
 
 def test_no_rows() -> None:
@@ -301,7 +311,7 @@ def test_inputs_that_do_not_fit() -> None:
     query, sealed = torch.randn(2, 3, 32), ints(5, 5)
     digests = torch.randn(2, 6, 64)
     packed = torch.zeros(2, 6, 4 * 32 + 8 * 4, dtype=torch.uint8)
-    same: dict[str, Any] = {"query": query, "sealed": sealed, "num_sinks": 1, "scale": 1.0}
+    same: dict[str, Any] = {"query": query, "sealed": sealed, "num_sink_pages": 1, "scale": 1.0}
     box = same | {"digests": digests, "kind": "cuboid-mean"}
     index = same | {"digests": packed, "page_size": 4, "bits": 2}
     for change, message in (
@@ -315,8 +325,8 @@ def test_inputs_that_do_not_fit() -> None:
         ({"query": query.long()}, "query"),
         ({"query": query.mT}, "query"),
         ({"sealed": sealed.long()}, "sealed"),
-        ({"num_sinks": 7}, "num_sinks=7"),
-        ({"num_sinks": -1}, "num_sinks=-1"),
+        ({"num_sink_pages": 7}, "num_sink_pages=7"),
+        ({"num_sink_pages": -1}, "num_sink_pages=-1"),
         ({"hidden": torch.zeros(2, 6, dtype=torch.bool)}, "hidden"),
         ({"hidden": torch.zeros(2, 5)}, "hidden"),
     ):

@@ -384,7 +384,7 @@ def test_seal_newest(
     lengths[-2] += 1
     state = state_of(layout, dtype, index, ints(*lengths, 4, 0))
     expected = state.clone()
-    arguments = {"recent": RECENT, "num_sinks": SINKS, "layout": layout, "index": index}
+    arguments = {"recent": RECENT, "num_sink_pages": SINKS, "layout": layout, "index": index}
     seal_newest(*vars(state).values(), **arguments)
     reference_seal.seal_newest(*vars(expected).values(), **arguments)
     compare_means(state, expected)
@@ -400,7 +400,7 @@ def test_seal_newest_of_what_attends_everything(bits: tuple[int, int]) -> None:
     state.slots = empty_bytes(5, CAPACITY, layout.nbytes)
     state.page_of = state.num_places = state.digests = state.means = None
     expected = state.clone()
-    arguments = {"recent": RECENT, "num_sinks": 0, "layout": layout, "index": "cuboid-max"}
+    arguments = {"recent": RECENT, "num_sink_pages": 0, "layout": layout, "index": "cuboid-max"}
     seal_newest(*vars(state).values(), **arguments)
     reference_seal.seal_newest(*vars(expected).values(), **arguments)
     state.assert_equal(expected)
@@ -426,7 +426,7 @@ def test_token_by_token_is_the_prompt(index: str) -> None:
             recent=RECENT,
             page_size=5,
         )
-        arguments = {"recent": RECENT, "num_sinks": SINKS, "layout": layout, "index": index}
+        arguments = {"recent": RECENT, "num_sink_pages": SINKS, "layout": layout, "index": index}
         seal_newest(*vars(state).values(), **arguments)
     assert state.lengths.tolist() == [25, 25]
     assert state.sealed.tolist() == [3, 3]
@@ -531,7 +531,7 @@ def test_seal_newest_says_what_does_not_fit() -> None:
             seal_newest(
                 **{**vars(state), **changed},
                 recent=RECENT,
-                num_sinks=SINKS,
+                num_sink_pages=SINKS,
                 layout=layout,
                 index="cuboid-max",
             )

@@ -20,19 +20,19 @@ from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-class Books(NamedTuple):
+class Metadata(NamedTuple):
     """What a selection changes."""
 
     page_of: Tensor
     speculated: Tensor
     counters: Tensor
 
-    def clone(self, where: str) -> "Books":
-        return Books(*(tensor.to(where, copy=True) for tensor in self))
+    def clone(self, where: str) -> "Metadata":
+        return Metadata(*(tensor.to(where, copy=True) for tensor in self))
 
 
-def empty_books(rows: int, places: int) -> Books:
-    return Books(
+def empty_metadata(rows: int, places: int) -> Metadata:
+    return Metadata(
         torch.full((rows, places), -1, dtype=torch.int32),
         torch.zeros(rows, places, dtype=torch.int8),
         torch.zeros(rows, 5, dtype=torch.int64),
@@ -60,16 +60,16 @@ def make_scores(score: Tensor, selectable: list[int]) -> Scores:
 
 def check(
     scores: Scores,
-    books: Books,
+    metadata: Metadata,
     sealed: Tensor,
     num_selected: Tensor,
     num_places: Tensor,
     **options: Any,
-) -> tuple[Books, Selection]:
-    """Select with both and compare everything; returns the new books and the reference's lists."""
-    mine, theirs = books.clone(device), books.clone("cpu")
+) -> tuple[Metadata, Selection]:
+    """Select with both and compare everything; returns new metadata and the reference's lists."""
+    mine, theirs = metadata.clone(device), metadata.clone("cpu")
     options.setdefault("reduction", "raw-mean")
-    options.setdefault("most", max(num_selected.tolist(), default=0))
+    options.setdefault("max_selected", max(num_selected.tolist(), default=0))
     own = select(
         Scores(*(tensor.to(device) for tensor in scores)),
         sealed.to(device),
@@ -97,7 +97,7 @@ def check(
         for name, count in (("pages", missing), ("places", missing), ("chosen", chosen)):
             entries = getattr(own, name)[row, :count].cpu()
             assert torch.equal(entries, getattr(expected, name)[row, :count]), name
-        count = max(0, int(sealed[row]) - options["num_sinks"])
+        count = max(0, int(sealed[row]) - options["num_sink_pages"])
         if expected.estimated is not None:
             assert own.estimated is not None
             assert torch.equal(own.estimated[row, :count].cpu(), expected.estimated[row, :count])
@@ -115,13 +115,17 @@ def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
     query = torch.randn(rows, 3, 16, device=device)
     digests = torch.randn(rows, 36, 32, device=device)
     sealed, limit = (torch.tensor([[33], [5]], dtype=torch.int32).repeat(1, rows)).to(device)
-    scores = score_volumes(query, digests, sealed, num_sinks=1, kind="cuboid-max", scale=1.0)
-    books, most = empty_books(rows, 7).clone(device), 5
-    how: dict[str, Any] = {"num_sinks": 1, "most": most, "reduction": "raw-mean"}
+    scores = score_volumes(query, digests, sealed, num_sink_pages=1, kind="cuboid-max", scale=1.0)
+    metadata, max_selected = empty_metadata(rows, 7).clone(device), 5
+    how: dict[str, Any] = {
+        "num_sink_pages": 1,
+        "max_selected": max_selected,
+        "reduction": "raw-mean",
+    }
     how |= {"num_estimated": None}
-    selection = select(scores, sealed, books.page_of, limit, limit, *books[1:], **how)
-    shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, most)] * 2, (rows,)]
-    shapes += [(rows, most), (rows,), (rows, 35)]
+    selection = select(scores, sealed, metadata.page_of, limit, limit, *metadata[1:], **how)
+    shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, max_selected)] * 2, (rows,)]
+    shapes += [(rows, max_selected), (rows,), (rows, 35)]
     for tensor, shape in zip((*scores, *selection), shapes, strict=True):
         assert tensor.shape == shape
         assert tensor.is_contiguous()
@@ -149,10 +153,10 @@ def test_estimated_pages(
     score = torch.randint(-4, 4, (4, 2, 60)).float()
     score[:, :, 10:20] = HIDDEN
     scores, counts = make_scores(score, [60, 33, 5, -1]), ints(20, 3, 9, 4)
-    books, sealed = empty_books(4, 20), ints(62, 35, 7, 1)
-    how: dict[str, Any] = {"num_sinks": 2, "num_estimated": num_estimated}
+    metadata, sealed = empty_metadata(4, 20), ints(62, 35, 7, 1)
+    how: dict[str, Any] = {"num_sink_pages": 2, "num_estimated": num_estimated}
     for reduction in GROUP_REDUCTIONS:
-        _, selection = check(scores, books, sealed, counts, counts, reduction=reduction, **how)
+        _, selection = check(scores, metadata, sealed, counts, counts, reduction=reduction, **how)
         assert selection.estimated is not None
         limit = 60 if num_estimated is None else num_estimated
         expected = [min(limit, 40), min(limit, 30), 0]
@@ -161,22 +165,26 @@ def test_estimated_pages(
 
 
 def aim(
-    score: Tensor, fixed: Tensor, target: float, counts: list[int], num_sinks: int = 1
+    score: Tensor, fixed: Tensor, target: float, counts: list[int], num_sink_pages: int = 1
 ) -> tuple[Tensor, Selection]:
     """Aim with both, compare everything; what was missed, and the reference's lists."""
     rows, _, pages = score.shape
     missed = [torch.zeros(rows, 5, dtype=torch.float64, device=where) for where in (device, "cpu")]
     limits, places = ints(*counts), max(counts)
-    how: dict[str, Any] = {"num_sinks": num_sinks, "most": max(counts), "reduction": "raw-mean"}
+    how: dict[str, Any] = {
+        "num_sink_pages": num_sink_pages,
+        "max_selected": max(counts),
+        "reduction": "raw-mean",
+    }
     how |= {"target": target, "num_estimated": 2}
-    scores, sealed = make_scores(score, [pages] * rows), ints(*[pages + num_sinks] * rows)
-    books = empty_books(rows, places)
+    scores, sealed = make_scores(score, [pages] * rows), ints(*[pages + num_sink_pages] * rows)
+    metadata = empty_metadata(rows, places)
     selections = []
     for kernel, log, where in (
         (select, missed[0], device),
         (reference_paged.select, missed[1], "cpu"),
     ):
-        page_of, *rest = books.clone(where)
+        page_of, *rest = metadata.clone(where)
         on_device = [tensor.to(where) for tensor in (sealed, page_of, limits, limits)]
         given = Scores(*(tensor.to(where) for tensor in scores))
         chosen = kernel(given, *on_device, *rest, fixed=fixed.to(where), missed=log, **how)
@@ -205,14 +213,14 @@ def test_a_target(target: float, group: int, chunk: int, monkeypatch: pytest.Mon
     fixed = torch.tensor([1.0, -2.0, 4.0, -float("inf")])[:, None].expand(4, group).contiguous()
     missed, selection = aim(score, fixed, target, [35, 35, 4, 20])
     log = missed.tolist()
-    for (steps, total, worst, capped, spared), count, most in zip(
+    for (steps, total, worst, capped, spared), count, max_selected in zip(
         log, selection.num_chosen.tolist(), (35, 35, 4, 20), strict=True
     ):
         assert steps == 1
         assert total == worst
         assert capped == (worst > target)
-        assert spared == most - count
-        assert worst <= target or count == most
+        assert spared == max_selected - count
+        assert worst <= target or count == max_selected
 
 
 def test_a_target_by_hand() -> None:
@@ -220,11 +228,11 @@ def test_a_target_by_hand() -> None:
     share = torch.tensor([0.06, 0.5, 0.1, 0.04, 0.3])
     nothing = torch.full((1, 1), -float("inf"))
     for target, count in {0.15: 3, 0.35: 2, 0.07: 4, 0.99: 1, 0.03: 5}.items():
-        missed, selection = aim(share.log()[None, None], nothing, target, [5], num_sinks=0)
+        missed, selection = aim(share.log()[None, None], nothing, target, [5], num_sink_pages=0)
         assert selection.num_chosen.tolist() == [count]
         rest = float(share.sort(descending=True).values[count:].sum())
         assert missed[0, 2] == pytest.approx(rest, abs=1e-6)
-    _, selection = aim(torch.zeros(1, 1, 8), nothing, 0.3, [8], num_sinks=0)
+    _, selection = aim(torch.zeros(1, 1, 8), nothing, 0.3, [8], num_sink_pages=0)
     assert selection.chosen[0, :6].tolist() == [0, 1, 2, 3, 4, 5]
     for fixed, scores in ((torch.zeros(1, 1), -20.0), (nothing, -float("inf"))):
         missed, selection = aim(torch.full((1, 1, 6), scores), fixed, 0.1, [5])
@@ -235,46 +243,48 @@ def test_a_target_by_hand() -> None:
 def test_by_hand() -> None:
     """Two residents stay, an empty place is filled first, then the worst resident gives way."""
     scores = make_scores(torch.tensor([[[5.0, 1.0, 4.0, 3.0, 0.0, 9.0]]]), [6])
-    books = empty_books(1, 5)
-    books.page_of[0] = ints(3, 6, 7, -1, 2)
-    books.speculated[0] = torch.tensor([1, 1, 0, 0, 1], dtype=torch.int8)
-    books, selection = check(scores, books, ints(8), ints(4), ints(5), num_sinks=2)
+    metadata = empty_metadata(1, 5)
+    metadata.page_of[0] = ints(3, 6, 7, -1, 2)
+    metadata.speculated[0] = torch.tensor([1, 1, 0, 0, 1], dtype=torch.int8)
+    metadata, selection = check(scores, metadata, ints(8), ints(4), ints(5), num_sink_pages=2)
     # Pages 2 to 7 are worth 5 1 4 3 0 9: of the best, 7, 2, 4 and 5, places 2 and 4 hold two.
-    assert books.page_of.tolist() == [[3, 4, 7, 5, 2]]
+    assert metadata.page_of.tolist() == [[3, 4, 7, 5, 2]]
     assert selection.pages[0, :2].tolist() == [4, 5]
     assert selection.places[0, :2].tolist() == [1, 3]
     assert selection.chosen[0].tolist() == [1, 2, 3, 4]
-    assert books.counters.tolist() == [[2, 2, 1, 1, 0]]
-    assert books.speculated.tolist() == [[1, 0, 0, 0, 0]]
+    assert metadata.counters.tolist() == [[2, 2, 1, 1, 0]]
+    assert metadata.speculated.tolist() == [[1, 0, 0, 0, 0]]
 
 
 def test_a_guess_flags_what_it_recalls() -> None:
     scores = make_scores(torch.tensor([[[5.0, 1.0, 4.0, 3.0]]]), [4])
-    books = empty_books(1, 3)
-    books.page_of[0] = ints(1, 0, -1)
-    books, _ = check(scores, books, ints(4), ints(1), ints(3), num_sinks=0)
-    assert books.counters.tolist() == [[1, 0, 0, 0, 0]]
-    books, _ = check(scores, books, ints(4), ints(3), ints(3), num_sinks=0, speculative=True)
-    assert books.page_of.tolist() == [[2, 0, 3]]
-    assert books.speculated.tolist() == [[1, 0, 1]]
-    assert books.counters.tolist() == [[1, 0, 1, 0, 2]]
-    books, _ = check(scores, books, ints(4), ints(2), ints(3), num_sinks=0)
-    assert books.speculated.tolist() == [[0, 0, 1]]
-    assert books.counters.tolist() == [[3, 0, 1, 1, 2]]
+    metadata = empty_metadata(1, 3)
+    metadata.page_of[0] = ints(1, 0, -1)
+    metadata, _ = check(scores, metadata, ints(4), ints(1), ints(3), num_sink_pages=0)
+    assert metadata.counters.tolist() == [[1, 0, 0, 0, 0]]
+    metadata, _ = check(
+        scores, metadata, ints(4), ints(3), ints(3), num_sink_pages=0, speculative=True
+    )
+    assert metadata.page_of.tolist() == [[2, 0, 3]]
+    assert metadata.speculated.tolist() == [[1, 0, 1]]
+    assert metadata.counters.tolist() == [[1, 0, 1, 0, 2]]
+    metadata, _ = check(scores, metadata, ints(4), ints(2), ints(3), num_sink_pages=0)
+    assert metadata.speculated.tolist() == [[0, 0, 1]]
+    assert metadata.counters.tolist() == [[3, 0, 1, 1, 2]]
 
 
 def test_ties_go_to_the_lowest_page_and_place() -> None:
     scores = make_scores(torch.zeros(1, 3, 70), [70])
-    books = empty_books(1, 6)
-    books.page_of[0] = ints(60, 61, 62, 63, 64, 65)
-    books, _ = check(scores, books, ints(71), ints(4), ints(6), num_sinks=1)
-    assert books.page_of.tolist() == [[1, 2, 3, 4, 64, 65]]
+    metadata = empty_metadata(1, 6)
+    metadata.page_of[0] = ints(60, 61, 62, 63, 64, 65)
+    metadata, _ = check(scores, metadata, ints(71), ints(4), ints(6), num_sink_pages=1)
+    assert metadata.page_of.tolist() == [[1, 2, 3, 4, 64, 65]]
 
 
 def test_minus_zero_is_zero() -> None:
     scores = make_scores(torch.tensor([[[-1.0, -0.0, 0.0, -0.0]]]), [4])
-    books, _ = check(scores, empty_books(1, 2), ints(4), ints(2), ints(2), num_sinks=0)
-    assert books.page_of.tolist() == [[1, 2]]
+    metadata, _ = check(scores, empty_metadata(1, 2), ints(4), ints(2), ints(2), num_sink_pages=0)
+    assert metadata.page_of.tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)
@@ -285,54 +295,59 @@ def test_hidden_pages_come_last(group: int, reduction: str) -> None:
     score[:, :, 39] = 500.0
     score[:, :, :38] = HIDDEN
     score[1] = HIDDEN
-    books, _ = check(
+    metadata, _ = check(
         make_scores(score, [40, 40]),
-        empty_books(2, 3),
+        empty_metadata(2, 3),
         ints(40, 40),
         ints(3, 3),
         ints(3, 3),
-        num_sinks=0,
+        num_sink_pages=0,
         reduction=reduction,
     )
-    assert books.page_of.tolist() == [[0, 38, 39], [0, 1, 2]]
+    assert metadata.page_of.tolist() == [[0, 38, 39], [0, 1, 2]]
 
 
 def test_nothing_to_select() -> None:
     """Fewer pages than sinks, no budget, no place, a page that is the only one."""
     scores = make_scores(torch.randn(5, 2, 10), [0, -2, 10, 10, 1])
     num_selected, num_places = ints(3, 3, 0, 3, 3), ints(3, 3, 3, 0, 3)
-    books, _ = check(
-        scores, empty_books(5, 3), ints(2, 0, 12, 12, 3), num_selected, num_places, num_sinks=2
+    metadata, _ = check(
+        scores,
+        empty_metadata(5, 3),
+        ints(2, 0, 12, 12, 3),
+        num_selected,
+        num_places,
+        num_sink_pages=2,
     )
-    assert books.page_of.tolist() == [[-1] * 3] * 4 + [[2, -1, -1]]
-    assert books.counters.sum(0).tolist() == [0, 1, 0, 0, 0]
+    assert metadata.page_of.tolist() == [[-1] * 3] * 4 + [[2, -1, -1]]
+    assert metadata.counters.sum(0).tolist() == [0, 1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(("rows", "pages", "places"), [(0, 5, 3), (2, 0, 3), (2, 5, 0), (2, 0, 0)])
 def test_empty_shapes(rows: int, pages: int, places: int) -> None:
     scores, full = make_scores(torch.randn(rows, 2, pages), [pages] * rows), [3] * rows
     limits = ints(*[pages] * rows), ints(*full), ints(*full)
-    check(scores, empty_books(rows, places), *limits, num_sinks=0, most=3)
+    check(scores, empty_metadata(rows, places), *limits, num_sink_pages=0, max_selected=3)
 
 
 def test_places_beyond_the_limit_are_left_alone() -> None:
     scores = make_scores(torch.arange(8.0).reshape(1, 1, 8), [8])
-    books = empty_books(1, 6)
-    books.page_of[0] = ints(0, 1, -1, -1, 2, -1)
-    books, _ = check(scores, books, ints(8), ints(5), ints(3), num_sinks=0)
-    assert sorted(books.page_of[0, :3].tolist()) == [5, 6, 7]
-    assert books.page_of[0, 3:].tolist() == [-1, 2, -1]
+    metadata = empty_metadata(1, 6)
+    metadata.page_of[0] = ints(0, 1, -1, -1, 2, -1)
+    metadata, _ = check(scores, metadata, ints(8), ints(5), ints(3), num_sink_pages=0)
+    assert sorted(metadata.page_of[0, :3].tolist()) == [5, 6, 7]
+    assert metadata.page_of[0, 3:].tolist() == [-1, 2, -1]
 
 
 @pytest.mark.parametrize(("pages", "places"), [(4096, 200), (9000, 100), (300, 4500)])
 def test_many_pages_and_places(pages: int, places: int) -> None:
     selectable = [pages, pages - 5]
-    books = empty_books(2, places)
+    metadata = empty_metadata(2, places)
     sealed, limit = ints(*selectable), ints(places, places - 7)
     for _ in range(2):
         scores = make_scores(torch.randn(2, 2, pages), selectable)
-        books, _ = check(
-            scores, books, sealed, limit // 2, limit, num_sinks=0, reduction="softmax-mean"
+        metadata, _ = check(
+            scores, metadata, sealed, limit // 2, limit, num_sink_pages=0, reduction="softmax-mean"
         )
 
 
@@ -360,25 +375,25 @@ def check_sequence(data: st.DataObject) -> None:
     """Whatever is selected one after another while pages are sealed, both agree on all of it."""
     draw = data.draw
     rows, group = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 5, 7, 16]))
-    capacity, num_sinks = draw(st.sampled_from([3, 40, 300])), draw(st.integers(0, 2))
+    capacity, num_sink_pages = draw(st.sampled_from([3, 40, 300])), draw(st.integers(0, 2))
     limits = st.lists(st.integers(0, draw(st.sampled_from([2, 8, 140]))), min_size=rows)
     selected = ints(*draw(limits)[:rows])
     factor = draw(st.sampled_from([1, 2]))
-    books = empty_books(rows, max(1, int(selected.max()) * factor))
-    sealed = [draw(st.integers(0, capacity + num_sinks)) for _ in range(rows)]
+    metadata = empty_metadata(rows, max(1, int(selected.max()) * factor))
+    sealed = [draw(st.integers(0, capacity + num_sink_pages)) for _ in range(rows)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_select, "CHUNK_WARPS", {draw(st.sampled_from([32, 128, 1024])): 4})
         for _ in range(draw(st.integers(1, 6))):
             score, reduction = draw(score_tensors(rows, group, capacity))
-            scores = make_scores(score, [count - num_sinks for count in sealed])
-            options = {"num_sinks": num_sinks, "reduction": reduction}
+            scores = make_scores(score, [count - num_sink_pages for count in sealed])
+            options = {"num_sink_pages": num_sink_pages, "reduction": reduction}
             state = ints(*sealed), selected, selected * factor
-            books, _ = check(scores, books, *state, **options)
+            metadata, _ = check(scores, metadata, *state, **options)
             if factor > 1 and draw(st.booleans()):
                 state = ints(*sealed), selected * factor, selected * factor
-                books, _ = check(scores, books, *state, **options, speculative=True)
-            most = capacity + num_sinks
-            sealed = [min(most, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
+                metadata, _ = check(scores, metadata, *state, **options, speculative=True)
+            max_sealed = capacity + num_sink_pages
+            sealed = [min(max_sealed, count + draw(st.sampled_from([0, 1, 9]))) for count in sealed]
 
 
 @settings(max_examples=10)
@@ -395,23 +410,25 @@ def test_many_sequences_of_selections(data: st.DataObject) -> None:
 
 
 def test_inputs_that_do_not_fit() -> None:
-    scores, books = make_scores(torch.randn(2, 1, 5), [5, 5]), empty_books(2, 3)
+    scores, metadata = make_scores(torch.randn(2, 1, 5), [5, 5]), empty_metadata(2, 3)
     limit = ints(3, 3)
 
     def attempt(scores: Scores, page_of: Tensor, sealed: Tensor, **options: Any) -> None:
-        options = {"num_sinks": 0, "most": 3, "reduction": "raw-mean"} | options
-        select(scores, sealed, page_of, limit, limit, books.speculated, books.counters, **options)
+        options = {"num_sink_pages": 0, "max_selected": 3, "reduction": "raw-mean"} | options
+        select(
+            scores, sealed, page_of, limit, limit, metadata.speculated, metadata.counters, **options
+        )
 
     for change, message in (
         ({"reduction": "max"}, "reduction='max'"),
-        ({"most": -1}, "most=-1"),
-        ({"page_of": books.page_of.long()}, "page_of"),
-        ({"page_of": books.page_of[:, :2]}, "page_of"),
-        ({"page_of": books.page_of[0]}, "page_of"),
+        ({"max_selected": -1}, "max_selected=-1"),
+        ({"page_of": metadata.page_of.long()}, "page_of"),
+        ({"page_of": metadata.page_of[:, :2]}, "page_of"),
+        ({"page_of": metadata.page_of[0]}, "page_of"),
         ({"sealed": limit[:1]}, "sealed"),
         ({"scores": scores._replace(peak=scores.peak.half())}, "peak"),
         ({"scores": scores._replace(score=scores.score.transpose(0, 1))}, "score|peak"),
     ):
-        whole: dict[str, Any] = {"scores": scores, "page_of": books.page_of, "sealed": limit}
+        whole: dict[str, Any] = {"scores": scores, "page_of": metadata.page_of, "sealed": limit}
         with pytest.raises(InputError, match=message):
             attempt(**(whole | change))

@@ -1,4 +1,4 @@
-"""A driver that only keeps the books of registered memory, in place of cupy's."""
+"""A driver that only notes which memory is registered, in place of cupy's."""
 
 import contextlib
 import gc

@@ -1,4 +1,4 @@
-"""Backup: in whatever order lanes run the bytes are right; without any one barrier they are not."""
+"""Backup: right bytes in whatever order streams run, and wrong ones without any one barrier."""
 
 import random
 from collections.abc import Callable
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from arkcache import HostTierFullError, InputError, TransferError
 from arkcache.tiering import backup, pinned
-from arkcache.tiering.backup import BackupEngine, Block, Ticket, backup_engine_of
+from arkcache.tiering.backup import BackupEngine, StagingBlock, Ticket, backup_engine_of
 from arkcache.tiering.host import HostTier
-from arkcache.tiering.lanes import lanes_of
+from arkcache.tiering.streams import streams_of
 from tests.tiering.fake_cupy import GPU, FakeCupy, cupy
-from tests.tiering.fake_lanes import Order, World, at_random, earliest, latest
+from tests.tiering.fake_streams import Order, World, at_random, earliest, latest
 from tests.tiering.test_host import read
 
 __all__ = ["cupy"]
@@ -35,18 +35,18 @@ def make_host(is_pinned: bool = True) -> HostTier:
 
 
 def make(world: World, **sizes: int) -> BackupEngine:
-    return BackupEngine(world.lanes, CPU, **({"block_bytes": 8 * SIZE, "num_blocks": 3} | sizes))
+    return BackupEngine(world.streams, CPU, **({"block_bytes": 8 * SIZE, "num_blocks": 3} | sizes))
 
 
 def random_bytes(count: int) -> Tensor:
     return torch.randint(0, 256, (count, SIZE), dtype=torch.uint8)
 
 
-def fill(engine: BackupEngine, content: Tensor) -> Block:
-    """A borrowed block that the main lane fills."""
+def fill(engine: BackupEngine, content: Tensor) -> StagingBlock:
+    """A borrowed block that the main stream fills."""
     block = engine.borrow(content.numel())
     data = block.data
-    engine.lanes.main.run(lambda: data.view(content.shape).copy_(content))
+    engine.streams.main.run(lambda: data.view(content.shape).copy_(content))
     return block
 
 
@@ -60,7 +60,7 @@ def back_up(engine: BackupEngine, host: HostTier, content: Tensor) -> tuple[np.n
 
 
 class Trace:
-    """Random use of an engine by layers, beside an account of what the main lane must read."""
+    """Random use of an engine by layers, beside an account of what the main stream must read."""
 
     def __init__(self, seed: int, order: Order, is_pinned: bool = True) -> None:
         self.choose, self.world = random.Random(seed), World(order=order)
@@ -89,7 +89,7 @@ class Trace:
         self.held.append((handles, ticket, content))
 
     def recall(self, number: int | None = None) -> None:
-        """Read pages on the main lane, as a kernel does, from where they are now."""
+        """Read pages on the main stream, as a kernel does, from where they are now."""
         if not self.held:
             return
         handles, ticket, content = self.held[
@@ -97,7 +97,7 @@ class Trace:
         ]
         self.engine.settle(ticket)
         pieces, rows = self.host.pieces(), torch.from_numpy(self.host.rows(handles))
-        self.engine.lanes.main.run(lambda: self.read.append(pieces[rows]))
+        self.engine.streams.main.run(lambda: self.read.append(pieces[rows]))
         self.expected.append(content)
 
     def release(self) -> None:
@@ -227,12 +227,12 @@ def test_adjacent_pieces_are_one_copy_up_to_a_boundary(monkeypatch: pytest.Monke
     assert torch.equal(read(host, handles), content)
 
 
-def test_a_host_needs_no_lanes() -> None:
+def test_a_host_needs_no_streams() -> None:
     engine, content = backup_engine_of(CPU), random_bytes(5)
     assert engine is backup_engine_of(torch.device("cpu"))
-    assert engine.lanes is lanes_of(CPU)
+    assert engine.streams is streams_of(CPU)
     assert (engine.device, engine.block_bytes) == (CPU, 32 << 20)
-    small = BackupEngine(lanes_of(CPU), CPU, block_bytes=SIZE)
+    small = BackupEngine(streams_of(CPU), CPU, block_bytes=SIZE)
     for is_pinned in (True, False):
         host = make_host(is_pinned)
         handles, ticket = back_up(small, host, content)
@@ -298,7 +298,7 @@ def test_half_a_copy_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         pieces[runs[0].row] = content[0]
         raise RuntimeError(REFUSED)
 
-    engine, host, content = BackupEngine(lanes_of(CPU), CPU, SIZE), make_host(), random_bytes(6)
+    engine, host, content = BackupEngine(streams_of(CPU), CPU, SIZE), make_host(), random_bytes(6)
     monkeypatch.setattr(backup, "_copy_runs", fail_halfway)
     handles, ticket = back_up(engine, host, content)
     engine.settle(ticket)

@@ -698,7 +698,7 @@ def test_demoting_all_the_time_at_the_limit() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Any order of taking, sharing, demoting and giving back: content stays, books balance."""
+    """Any order of taking, sharing, demoting and giving back: content stays, metadata balances."""
 
     @initialize(sizes=st.sampled_from([(FINE,), (FINE, COARSE), ODD_SIZES]))
     def start(self, sizes: tuple[int, ...]) -> None:

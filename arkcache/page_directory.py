@@ -1,4 +1,4 @@
-"""What the device knows of a layer's sealed pages: digests, means, where the host tier has them.
+"""The page directory: of each sealed page its digest, its mean and its address in the host tier.
 
 All grow with the context, page by page; what grows changes its address, so `reserve` before a step
 is captured in a graph.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
-from arkcache.pages import Ids
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.transfer import upload
@@ -19,8 +19,10 @@ from arkcache.tiering.transfer import upload
 FIRST_PAGES = 64
 
 
-class PageTable:
-    """Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
+class PageDirectory:
+    """What is known of every sealed page of a layer, on the device, whether it is recalled or not.
+
+    Digests [batch, kv_heads, pages, features] and lines of the host tier [..., pages]; where
     pages are estimated, their mean keys and mean values side by side [..., pages, both dims].
 
     Args:
@@ -82,10 +84,10 @@ class PageTable:
         for tensor in self._all:
             tensor.reserve(num_pages)
 
-    def locate(self, rows: slice, first: int, lines: Ids) -> None:
-        """Note where pages from `first` on are: lines [sequences, kv_heads, pages]."""
+    def locate(self, seqs: slice, first: int, lines: Ids) -> None:
+        """Note where pages from `first` on are: lines [seqs, kv_heads, pages]."""
         self.reserve(first + lines.shape[2])
-        self._located.write(rows, first, upload(lines, self._geometry.device))
+        self._located.write(seqs, first, upload(lines, self._geometry.device))
 
     def score(
         self,
@@ -107,7 +109,7 @@ class PageTable:
                 query,
                 self.digests,
                 sealed,
-                num_sinks=config.num_sink_pages,
+                num_sink_pages=config.num_sink_pages,
                 page_size=config.page_size,
                 bits=config.packed_index_bits,
                 scale=scale,
@@ -119,7 +121,7 @@ class PageTable:
             query,
             self.digests,
             sealed,
-            num_sinks=config.num_sink_pages,
+            num_sink_pages=config.num_sink_pages,
             kind=config.index,
             scale=scale,
             hidden=hidden,

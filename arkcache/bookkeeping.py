@@ -1,4 +1,4 @@
-"""Bookkeeping of pages in integers: which tokens are sealed, which pages sit in which slots.
+"""Bookkeeping in integers: which tokens are sealed, which page is in which place, what is padding.
 
 Knows nothing of tensors on a device, of tiers or of models. A row is a (sequence, KV head) pair.
 Of a sequence of L tokens
@@ -35,8 +35,8 @@ class Moves(NamedTuple):
     num_evicted: int
 
 
-class Residency:
-    """Which page each row holds in each of its places (slots for selected pages).
+class PageTable:
+    """The page table: which page each row holds in each of its places (slots for selected pages).
 
     A row's places are numbered from 0; -1 marks an empty one. Sinks and the window are not
     counted here: they never move.
@@ -61,16 +61,16 @@ class Residency:
         num_selected: Ids | None = None,
         keep_score: NDArray[np.floating[Any]] | None = None,
     ) -> Moves:
-        """Make `selected` resident: fill empty places, then those of pages nobody wants.
+        """Make `selected` resident: fill empty places first, then those of other pages.
 
         Args:
-            selected: pages [rows, most], no page twice in a row.
+            selected: pages [rows, max_selected], no page twice in a row.
             num_pages: more than the largest page number.
             num_selected: [rows], row r wants its first `num_selected[r]`; None is all.
             keep_score: [rows, places], how much each resident page deserves to stay, where there
                 are more places than selected pages.
 
-        Returns the moves, already entered in the books. Without `keep_score` the residents of a
+        Returns the moves, already entered in the table. Without `keep_score` the residents of a
         row are then exactly its selection, in its first places.
         """
         # Page numbers of all rows in one line, a spare column for "none" at the end of each row.

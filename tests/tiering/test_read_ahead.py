@@ -1,4 +1,4 @@
-"""Blocks read ahead, on lanes that run in any order that the events allow."""
+"""Blocks read ahead, on streams that run in any order that the events allow."""
 
 from functools import partial
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache.tiering.streaming import Block, read_ahead
-from tests.tiering.fake_lanes import World, earliest, latest
+from arkcache.tiering.read_ahead import Block, read_ahead
+from tests.tiering.fake_streams import World, earliest, latest
 
 NUM_LOADS = 7
 
@@ -17,8 +17,8 @@ def load(number: int, block: Block) -> None:
         plane.fill_(number)
 
 
-def stream(world: World, num_blocks: int, num_loads: int = NUM_LOADS) -> list[list[float]]:
-    """What the main lane finds in each block when it comes to it."""
+def read_all(world: World, num_blocks: int, num_loads: int = NUM_LOADS) -> list[list[float]]:
+    """What the main stream finds in each block when it comes to it."""
     blocks = [(torch.full((3,), -1.0), torch.full((2,), -1.0)) for _ in range(num_blocks)]
     loads = [partial(load, number) for number in range(num_loads)]
     found: list[list[float]] = []
@@ -26,8 +26,8 @@ def stream(world: World, num_blocks: int, num_loads: int = NUM_LOADS) -> list[li
     def attend(block: tuple[Tensor, Tensor]) -> None:
         found.append(torch.cat(block).tolist())
 
-    for block in read_ahead(world.lanes, blocks, loads):
-        world.lanes.main.run(partial(attend, block))
+    for block in read_ahead(world.streams, blocks, loads):
+        world.streams.main.run(partial(attend, block))
     world.drain()
     return found
 
@@ -36,25 +36,25 @@ def stream(world: World, num_blocks: int, num_loads: int = NUM_LOADS) -> list[li
 @pytest.mark.parametrize("num_loads", [0, 1, 2, NUM_LOADS])
 @pytest.mark.parametrize("seed", range(5))
 def test_every_block_in_turn(num_blocks: int, num_loads: int, seed: int) -> None:
-    found = stream(World(seed), num_blocks, num_loads)
+    found = read_all(World(seed), num_blocks, num_loads)
     assert found == [[number] * 5 for number in range(num_loads)]
 
 
 @pytest.mark.parametrize("order", [earliest("side"), latest("side")])
 def test_the_worst_orders(order: object) -> None:
-    assert stream(World(order=order), 2) == [[number] * 5 for number in range(NUM_LOADS)]  # type: ignore[arg-type]
+    assert read_all(World(order=order), 2) == [[number] * 5 for number in range(NUM_LOADS)]  # type: ignore[arg-type]
 
 
 def test_without_the_wait_for_the_load_a_block_is_read_too_early() -> None:
     world = World(order=latest("side"))
     world.forget_waits_of("read_ahead")
-    assert stream(world, 2) != [[number] * 5 for number in range(NUM_LOADS)]
+    assert read_all(world, 2) != [[number] * 5 for number in range(NUM_LOADS)]
 
 
 def test_without_the_wait_for_the_reader_a_block_is_overwritten() -> None:
     world = World(order=earliest("side"))
     world.forget_waits_of("_start")
-    assert stream(world, 2) != [[number] * 5 for number in range(NUM_LOADS)]
+    assert read_all(world, 2) != [[number] * 5 for number in range(NUM_LOADS)]
 
 
 def test_with_two_blocks_a_load_runs_beside_the_reader() -> None:
@@ -67,8 +67,8 @@ def test_with_two_blocks_a_load_runs_beside_the_reader() -> None:
         def count(_block: Block, done: list[int] = done) -> None:
             done[0] += 1
 
-        for number, _ in enumerate(read_ahead(world.lanes, blocks, [count] * 4)):
-            world.lanes.main.run(
+        for number, _ in enumerate(read_ahead(world.streams, blocks, [count] * 4)):
+            world.streams.main.run(
                 partial(lambda n, a, d: a.append(d[0] - n - 1), number, ahead, done)
             )
         world.drain()
@@ -76,13 +76,13 @@ def test_with_two_blocks_a_load_runs_beside_the_reader() -> None:
 
 
 def test_an_interrupted_reader_leaves_no_load_behind() -> None:
-    """What the main lane does next finds the blocks as they will stay."""
+    """What the main stream does next finds the blocks as they will stay."""
     world = World(order=latest("side"))
     blocks = [(torch.zeros(1),), (torch.zeros(1),)]
-    reader = read_ahead(world.lanes, blocks, [partial(load, number) for number in range(1, 5)])
+    reader = read_ahead(world.streams, blocks, [partial(load, number) for number in range(1, 5)])
     next(reader)
     reader.close()
     found: list[float] = []
-    world.lanes.main.run(lambda: found.extend(float(block[0]) for block in blocks))
+    world.streams.main.run(lambda: found.extend(float(block[0]) for block in blocks))
     world.drain()
     assert found == [1, 2]

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.pages import Ids
 from arkcache.sealing import SealingLayer
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step, attend_blocks
@@ -26,7 +26,7 @@ CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
 
 
-class PackedLayer(SealingLayer):
+class PackedDenseLayer(SealingLayer):
     """A layer that attends everything, its sealed pages packed.
 
     Args:
@@ -68,7 +68,7 @@ class PackedLayer(SealingLayer):
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         self._check_sealed(self.sealed)
         if int(self.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")
@@ -78,8 +78,8 @@ class PackedLayer(SealingLayer):
         size = self._pages.nbytes + sum(plane.nbytes for plane in self._window)
         return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
-        self._pages.write(rows, first, self._packer.pack(key, value))
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        self._pages.write(seqs, first, self._packer.pack(key, value))
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         key, value = self._packer.unpack(self._pages.read(first, last)[sequence])

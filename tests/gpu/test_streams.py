@@ -1,4 +1,4 @@
-"""The manager on the GPU: the host waits for nothing, and no lane overtakes another."""
+"""The manager on the GPU: the host waits for nothing, and no stream overtakes another."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ def test_no_waiting(card: Card) -> None:
     decoder.manager.check_integrity()
 
 
-# -- lanes that are late --------------------------------------------------------------------------
+# -- streams that are late ------------------------------------------------------------------------
 
 
 def test_races(card: Card) -> None:
-    """Steps with lanes held up at random: the outputs of a cache that waits after every call."""
-    from arkcache.tiering.lanes import lanes_of
+    """Steps with streams held up at random: the outputs of a cache that waits after every call."""
+    from arkcache.tiering.streams import streams_of
 
     blocks, per_block = card.pick((16, 25), (2, 2))
-    lanes, dice = lanes_of(card.device), random.Random(0)
+    streams, dice = streams_of(card.device), random.Random(0)
     hasty, patient = (Decoder(card, device_pool_factor=2.0) for _ in range(2))
     pages = hasty.config.page_size
     given = []
@@ -50,8 +50,8 @@ def test_races(card: Card) -> None:
         tokens = [hasty.tokens(count) for count in [9 * pages, *counts]]
         outputs = []
         for step in tokens:
-            lane = dice.choice((lanes.backup, lanes.backup, lanes.side, lanes.main))
-            lane.run(lambda: card.delay(dice.choice((1e-4, 1e-3, 4e-3))))
+            stream = dice.choice((streams.backup, streams.backup, streams.side, streams.main))
+            stream.run(lambda: card.delay(dice.choice((1e-4, 1e-3, 4e-3))))
             outputs.append(hasty.step(*step))
         card.synchronize()
         for number, (step, mine) in enumerate(zip(tokens, outputs, strict=True)):

@@ -1,8 +1,8 @@
-"""A decode step in two halves: books on the host, and launches that a CUDA graph can replay.
+"""A decode step in two halves: counting on the host, and launches that a CUDA graph can replay.
 
-The launches of a step depend on nothing that the books count, so that they can be recorded once and
-replayed while only the books go on. All layers of a manager count alike in such a step, so that
-their books are kept together: entering a token costs the same for two layers as for eighty.
+The launches of a step depend on no token count, so that they can be recorded once and replayed
+while only the counting goes on. All layers of a manager count alike in such a step, so that their
+counts are kept together: to count a token costs the same for two layers as for eighty.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.pages import Ids
+from arkcache.bookkeeping import Ids
 from arkcache.step import Counters, Lengths, Step
 
 Bools = NDArray[np.bool_]
@@ -29,7 +29,7 @@ class Rule(NamedTuple):
     Attributes:
         recent: tokens that stay unsealed.
         page_size: tokens per page.
-        num_sinks: pages that are always attended.
+        num_sink_pages: pages that are always attended.
         selected: pages that a step selects beside them, of each sequence and KV head
             [batch, kv_heads].
         pieces: of the host tier that a sealed page takes.
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
     recent: Any
     page_size: Any
-    num_sinks: Any
+    num_sink_pages: Any
     selected: Ids
     pieces: Any
 
@@ -48,16 +48,19 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     lengths, sealed: tokens and sealed pages of each sequence [..., batch], of as many layers as the
     rule is for. Returns [...].
     """
-    sinks = np.minimum(sealed, rule.num_sinks)
+    sink_pages = np.minimum(sealed, rule.num_sink_pages)
     num_heads = rule.selected.shape[-1]
-    pages = np.minimum((sealed - sinks)[..., None], rule.selected).sum(axis=-1) + num_heads * sinks
+    pages = (
+        np.minimum((sealed - sink_pages)[..., None], rule.selected).sum(axis=-1)
+        + num_heads * sink_pages
+    )
     per_head = np.rint((pages * rule.page_size).sum(axis=-1) / num_heads).astype(np.int64)
     attended: Ids = per_head + (lengths - sealed * rule.page_size).sum(axis=-1)
     return attended
 
 
-class StaticLayer(Protocol):
-    """A layer whose steps come in two halves: what `ring.py` and `resident.py` define."""
+class CapturableLayer(Protocol):
+    """A layer whose steps come in two halves: what `ring.py` and `device_dense.py` define."""
 
     columns: int
     lengths: Lengths
@@ -85,11 +88,11 @@ class StaticLayer(Protocol):
         ...
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         ...
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, seals: bool) -> None:
-        """Queue the storing of one token of each sequence; `seals` is what the books said."""
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
+        """Queue the storing of one token of each sequence; `seals` is what counting it said."""
         ...
 
     def launch_attend(self, step: Step) -> Tensor:
@@ -97,38 +100,39 @@ class StaticLayer(Protocol):
         ...
 
     def join(self) -> None:
-        """Have the next kernel wait for what other lanes do for this layer."""
+        """Have the next kernel wait for what other streams do for this layer."""
         ...
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: recording it failed, so nobody does it."""
+        """Forget work that was queued on other streams: recording it failed, so it never runs."""
         ...
 
 
-class Ledger:
+class TokenCounts:
     """Tokens and sealed pages of all layers, [layers, batch]: what each layer counts is a row here.
 
     Args:
-        layers: whose books are kept here from now on. What gives a layer books of its own (`crop`,
-            `keep_sequences`, a copy) ends that: see `is_kept_by`.
+        layers: whose counts are kept here from now on. What gives a layer counts of its own
+            (`crop`, `keep_sequences`, a copy) ends that: see `is_kept_by`.
     """
 
-    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
         self.lengths: Ids = np.stack([layer.lengths.of for layer in layers])
         self.sealed: Ids = np.stack([layer.sealed for layer in layers])
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
+        # From here on each layer counts in its row of the two arrays: views, not copies.
         for layer, rows in zip(layers, self._rows, strict=True):
             layer.lengths.of, layer.sealed = rows
         rules = [layer.rule for layer in layers]
         self._rule = Rule(
             recent=np.array([[rule.recent] for rule in rules]),
             page_size=np.array([[rule.page_size] for rule in rules]),
-            num_sinks=np.array([[rule.num_sinks] for rule in rules]),
+            num_sink_pages=np.array([[rule.num_sink_pages] for rule in rules]),
             selected=np.stack([rule.selected for rule in rules]),
             pieces=np.array([[rule.pieces] for rule in rules]),
         )
 
-    def is_kept_by(self, layers: Sequence[StaticLayer]) -> bool:
+    def is_kept_by(self, layers: Sequence[CapturableLayer]) -> bool:
         """Whether the layers still count here."""
         return all(
             layer.lengths.of is lengths and layer.sealed is sealed
@@ -156,38 +160,38 @@ class Ledger:
         return counts
 
 
-class StaticSteps:
+class CapturableSteps:
     """The steps of a manager whose layers all come in two halves.
 
     Args:
         layers: all of them.
 
     Attributes:
-        launching: while a step that was booked is launched, whether it seals pages; None otherwise.
+        launching: while a counted step is launched, whether it seals pages; None otherwise.
         saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
         recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
 
-    def __init__(self, layers: Sequence[StaticLayer]) -> None:
+    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
         self.layers = layers
         self.launching: bool | None = None
         self.saw_mask = False
         self.recordings: object = None
-        self._books: Ledger | None = None
+        self._cached_counts: TokenCounts | None = None
         self._before: tuple[list[int], Ids, Ids] | None = None
-        numbers: dict[type[StaticLayer], list[int]] = {}
+        numbers: dict[type[CapturableLayer], list[int]] = {}
         for number, layer in enumerate(layers):
             numbers.setdefault(type(layer), []).append(number)
         self._kinds = [(kind, [layers[i] for i in own], own) for kind, own in numbers.items()]
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"recordings": None, "_books": None}
+        return vars(self) | {"recordings": None, "_cached_counts": None}
 
     @property
-    def _ledger(self) -> Ledger:
-        if self._books is None or not self._books.is_kept_by(self.layers):
-            self._books = Ledger(self.layers)
-        return self._books
+    def _counts(self) -> TokenCounts:
+        if self._cached_counts is None or not self._cached_counts.is_kept_by(self.layers):
+            self._cached_counts = TokenCounts(self.layers)
+        return self._cached_counts
 
     def reserve(self, tokens: int) -> None:
         """Make room on the device for so many tokens of every sequence."""
@@ -201,18 +205,18 @@ class StaticSteps:
 
     def seals_next(self) -> bool:
         """Whether a step of one token of every sequence seals pages."""
-        return bool(self._ledger.sealing().any())
+        return bool(self._counts.sealing().any())
 
     def pieces_needed(self) -> int:
         """Pieces of the host tier that such a step takes."""
-        ledger = self._ledger
-        return ledger.pieces(ledger.sealing())
+        counts = self._counts
+        return counts.pieces(counts.sealing())
 
     def remember(self) -> None:
-        """Note what the books say, for `undo`."""
-        ledger = self._ledger
+        """Note what is counted now, for `undo`."""
+        counts = self._counts
         columns = [layer.columns for layer in self.layers]
-        self._before = columns, ledger.lengths.copy(), ledger.sealed.copy()
+        self._before = columns, counts.lengths.copy(), counts.sealed.copy()
 
     def undo(self) -> None:
         """Go back to what was remembered, after a step that did not come to its end."""
@@ -221,27 +225,27 @@ class StaticSteps:
             layer.undo(*held)
             layer.columns = columns
 
-    def book(self) -> bool:
-        """Enter one token of every sequence in the books of all layers; whether pages seal."""
+    def count_token(self) -> bool:
+        """Count one token more of every sequence in all layers; whether pages seal with it."""
         self.join()  # a graph cannot wait for what was asked for outside it
-        ledger = self._ledger
-        seals, tokens = ledger.sealing(), int(ledger.lengths.max()) + 1
+        counts = self._counts
+        seals, tokens = counts.sealing(), int(counts.lengths.max()) + 1
         for kind, layers, numbers in self._kinds:
             kind.make_ready(layers, seals[numbers], tokens)
-        ledger.enter(seals)
-        for layer, attended in zip(self.layers, ledger.attended(), strict=True):
+        counts.enter(seals)
+        for layer, attended in zip(self.layers, counts.attended(), strict=True):
             layer.columns += 1
             layer.counters.attended_tokens = attended
         return bool(seals.any())
 
     def join(self) -> None:
-        """Have the next kernels wait for what other lanes do for any layer."""
+        """Have the next kernels wait for what other streams do for any layer."""
         for layer in self.layers:
             layer.join()
 
     @contextmanager
     def launch(self, seals: bool, *, recorded: bool = False) -> Iterator[None]:
-        """Within it a manager's `append` and `attend` launch what is booked, and book nothing.
+        """Within it a manager's `append` and `attend` launch what was counted, and count nothing.
 
         recorded: what is launched is not done now but recorded, so that after a failure there is
             nothing to wait for.
@@ -254,12 +258,12 @@ class StaticSteps:
             if recorded:
                 self.abandon()
             else:
-                self.join()  # other lanes are still at it
+                self.join()  # other streams are still at it
             raise
         finally:
             self.launching = None
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for in a step that was to be recorded."""
+        """Forget work that was queued on other streams in a step that was to be recorded."""
         for layer in self.layers:
             layer.abandon()

@@ -1,4 +1,8 @@
-"""Which page each place of a layer holds, on the device: what `pages.Residency` is on the host."""
+"""The page table of the device engine: which page each place holds, kept where kernels change it.
+
+The host engine's is `bookkeeping.PageTable`; where a page itself lies in the host tier, the page
+directory says.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, Selection, select
-from arkcache.pages import Ids
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
 
 WORST, SPARED = 2, 4
-"""Columns of `Residents.missed`."""
+"""Columns of `DevicePageTable.missed`."""
 
 
-class Residents:
-    """The places of every row and what they hold.
+class DevicePageTable:
+    """Which page each place of every row holds, on the device.
 
     A row's places are numbered from 0; a row with a smaller budget than others leaves its last ones
     empty. Sinks are not counted here: they never move.
@@ -32,7 +36,7 @@ class Residents:
         device: where the kernels run.
 
     Attributes:
-        most: pages that any row selects.
+        max_selected: pages that any row selects.
         selected: pages that a step selects, of each row, on the host.
         page_of: int32 [rows, places], -1 where a place is empty.
         may_hold: int32 [rows], places that a row may use.
@@ -49,7 +53,7 @@ class Residents:
         pool_factor: float,
         device: torch.device,
     ) -> None:
-        self._config, self.selected, self.most = config, selected, int(selected.max())
+        self._config, self.selected, self.max_selected = config, selected, int(selected.max())
         may_hold = np.ceil(selected * pool_factor).astype(np.int64)
         self.has_spare = bool((may_hold > selected).any())
         rows = len(selected)
@@ -84,8 +88,8 @@ class Residents:
             self.may_hold,
             self._speculated,
             self._counters,
-            num_sinks=self._config.num_sink_pages,
-            most=self.page_of.shape[1] if speculative else self.most,
+            num_sink_pages=self._config.num_sink_pages,
+            max_selected=self.page_of.shape[1] if speculative else self.max_selected,
             reduction=self._config.score_reduction,
             speculative=speculative,
             num_estimated=0 if speculative else self._config.estimate_pages,
@@ -95,22 +99,24 @@ class Residents:
         )
 
     def place(self, rows: slice, first: int, last: int) -> None:
-        """Note that places hold new pages first..last, each in the place of its own number."""
-        sinks = self._config.num_sink_pages
-        if last <= sinks:
+        """Enter new pages first..last: page p in place p - num_sink_pages, in rows that have it."""
+        num_sink_pages = self._config.num_sink_pages
+        if last <= num_sink_pages:
             return
-        start = max(first, sinks)
-        places = torch.arange(start - sinks, last - sinks, device=self.page_of.device)
+        start = max(first, num_sink_pages)
+        places = torch.arange(
+            start - num_sink_pages, last - num_sink_pages, device=self.page_of.device
+        )
         fits = places < self.may_hold[rows, None]
-        held = self.page_of[rows, start - sinks : last - sinks]
-        held.copy_(torch.where(fits, places + sinks, -1))
+        held = self.page_of[rows, start - num_sink_pages : last - num_sink_pages]
+        held.copy_(torch.where(fits, places + num_sink_pages, -1))
 
     def drop_from(self, rows: slice, page: int) -> None:
         """Forget the pages of `rows` from `page` on."""
         held = self.page_of[rows]
         held.masked_fill_(held >= page, -1)
 
-    def inherit(self, before: Residents, rows: Tensor, num_heads: int) -> None:
+    def inherit(self, before: DevicePageTable, rows: Tensor, num_heads: int) -> None:
         """Hold in row i what row `rows[i]` of another held, in as many places as both have.
 
         What was counted goes on; of each of `num_heads` KV heads by itself, where that matters.
@@ -126,7 +132,7 @@ class Residents:
             self.missed[:num_heads, WORST] = log[:, :, WORST].amax(dim=0)
 
     def forget_spared(self) -> None:
-        """Note that a step attended everything, whatever there are places for."""
+        """Note that a step attended everything: it left out no page."""
         if self.missed is not None:
             self.missed[:, SPARED] = 0
 
@@ -140,10 +146,10 @@ class Residents:
             MissedMass(
                 num_estimates=int(steps),
                 estimated_sum=total,
-                estimated_worst=most,
+                estimated_worst=highest,
                 num_capped=int(capped),
             )
-            for steps, total, _, capped, _, most in heads
+            for steps, total, _, capped, _, highest in heads
         ]
 
     @property

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from arkcache import IntegrityError
-from arkcache.pages import Ids, Moves, Residency, TokenLog, sealed_pages
+from arkcache.bookkeeping import Ids, Moves, PageTable, TokenLog, sealed_pages
 
 # -- sealing --------------------------------------------------------------------------------------
 
@@ -38,19 +38,21 @@ NUM_PAGES = 12
 Scores = NDArray[np.float64]
 
 
-class Residents(RuleBasedStateMachine):
+class PageTableRules(RuleBasedStateMachine):
     """Rows that want different numbers of pages, while pages are sealed, cropped and selected."""
 
-    @initialize(most=st.lists(st.integers(0, 5), min_size=1, max_size=4), spare=st.integers(0, 3))
-    def begin(self, most: list[int], spare: int) -> None:
-        self.most = np.array(most)
+    @initialize(
+        max_selected=st.lists(st.integers(0, 5), min_size=1, max_size=4), spare=st.integers(0, 3)
+    )
+    def begin(self, max_selected: list[int], spare: int) -> None:
+        self.max_selected = np.array(max_selected)
         self.spare = spare
-        self.available = np.zeros(len(most), dtype=np.int64)
-        self.residency = Residency(len(most), max(most) + spare)
+        self.available = np.zeros(len(max_selected), dtype=np.int64)
+        self.page_table = PageTable(len(max_selected), max(max_selected) + spare)
 
     @property
     def num_rows(self) -> int:
-        return len(self.residency.page_of)
+        return len(self.page_table.page_of)
 
     @rule(data=st.data(), count=st.integers(1, 4))
     def seal(self, data: st.DataObject, count: int) -> None:
@@ -58,33 +60,35 @@ class Residents(RuleBasedStateMachine):
         row = data.draw(st.integers(0, self.num_rows - 1))
         for _ in range(min(count, NUM_PAGES - int(self.available[row]))):
             page = int(self.available[row])
-            if page < self.residency.page_of.shape[1]:
-                self.residency.place(slice(row, row + 1), page, page, self.most + self.spare)
+            if page < self.page_table.page_of.shape[1]:
+                self.page_table.place(
+                    slice(row, row + 1), page, page, self.max_selected + self.spare
+                )
             self.available[row] += 1
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
         row = data.draw(st.integers(0, self.num_rows - 1))
         left = data.draw(st.integers(0, int(self.available[row])))
-        expected = self.residency.page_of.copy()
+        expected = self.page_table.page_of.copy()
         expected[row, left:] = -1
         expected[row, expected[row] >= left] = -1
-        self.residency.drop_from(slice(row, row + 1), left, left)
+        self.page_table.drop_from(slice(row, row + 1), left, left)
         self.available[row] = left
-        assert np.array_equal(self.residency.page_of, expected)
+        assert np.array_equal(self.page_table.page_of, expected)
 
     @rule(data=st.data())
     def fetch(self, data: st.DataObject) -> None:
         """What is wanted is there, nothing moved without need, and the worst of the others went."""
-        count = np.minimum(self.most, self.available)
+        count = np.minimum(self.max_selected, self.available)
         selected = np.zeros((self.num_rows, int(count.max())), dtype=np.int64)
-        for row, most in enumerate(count):
+        for row, max_selected in enumerate(count):
             pages = data.draw(st.permutations(range(self.available[row])))
-            selected[row, :most] = pages[:most]
-        keep, before = None, self.residency.page_of.copy()
+            selected[row, :max_selected] = pages[:max_selected]
+        keep, before = None, self.page_table.page_of.copy()
         if self.spare:
             keep = np.random.default_rng(int(selected.sum())).random(before.shape)
-        moves = self.residency.fetch(selected, NUM_PAGES, count, keep)
+        moves = self.page_table.fetch(selected, NUM_PAGES, count, keep)
         wanted = [pages[:n].tolist() for pages, n in zip(selected, count, strict=True)]
         self.check_moves(before, moves, wanted)
         if keep is not None:
@@ -93,24 +97,24 @@ class Residents(RuleBasedStateMachine):
     @rule(data=st.data())
     def fetch_alike(self, data: st.DataObject) -> None:
         """Every row fills all of its places."""
-        places = self.residency.page_of.shape[1]
-        if self.spare or (self.most < places).any() or (self.available < places).any():
+        places = self.page_table.page_of.shape[1]
+        if self.spare or (self.max_selected < places).any() or (self.available < places).any():
             return
         chosen = [data.draw(st.permutations(range(n)))[:places] for n in self.available]
-        before = self.residency.page_of.copy()
-        moves = self.residency.fetch(np.array(chosen, dtype=np.int64), NUM_PAGES)
+        before = self.page_table.page_of.copy()
+        moves = self.page_table.fetch(np.array(chosen, dtype=np.int64), NUM_PAGES)
         self.check_moves(before, moves, chosen)
 
     def check_moves(self, before: Ids, moves: Moves, wanted: list[list[int]]) -> None:
         after = before.copy()
         after[moves.rows, moves.places] = moves.pages
-        assert np.array_equal(after, self.residency.page_of)
+        assert np.array_equal(after, self.page_table.page_of)
         missing = [
             set(pages) - set(old) for pages, old in zip(wanted, before.tolist(), strict=True)
         ]
         assert len(moves.pages) == sum(map(len, missing))
         assert moves.num_evicted == np.count_nonzero(before[moves.rows, moves.places] >= 0)
-        for pages, held in zip(wanted, self.residency.page_of.tolist(), strict=True):
+        for pages, held in zip(wanted, self.page_table.page_of.tolist(), strict=True):
             assert set(pages) <= set(held)
             if not self.spare:
                 assert set(pages) == set(held) - {-1}
@@ -118,7 +122,7 @@ class Residents(RuleBasedStateMachine):
 
     def check_victims(self, before: Ids, wanted: list[list[int]], keep: Scores) -> None:
         """Empty places are taken first, then those of the pages that least deserve to stay."""
-        rows = zip(before, self.residency.page_of, wanted, keep, strict=True)
+        rows = zip(before, self.page_table.page_of, wanted, keep, strict=True)
         for old, new, pages, score in rows:
             evicted = score[(old >= 0) & (old != new)]
             if len(evicted):
@@ -128,35 +132,35 @@ class Residents(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def keep_rows(self, data: st.DataObject) -> None:
-        rows = len(self.residency.page_of)
+        rows = len(self.page_table.page_of)
         order = data.draw(st.lists(st.integers(0, rows - 1), min_size=1, max_size=4))
-        before = self.residency.page_of.copy()
-        self.residency.keep_rows(np.array(order))
-        self.most, self.available = self.most[order], self.available[order]
-        assert np.array_equal(self.residency.page_of, before[order])
+        before = self.page_table.page_of.copy()
+        self.page_table.keep_rows(np.array(order))
+        self.max_selected, self.available = self.max_selected[order], self.available[order]
+        assert np.array_equal(self.page_table.page_of, before[order])
 
     @invariant()
     def no_page_twice(self) -> None:
-        if hasattr(self, "residency"):
-            self.residency.check()
+        if hasattr(self, "page_table"):
+            self.page_table.check()
 
 
-TestResidents = Residents.TestCase
+TestPageTable = PageTableRules.TestCase
 
 
 def test_pages_enter_empty_places_of_the_rows_that_may_hold_them() -> None:
-    residency = Residency(3, 2)
+    page_table = PageTable(3, 2)
     may_hold = np.array([2, 1, 0])
     for place in range(2):
-        residency.place(slice(0, 3), place, 7 + place, may_hold)
-    assert residency.page_of.tolist() == [[7, 8], [7, -1], [-1, -1]]
+        page_table.place(slice(0, 3), place, 7 + place, may_hold)
+    assert page_table.page_of.tolist() == [[7, 8], [7, -1], [-1, -1]]
 
 
 def test_check_finds_a_page_in_two_places() -> None:
-    residency = Residency(2, 3)
-    residency.page_of[1] = [4, -1, 4]
+    page_table = PageTable(2, 3)
+    page_table.page_of[1] = [4, -1, 4]
     with pytest.raises(IntegrityError, match="row 1"):
-        residency.check()
+        page_table.check()
 
 
 # -- which columns hold tokens --------------------------------------------------------------------

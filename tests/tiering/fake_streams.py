@@ -1,11 +1,11 @@
-"""Lanes that queue their work and do it in the worst order that the events allow.
+"""Streams that queue their work and do it in the worst order that the events allow.
 
     world = World(seed)              # or World(order=earliest("backup")), or latest("backup")
-    engine = BackupEngine(world.lanes, torch.device("cpu"))
-    world.lanes.main.run(closure)    # queued
+    engine = BackupEngine(world.streams, torch.device("cpu"))
+    world.streams.main.run(closure)    # queued
     world.drain()                    # done, in an order drawn from the seed
 
-A real device may run lanes in any of these orders, and usually runs a harmless one. To see that a
+A real device may run streams in any of these orders, and usually runs a harmless one. To see that a
 barrier matters, switch it off: `world.forget_waits_of("submit")` drops the waits that a function of
 this name queues.
 """
@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from arkcache.tiering.lanes import Lanes
+from arkcache.tiering.streams import Streams
 
 NAMES = ("main", "backup", "side")
 
 Order = Callable[[Sequence[str]], str]
-"""Which of the lanes that could go on does."""
+"""Which of the streams that could go on does."""
 
 
 def at_random(seed: int) -> Order:
@@ -31,17 +31,17 @@ def at_random(seed: int) -> Order:
 
 
 def earliest(name: str) -> Order:
-    """A lane does all it can before the others do anything."""
+    """A stream does all it can before the others do anything."""
     return lambda ready: name if name in ready else ready[0]
 
 
 def latest(name: str) -> Order:
-    """A lane does nothing until the others cannot go on without it."""
+    """A stream does nothing until the others cannot go on without it."""
     return lambda ready: next((other for other in ready if other != name), name)
 
 
 class FakeEvent:
-    """A point in a lane's queue."""
+    """A point in a stream's queue."""
 
     def __init__(self, world: "World") -> None:
         self.reached = False
@@ -51,7 +51,7 @@ class FakeEvent:
         self._world.run_until(lambda: self.reached)
 
 
-class FakeLane:
+class FakeStream:
     """A queue of closures, events to reach and events to wait for.
 
     Attributes:
@@ -98,7 +98,7 @@ class FakeLane:
 
 
 class World:
-    """Three lanes and who goes next.
+    """Three streams and who goes next.
 
     Args:
         seed: of a random order.
@@ -108,11 +108,11 @@ class World:
     def __init__(self, seed: int = 0, order: Order | None = None) -> None:
         self.order = order or at_random(seed)
         self.forgetful: set[str] = set()
-        self._lanes = {name: FakeLane(self) for name in NAMES}
-        self.lanes = Lanes(**self._lanes)
+        self._streams = {name: FakeStream(self) for name in NAMES}
+        self.streams = Streams(**self._streams)
 
-    def __getitem__(self, name: str) -> FakeLane:
-        return self._lanes[name]
+    def __getitem__(self, name: str) -> FakeStream:
+        return self._streams[name]
 
     def forget_waits_of(self, function: str) -> None:
         """Drop the waits that a function of this name queues from now on."""
@@ -121,12 +121,14 @@ class World:
     def drain(self) -> None:
         """Do all that is queued."""
         self.run_until(lambda: False)
-        assert not any(lane._queue for lane in self._lanes.values()), "lanes wait for each other"
+        assert not any(stream._queue for stream in self._streams.values()), (
+            "streams wait for each other"
+        )
 
     def run_until(self, is_over: Callable[[], bool]) -> None:
-        """Go on until `is_over`, or until no lane can."""
+        """Go on until `is_over`, or until no stream can."""
         while not is_over():
-            ready = [name for name in NAMES if self._lanes[name].is_ready]
+            ready = [name for name in NAMES if self._streams[name].is_ready]
             if not ready:
                 return
-            self._lanes[self.order(ready)].go_on()
+            self._streams[self.order(ready)].go_on()

@@ -1,7 +1,7 @@
-"""Lanes: queues of device work, each in order, and the events that order one against another.
+"""Streams: queues of device work, each in order, and the events that order one against another.
 
-A lane is a CUDA stream, or on a CPU (and in Triton's interpreter) nothing at all: there work is
-done when it is queued. What moves pages is written against lanes, so tests can queue it on lanes
+On a GPU it is a CUDA stream. On a CPU (and in Triton's interpreter) there is no queue: work is done
+when it is handed in. What moves pages is written against streams, so tests can queue it on streams
 that run it in whatever order the events allow.
 """
 
@@ -17,31 +17,31 @@ from torch import Tensor
 
 
 class Event(Protocol):
-    """A point in a lane: reached when all work queued there before it is done."""
+    """A point in a stream: reached when all work queued there before it is done."""
 
     def synchronize(self) -> None:
         """Make the host wait for it."""
 
 
-class Lane(Protocol):
+class Stream(Protocol):
     """An ordered queue of work on one device."""
 
     def run(self, work: Callable[[], None]) -> None:
         """Queue what `work` launches; raises what launching it raises."""
 
     def record(self) -> Event:
-        """The point that the lane's queue has come to."""
+        """The point that the stream's queue has come to."""
 
     def wait(self, event: Event) -> None:
         """Let what is queued from now on start after `event`. The host does not wait."""
 
     def keep(self, tensor: Tensor) -> None:
-        """Let nobody reuse the memory of `tensor` before what is queued now is done."""
+        """Keep the memory of `tensor` from being reused before what is queued now is done."""
 
 
 @dataclass(frozen=True)
-class Lanes:
-    """The lanes of one device.
+class Streams:
+    """The streams of one device.
 
     Attributes:
         main: where attention runs.
@@ -49,13 +49,13 @@ class Lanes:
         side: work that nothing waits for, such as speculative recall.
     """
 
-    main: Lane
-    backup: Lane
-    side: Lane
+    main: Stream
+    backup: Stream
+    side: Stream
 
 
-class HostLane:
-    """A lane that does its work at once."""
+class HostStream:
+    """A stream that does its work at once."""
 
     def run(self, work: Callable[[], None]) -> None:
         """Do `work`."""
@@ -80,19 +80,19 @@ class _Reached:
 _REACHED = _Reached()
 
 
-class CudaLane:
-    """A stream of a device.
+class CudaStream:
+    """A CUDA stream of a device.
 
     Args:
         device: CUDA, with an index.
-        stream: None for whatever stream is current on the device at each call.
+        stream: None for the stream that is current on the device at each call.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.device, self._fixed = device, stream
 
     @property
-    def stream(self) -> torch.cuda.Stream:
+    def cuda_stream(self) -> torch.cuda.Stream:
         """The stream that a call now would use."""
         return torch.cuda.current_stream(self.device) if self._fixed is None else self._fixed
 
@@ -106,17 +106,17 @@ class CudaLane:
     def record(self) -> Event:
         """A new event on the stream."""
         event = torch.cuda.Event(enable_timing=False)
-        event.record(self.stream)
+        event.record(self.cuda_stream)
         return event
 
     def wait(self, event: Event) -> None:
-        """Let the stream wait; `event` is one of a CUDA lane."""
+        """Let the stream wait; `event` is one of another CUDA stream."""
         assert isinstance(event, torch.cuda.Event)
-        self.stream.wait_event(event)
+        self.cuda_stream.wait_event(event)
 
     def keep(self, tensor: Tensor) -> None:
         """Tell torch's allocator that the stream uses `tensor`."""
-        tensor.record_stream(self.stream)
+        tensor.record_stream(self.cuda_stream)
 
 
 def numbered(device: torch.device) -> torch.device:
@@ -126,14 +126,14 @@ def numbered(device: torch.device) -> torch.device:
     return device
 
 
-def lanes_of(device: torch.device) -> Lanes:
-    """The lanes of a device, the same for all who ask: hold the device rather than these."""
-    return _lanes_of(numbered(device))
+def streams_of(device: torch.device) -> Streams:
+    """The streams of a device, the same for all who ask: hold the device rather than these."""
+    return _streams_of(numbered(device))
 
 
 @cache
-def _lanes_of(device: torch.device) -> Lanes:
+def _streams_of(device: torch.device) -> Streams:
     if device.type != "cuda":
-        return Lanes(HostLane(), HostLane(), HostLane())
+        return Streams(HostStream(), HostStream(), HostStream())
     backup, side = (torch.cuda.Stream(device=device) for _ in range(2))
-    return Lanes(CudaLane(device), CudaLane(device, backup), CudaLane(device, side))
+    return Streams(CudaStream(device), CudaStream(device, backup), CudaStream(device, side))

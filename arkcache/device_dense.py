@@ -1,4 +1,7 @@
-"""Layers of the GPU engine that attend everything: all tokens stay on the device."""
+"""Dense layers of the GPU engine, which attend everything: all tokens stay on the device.
+
+Their like on a CPU: `dense.py` in the model's own dtype, `packed_dense.py` quantised.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.bookkeeping import Ids
+from arkcache.capture import Bools, Rule
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.dense import DenseLayer
 from arkcache.errors import IntegrityError
@@ -16,80 +21,79 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.pages import Ids
-from arkcache.ring import DeviceBooks, RingLayer, sink_logits, user_bias
+from arkcache.ring import DeviceMetadata, RingLayer, sink_logits_by_row, user_bias
 from arkcache.stats import CacheStats
 from arkcache.step import Lengths, Step
-from arkcache.stepping import Bools, Rule
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.transfer import upload
 from arkcache.windows import RingWindow
 
 NEVER = 1 << 30
-"""As recent tokens: more than any sequence has, so that no page ever seals."""
+"""A number of recent tokens that no sequence reaches, so that no page is ever sealed."""
 
 FIRST_PAGES = 32
 
 
 def everything(geometry: Geometry) -> Ids:
-    """As pages that a step selects: more than any sequence has [batch, kv_heads]."""
+    """A number of selected pages that no sequence reaches, so that all are attended
+    [batch, kv_heads]."""
     return np.full((geometry.batch, geometry.num_kv_heads), NO_LIMIT, dtype=np.int64)
 
 
-class ResidentLayer(DenseLayer):
+class DeviceDenseLayer(DenseLayer):
     """A layer that attends everything in the model's own dtype: a window of the whole context."""
 
     takes_ragged = True
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__(geometry)
-        self._books = DeviceBooks(geometry)
+        self._metadata = DeviceMetadata(geometry)
         self.sealed: Ids = np.zeros(geometry.batch, dtype=np.int64)
         sizes = (geometry.head_dim, geometry.value_dim, geometry.dtype.itemsize)
         self._layout = PageLayout(PageFormat(), 1, *sizes)
 
-    def append(self, rows: slice, key: Tensor, value: Tensor) -> None:
-        """Append tokens [sequences, kv_heads, new, dim]; several to sequences of equal length."""
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim]; several to sequences of equal length."""
         if key.shape[2] == 1:
-            self.launch_append(rows, key, value, self.book_token(rows))
+            self.launch_append(seqs, key, value, self.count_token(seqs))
             return
-        super().append(rows, key, value)
-        self._books.set(rows, self.lengths.of[rows], self.sealed[rows])
+        super().append(seqs, key, value)
+        self._metadata.set(seqs, self.lengths.of[seqs], self.sealed[seqs])
 
-    def book_token(self, rows: slice) -> bool:
-        """Enter one more token of these sequences; no page ever seals."""
-        self.reserve(int(self.lengths.of[rows].max()) + 1)
-        self.lengths.of[rows] += 1
+    def count_token(self, seqs: slice) -> bool:
+        """Count one more token of these sequences; no page ever seals."""
+        self.reserve(int(self.lengths.of[seqs].max()) + 1)
+        self.lengths.of[seqs] += 1
         return False
 
     @property
     def rule(self) -> Rule:
-        """No page ever seals, so that all tokens are recent ones."""
+        """No page is ever sealed: all tokens are recent ones."""
         return Rule(NEVER, 1, 0, everything(self.geometry), 0)
 
     @staticmethod
-    def make_ready(layers: Sequence[ResidentLayer], _seals: Bools, tokens: int) -> None:
+    def make_ready(layers: Sequence[DeviceDenseLayer], _seals: Bools, tokens: int) -> None:
         """Make room for sequences of up to so many tokens."""
         for layer in layers:
             layer.reserve(tokens)
 
     def undo(self, lengths: Ids, _sealed: Ids) -> None:
-        """Hold what was held before a token was booked, however far its step came."""
+        """Go back to these counts, from before a step that did not come to its end."""
         self.lengths.of[:] = lengths
-        self._set_books()
+        self._set_metadata()
 
-    def launch_append(self, rows: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
+    def launch_append(self, seqs: slice, key: Tensor, value: Tensor, _seals: bool) -> None:
         """Queue the storing of one token of each sequence."""
         heads = self.geometry.num_kv_heads
-        cache_rows = slice(rows.start * heads, rows.stop * heads)
+        rows = slice(seqs.start * heads, seqs.stop * heads)
         append(
             key[:, :, 0],
             value[:, :, 0],
-            self._key.data.flatten(0, 1)[cache_rows],
-            self._value.data.flatten(0, 1)[cache_rows],
-            self._books.lengths[cache_rows],
-            self._books.sealed[cache_rows],
+            self._key.data.flatten(0, 1)[rows],
+            self._value.data.flatten(0, 1)[rows],
+            self._metadata.lengths[rows],
+            self._metadata.sealed[rows],
             recent=NEVER,
             page_size=1,
         )
@@ -106,14 +110,14 @@ class ResidentLayer(DenseLayer):
         self.counters.attended_tokens = int(self.lengths.of.sum())
 
     def join(self) -> None:
-        """Have the next kernel wait for other lanes: none touch this layer."""
+        """Nothing to wait for: only the main stream touches this layer."""
 
     def abandon(self) -> None:
-        """Forget what other lanes were asked for: nothing."""
+        """Nothing to forget: only the main stream touches this layer."""
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all tokens."""
-        geometry, books = self.geometry, self._books
+        geometry, metadata = self.geometry, self._metadata
         output = paged_attention(
             step.query.reshape(geometry.num_rows, -1, step.query.shape[3]),
             None,
@@ -122,15 +126,15 @@ class ResidentLayer(DenseLayer):
             None,
             self._key.data.flatten(0, 1),
             self._value.data.flatten(0, 1),
-            books.lengths,
-            books.sealed,
+            metadata.lengths,
+            metadata.sealed,
             layout=self._layout,
-            num_sinks=0,
+            num_sink_pages=0,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, geometry),
+            sink_logits=sink_logits_by_row(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
-            tickets=books.tickets,
+            tickets=metadata.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
@@ -143,25 +147,25 @@ class ResidentLayer(DenseLayer):
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
         key, value = self._key.data, self._value.data
-        return self._books.number, key.shape[2], key.data_ptr(), value.data_ptr()
+        return self._metadata.number, key.shape[2], key.data_ptr(), value.data_ptr()
 
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`."""
         super().crop(lengths)
-        self._set_books()
+        self._set_metadata()
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
         """Make sequence i what sequence `index[i]` was."""
         super().keep_sequences(index, device_tier)
-        self._books = DeviceBooks(self.geometry)
+        self._metadata = DeviceMetadata(self.geometry)
         self.sealed = self.sealed[index]
-        self._set_books()
+        self._set_metadata()
 
-    def _set_books(self) -> None:
-        self._books.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
+    def _set_metadata(self) -> None:
+        self._metadata.set(slice(0, self.geometry.batch), self.lengths.of, self.sealed)
 
 
-class ResidentPackedLayer(RingLayer):
+class DevicePackedDenseLayer(RingLayer):
     """A layer that attends everything, its sealed pages packed (KIVI).
 
     Args:
@@ -173,7 +177,7 @@ class ResidentPackedLayer(RingLayer):
     def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
         super().__init__(config, geometry)
         self._packer = packer
-        self._open_books()
+        self._make_metadata()
         shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES, packer.layout.nbytes)
         self._pages = GrowingTensor(shape, 2, torch.uint8, geometry.device)
         tokens = -(-config.window_tokens // config.page_size) * config.page_size
@@ -194,7 +198,7 @@ class ResidentPackedLayer(RingLayer):
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all pages and the window."""
-        geometry, books = self.geometry, self._books
+        geometry, metadata = self.geometry, self._metadata
         key, value = self.by_row(self._window)
         output = paged_attention(
             self.grouped(step.query),
@@ -204,15 +208,15 @@ class ResidentPackedLayer(RingLayer):
             None,
             key,
             value,
-            books.lengths,
-            books.sealed,
+            metadata.lengths,
+            metadata.sealed,
             layout=self._packer.layout,
-            num_sinks=0,
+            num_sink_pages=0,
             scale=step.scale,
             softcap=step.softcap,
-            sinks=sink_logits(step, geometry),
+            sink_logits=sink_logits_by_row(step, geometry),
             bias=user_bias(step, geometry, int(self.lengths.of.max())),
-            tickets=books.tickets,
+            tickets=metadata.tickets,
         )
         return output.view(geometry.batch, -1, 1, output.shape[-1])
 
@@ -230,38 +234,38 @@ class ResidentPackedLayer(RingLayer):
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        pages = self._pages.data  # all else is new when the books are
-        return self._books.number, pages.shape[2], pages.data_ptr()
+        pages = self._pages.data  # all else is new when the metadata is
+        return self._metadata.number, pages.shape[2], pages.data_ptr()
 
     @staticmethod
-    def make_ready(layers: Sequence[ResidentPackedLayer], seals: Bools, _tokens: int) -> None:
+    def make_ready(layers: Sequence[DevicePackedDenseLayer], seals: Bools, _tokens: int) -> None:
         """Make room for the pages that seal: of which layer and sequence [layers, batch]."""
         for layer, own in zip(layers, seals, strict=True):
             if own.any():
                 layer._pages.reserve(int(layer.sealed[own].max()) + 1)
 
-    def _launch_seal(self, cache_rows: slice, digest_window: Tensor) -> None:
+    def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         key, value = self.by_row(self._window)
         seal_newest(
-            key[cache_rows],
-            value[cache_rows],
+            key[rows],
+            value[rows],
             digest_window,
-            self._books.lengths[cache_rows],
-            self._books.sealed[cache_rows],
-            self._pages.data.flatten(0, 1)[cache_rows],
+            self._metadata.lengths[rows],
+            self._metadata.sealed[rows],
+            self._pages.data.flatten(0, 1)[rows],
             None,
             None,
-            self._newest[cache_rows],
+            self._newest[rows],
             None,
             recent=self.config.num_recent_tokens,
-            num_sinks=0,
+            num_sink_pages=0,
             layout=self._packer.layout,
             index=self.config.index,
         )
 
-    def _seal(self, rows: slice, first: int, key: Tensor, value: Tensor) -> None:
+    def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         self._pages.reserve(first + key.shape[2])
-        for number, sequence in enumerate(range(rows.start, rows.stop)):
+        for number, sequence in enumerate(range(seqs.start, seqs.stop)):
             seal_pages(
                 key[number],
                 value[number],
@@ -297,11 +301,11 @@ class ResidentPackedLayer(RingLayer):
             self._window = RingWindow(*(plane[on_device] for plane in self._window))
             self._newest = self._newest.new_zeros((self.geometry.num_rows, self._newest.shape[1]))
         self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
-        self._open_books()
-        self._books.set(slice(0, len(index)), self.lengths.of, self.sealed)
+        self._make_metadata()
+        self._metadata.set(slice(0, len(index)), self.lengths.of, self.sealed)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the books contradict each other."""
+        """Raise `IntegrityError` if the metadata contradicts itself."""
         self._check_sealed(self.sealed)
         if int(self.sealed.max()) > self._pages.data.shape[2]:
             raise IntegrityError("a packed layer counts more pages than it has room for")

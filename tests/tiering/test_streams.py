@@ -1,4 +1,4 @@
-"""Lanes: at once on a host, streams on a device; and the fake ones that the other tests run on."""
+"""Streams: at once on a host, CUDA's on a device; and the fake ones that the other tests run on."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from arkcache.tiering import lanes as lanes_module
-from arkcache.tiering.lanes import CudaLane, Lane, lanes_of, numbered
-from tests.tiering.fake_lanes import NAMES, World, earliest, latest
+from arkcache.tiering import streams as streams_module
+from arkcache.tiering.streams import CudaStream, Stream, numbered, streams_of
+from tests.tiering.fake_streams import NAMES, World, earliest, latest
 
 CPU = torch.device("cpu")
 
@@ -17,13 +17,13 @@ CPU = torch.device("cpu")
 
 
 def test_a_host_does_its_work_at_once() -> None:
-    lanes, done = lanes_of(CPU), []
-    for lane in (lanes.main, lanes.backup, lanes.side):
-        lane.run(lambda: done.append(True))
-        event = lane.record()
-        lanes.main.wait(event)
+    streams, done = streams_of(CPU), []
+    for stream in (streams.main, streams.backup, streams.side):
+        stream.run(lambda: done.append(True))
+        event = stream.record()
+        streams.main.wait(event)
         event.synchronize()
-        lane.keep(torch.zeros(1))
+        stream.keep(torch.zeros(1))
     assert done == [True] * 3
 
 
@@ -32,21 +32,21 @@ def test_a_host_raises_what_its_work_raises() -> None:
         raise RuntimeError("no")
 
     with pytest.raises(RuntimeError, match="no"):
-        lanes_of(CPU).backup.run(fail)
+        streams_of(CPU).backup.run(fail)
 
 
-def test_lanes_are_one_set_per_device() -> None:
-    assert lanes_of(CPU) is lanes_of(torch.device("cpu"))
+def test_streams_are_one_set_per_device() -> None:
+    assert streams_of(CPU) is streams_of(torch.device("cpu"))
     assert numbered(CPU) == CPU
 
 
 # -- a device -------------------------------------------------------------------------------------
 
 
-class FakeStream:
+class FakeCudaStream:
     """Notes what it is asked for; `current` is the one that work would go to."""
 
-    current: "FakeStream"
+    current: "FakeCudaStream"
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device, self.calls = device, []
@@ -59,82 +59,84 @@ class FakeEvent:
     def __init__(self, enable_timing: bool) -> None:
         assert not enable_timing
 
-    def record(self, stream: FakeStream) -> None:
+    def record(self, stream: FakeCudaStream) -> None:
         stream.calls.append("record")
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.cuda with two devices, each with a default stream; the second is current."""
-    default = {index: FakeStream(torch.device("cuda", index)) for index in range(2)}
+    default = {index: FakeCudaStream(torch.device("cuda", index)) for index in range(2)}
 
     @contextlib.contextmanager
-    def use(stream: FakeStream) -> Iterator[None]:
-        before, FakeStream.current = FakeStream.current, stream
+    def use(stream: FakeCudaStream) -> Iterator[None]:
+        before, FakeCudaStream.current = FakeCudaStream.current, stream
         yield
-        FakeStream.current = before
+        FakeCudaStream.current = before
 
-    def current_stream(device: torch.device) -> FakeStream:
-        is_there = FakeStream.current.device == device
-        return FakeStream.current if is_there else default[device.index]
+    def current_stream(device: torch.device) -> FakeCudaStream:
+        is_there = FakeCudaStream.current.device == device
+        return FakeCudaStream.current if is_there else default[device.index]
 
-    FakeStream.current = default[1]
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    FakeCudaStream.current = default[1]
+    monkeypatch.setattr(torch.cuda, "Stream", FakeCudaStream)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "stream", use)
     monkeypatch.setattr(torch.cuda, "device", lambda device: use(current_stream(device)))
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    lanes_module._lanes_of.cache_clear()
+    streams_module._streams_of.cache_clear()
     yield
-    lanes_module._lanes_of.cache_clear()
+    streams_module._streams_of.cache_clear()
 
 
-def stream_of(lane: Lane) -> FakeStream:
-    """Where the lane's work goes."""
-    used: list[FakeStream] = []
-    lane.run(lambda: used.append(FakeStream.current))
+def cuda_stream_of(stream: Stream) -> FakeCudaStream:
+    """Where the stream's work goes."""
+    used: list[FakeCudaStream] = []
+    stream.run(lambda: used.append(FakeCudaStream.current))
     return used[0]
 
 
 @pytest.mark.usefixtures("cuda")
 def test_a_device_has_streams_of_its_own() -> None:
-    lanes = lanes_of(torch.device("cuda"))
-    assert lanes is lanes_of(torch.device("cuda:1"))
-    other = lanes_of(torch.device("cuda:0"))
-    streams = [stream_of(lane) for each in (lanes, other) for lane in vars(each).values()]
-    assert len(set(streams)) == 6
-    assert [stream.device.index for stream in streams] == [1, 1, 1, 0, 0, 0]
+    streams = streams_of(torch.device("cuda"))
+    assert streams is streams_of(torch.device("cuda:1"))
+    other = streams_of(torch.device("cuda:0"))
+    cuda_streams = [
+        cuda_stream_of(stream) for each in (streams, other) for stream in vars(each).values()
+    ]
+    assert len(set(cuda_streams)) == 6
+    assert [stream.device.index for stream in cuda_streams] == [1, 1, 1, 0, 0, 0]
 
 
 @pytest.mark.usefixtures("cuda")
-def test_the_main_lane_is_the_stream_of_the_moment() -> None:
+def test_the_main_stream_is_the_current_one() -> None:
     device = torch.device("cuda", 0)
-    main, users_own = lanes_of(device).main, FakeStream(device)
-    before = stream_of(main)
+    main, users_own = streams_of(device).main, FakeCudaStream(device)
+    before = cuda_stream_of(main)
     with torch.cuda.stream(users_own):
-        assert stream_of(main) is users_own
+        assert cuda_stream_of(main) is users_own
         event = main.record()
         main.wait(event)
     assert users_own.calls == ["record", event]
-    assert stream_of(main) is before
+    assert cuda_stream_of(main) is before
 
 
 @pytest.mark.usefixtures("cuda")
 def test_events_order_one_stream_against_another() -> None:
-    lanes = lanes_of(torch.device("cuda", 0))
-    event = lanes.backup.record()
-    lanes.side.wait(event)
-    assert stream_of(lanes.backup).calls == ["record"]
-    assert stream_of(lanes.side).calls == [event]
+    streams = streams_of(torch.device("cuda", 0))
+    event = streams.backup.record()
+    streams.side.wait(event)
+    assert cuda_stream_of(streams.backup).calls == ["record"]
+    assert cuda_stream_of(streams.side).calls == [event]
 
 
 @pytest.mark.usefixtures("cuda")
 def test_memory_that_a_stream_uses_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    lane, kept = CudaLane(torch.device("cuda", 0), FakeStream()), []
+    stream, kept = CudaStream(torch.device("cuda", 0), FakeCudaStream()), []
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: kept.append(stream))
-    lane.keep(torch.zeros(1))
-    assert kept == [lane.stream]
+    stream.keep(torch.zeros(1))
+    assert kept == [stream.cuda_stream]
 
 
 # -- the fake ones --------------------------------------------------------------------------------
@@ -155,20 +157,20 @@ def two_each(world: World, done: list[str]) -> None:
             world[name].run(lambda name=name, number=number: done.append(f"{name[0]}{number}"))
 
 
-def test_fake_lanes_run_in_every_order_that_keeps_each_lane_s() -> None:
+def test_fake_streams_run_in_every_order_that_keeps_each_stream_s() -> None:
     orders = {order_of(World(seed), two_each) for seed in range(2000)}
     assert len(orders) == 90  # 6! / (2! 2! 2!)
     for order in orders:
-        assert all(order.index(f"{lane}0") < order.index(f"{lane}1") for lane in "mbs")
+        assert all(order.index(f"{stream}0") < order.index(f"{stream}1") for stream in "mbs")
     assert order_of(World(5), two_each) == order_of(World(5), two_each)
 
 
-def test_fake_lanes_run_as_early_and_as_late_as_can_be() -> None:
+def test_fake_streams_run_as_early_and_as_late_as_can_be() -> None:
     assert order_of(World(order=earliest("backup")), two_each).startswith("b0 b1")
     assert order_of(World(order=latest("main")), two_each).endswith("m0 m1")
 
 
-def test_fake_lanes_obey_events() -> None:
+def test_fake_streams_obey_events() -> None:
     def queue(world: World, done: list[str]) -> None:
         world["backup"].wait(world["main"].record())
         two_each(world, done)

@@ -259,7 +259,7 @@ def test_planning_allocates_nothing() -> None:
     [
         ("cpu", 1, {}, 1024, 1),
         ("cpu", 16, {}, 1024, 1),
-        ("cpu", 1, {"stream_block_tokens": 500}, 496, 1),
+        ("cpu", 1, {"stream_block_tokens": 502}, 500, 1),
         ("meta", 1, {}, 8192, 2),
         ("meta", 3, {}, 2728, 2),
         ("meta", 16, {}, 1024, 2),

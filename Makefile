@@ -68,7 +68,7 @@ bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised c
 
 eval: $(VENV_EVAL)/.ready ## what a small chat model still knows behind a cache (docs/fidelity.md)
 	$(VENV_EVAL)/bin/arkcache eval --model smollm2 --lengths 3072 --budgets 1/8,1/16 \
-		--tasks magic,niah_single_1,language --questions 16 \
+		--tasks magic,language --questions 16 \
 		--methods "ark;ark:index=cuboid-mean,page_size=32;oracle;sinks;snapkv" \
 		--json benchmarks/results/fidelity.json --plots benchmarks/results/fidelity $(BENCH_ARGS)
 

@@ -3,14 +3,17 @@
 import functools
 import re
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
+from arkcache import CacheConfig
 from benchmarks.gpu import profiling
 from benchmarks.gpu.generating import Clock
 from benchmarks.gpu.knobs import Knob, constants, options, turned
+from benchmarks.gpu.models import tier_bytes
 from benchmarks.gpu.profiling import Span, shares_of
 from benchmarks.gpu.sweeps import in_turn, sweep
 from tests.gpu.card import Card
@@ -191,3 +194,15 @@ def test_steps_that_were_not_replayed_are_counted(monkeypatch: pytest.MonkeyPatc
             replays.check(4)
     assert replayed == [0, 1, 2]
     assert torch.cuda.CUDAGraph.replay == replayed.append
+
+
+@pytest.mark.parametrize("preset", ["K16V16", "K4V4"])
+def test_room_is_worked_out_with_the_page_size_of_the_device(preset: str) -> None:
+    """Settings that leave the page size open know it on the device alone."""
+    bench = cast(Any, SimpleNamespace(device=torch.device("cpu")))
+    sizes = {"num_hidden_layers": 2, "num_key_value_heads": 2, "head_dim": 64}
+    config = CacheConfig.preset(preset, budget_tokens=512)
+    found = tier_bytes(bench, config, sizes, 1024, 3)
+    assert found == tier_bytes(bench, config.on("cpu"), sizes, 1024, 3)
+    bits = {"K16V16": 16, "K4V4": 5}[preset]
+    assert found[1] == 2 * 2 * 1024 * 3 * 2 * 64 * bits // 8

@@ -89,7 +89,7 @@ def tier_bytes(
         sizes["num_hidden_layers"], heads, head_dim, config, device=bench.device, dtype=DTYPE
     )
     packer: PagePacker = manager.planner.packers[0]
-    pages = -(-context // config.page_size) * heads * batch
+    pages = -(-context // manager.planner.config.page_size) * heads * batch
     dense = config.num_dense_layers * pages * packer.layout.nbytes
     paged = sizes["num_hidden_layers"] - config.num_dense_layers
     digests = paged * pages * (2 * head_dim * 2 + 8)

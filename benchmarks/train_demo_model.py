@@ -27,6 +27,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from arkcache.evaluation import run as evaluation
 from arkcache.evaluation.figures import task_rows
 from arkcache.evaluation.run import Settings
+from arkcache.evaluation.tasks import GROUPS
 
 # Share of the time up to which batches of so many sequences of so many tokens are drawn.
 STAGES = ((0.05, 32, 128), (0.2, 8, 512), (0.5, 4, 1024), (0.8, 2, 2048), (1.0, 1, 4096))
@@ -37,7 +38,7 @@ WARM_UP, FLOOR = 0.02, 0.03  # share of the time; share of the peak that is left
 WARM_UP_STEPS = 100
 MAX_SPAN = 65536
 REPORT_SECONDS = 20.0
-EVALUATED_TASKS, NUM_QUESTIONS = ("facts", "codes", "hops"), 32
+EVALUATED_TASKS, NUM_QUESTIONS = GROUPS["trained"], 32
 TASK_LENGTHS = (1024, 4096)
 EVALUATED_LENGTHS = (1024, 4096, 8192, 16384, 32768)
 

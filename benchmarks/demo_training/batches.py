@@ -146,9 +146,7 @@ class BatchMaker:
         pieces += [self._question(items[i]) for i in asked]
         num_text = length - sum(map(len, pieces))
         hidden = rng.integers(num_text + 1, size=len(items))
-        known = [
-            max(hidden[i], hidden[items[i].needs] if items[i].needs >= 0 else 0) for i in asked
-        ]
+        known = [max(hidden[i], hidden[items[i].needs]) for i in asked]
         # Half of the questions come in a row at the end, the others as soon as they can be asked.
         at_end = rng.random(num_questions) < 0.5
         placed = np.where(at_end, num_text, rng.integers(known, num_text + 1))

@@ -322,12 +322,12 @@ class OffloadedLayer(RingLayer, TieredLayer):
         self._check_sealed(self.sealed)
         self._check_sealed(self._store.counts())
         heads, num_sink_pages = self.geometry.num_kv_heads, self.config.num_sink_pages
-        for name, mine in (("tokens", self.lengths.of), ("sealed pages", self.sealed)):
-            theirs = (
-                (self._metadata.lengths if name == "tokens" else self._metadata.sealed)
-                .cpu()
-                .numpy()
-            )
+        metadata = self._metadata
+        for name, mine, on_device in (
+            ("tokens", self.lengths.of, metadata.lengths),
+            ("sealed pages", self.sealed, metadata.sealed),
+        ):
+            theirs = on_device.cpu().numpy()
             if not np.array_equal(theirs, mine.repeat(heads)):
                 raise IntegrityError(f"the device counts {theirs} {name}, the host {mine} each")
         located, slots = self._directory.located.cpu().numpy(), self._slots.cpu()

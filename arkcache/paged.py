@@ -143,11 +143,8 @@ class PagedLayer(TieredLayer):
 
         Done when a page was sealed since the last time.
         """
-        config, num_sink_pages, importance = (
-            self.config,
-            self.config.num_sink_pages,
-            self._importance,
-        )
+        config, importance = self.config, self._importance
+        num_sink_pages = config.num_sink_pages
         if importance is None or not self._may_demote or int(self.sealed.max()) <= num_sink_pages:
             return
         self._may_demote = False

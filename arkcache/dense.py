@@ -13,7 +13,7 @@ from arkcache.errors import IntegrityError
 from arkcache.stats import CacheStats
 from arkcache.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.tiering.device import DeviceTier, Geometry
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.tiering.host import HostTier
 
 
@@ -29,7 +29,7 @@ class DenseLayer:
         self.columns = 0
         self.lengths = Lengths(np.zeros(geometry.batch, dtype=np.int64))
         self.counters = Counters()
-        shape = (geometry.batch, geometry.num_kv_heads, 64)
+        shape = (geometry.batch, geometry.num_kv_heads, FIRST_ENTRIES)
         self._key = GrowingTensor((*shape, geometry.head_dim), 2, geometry.dtype, geometry.device)
         self._value = GrowingTensor(
             (*shape, geometry.value_dim), 2, geometry.dtype, geometry.device

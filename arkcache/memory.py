@@ -21,7 +21,7 @@ from arkcache.index import PageIndex, make_index
 from arkcache.manager import KVCacheManager
 from arkcache.packed_dense import CHUNK_PAGES
 from arkcache.planning import Planner
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import grown_capacity
 
 _PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
@@ -204,8 +204,11 @@ def within_bytes(
     """
     free = replace(config.on(device), budget_tokens="auto", device_bytes=None)
     plan = plan_memory(free, shape, context_tokens, device=device, index=index)
-    dense = int(plan.dense_bytes * (GrowingTensor.GROWTH if config.format.is_raw else 1))
-    digests = int(plan.digest_bytes * GrowingTensor.GROWTH)
+    sealed = sealed_pages(context_tokens, free.num_recent_tokens, free.page_size)
+    dense = plan.dense_bytes
+    if free.format.is_raw:
+        dense = dense * grown_capacity(context_tokens) // context_tokens
+    digests = plan.digest_bytes * grown_capacity(sealed) // max(sealed, 1)
     left = device_bytes - dense - digests
     if left < 1:
         raise ConfigError(
@@ -213,7 +216,7 @@ def within_bytes(
             f"the index {digests} at {context_tokens} tokens; allow more, or lower "
             "num_dense_layers or index_bits, or raise page_size"
         )
-    fitted = replace(free, device_bytes=left)
+    fitted = replace(free, budget_tokens="auto", device_bytes=left)
     plan_memory(
         fitted, shape, context_tokens, device=device, index=index
     )  # refuses what is too few

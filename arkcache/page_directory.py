@@ -13,10 +13,8 @@ from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
 from arkcache.tiering.device import Geometry
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.tiering.transfer import upload
-
-FIRST_PAGES = 64
 
 
 class PageDirectory:
@@ -32,7 +30,7 @@ class PageDirectory:
 
     def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
         self._config, self._geometry = config, geometry
-        pages = max(FIRST_PAGES, config.num_sink_pages)
+        pages = max(FIRST_ENTRIES, config.num_sink_pages)
         shape = (geometry.batch, geometry.num_kv_heads, pages)
         dtype = torch.uint8 if config.index == "tokens" else geometry.dtype
         features = digest_features(config, geometry.head_dim)

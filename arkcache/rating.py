@@ -13,10 +13,8 @@ from arkcache.kernels.torch_hadamard import rotate
 from arkcache.policy import aggregate, page_shares
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.views import hidden_pages, token_bias
-
-FIRST_PAGES = 64
 
 
 class PageRatings:
@@ -62,7 +60,7 @@ class PageRatings:
         dim = self._index.page_dim
         if self.digests is None:
             shape = list(digest.shape)
-            shape[0], shape[dim] = self._geometry.batch, FIRST_PAGES
+            shape[0], shape[dim] = self._geometry.batch, FIRST_ENTRIES
             self.digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
         self.digests.write(seqs, first, digest)
 

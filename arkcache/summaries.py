@@ -22,10 +22,8 @@ from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.step import Step
 from arkcache.tiering.device import Geometry
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.views import Held, page_bias
-
-FIRST_PAGES = 64
 
 
 class PseudoTokens(NamedTuple):
@@ -72,7 +70,7 @@ class PageSummaries:
 
     def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
         self._config, self._geometry = config, geometry
-        shape = (geometry.batch, geometry.num_kv_heads, FIRST_PAGES)
+        shape = (geometry.batch, geometry.num_kv_heads, FIRST_ENTRIES)
         self._key, self._value = (
             GrowingTensor((*shape, dim), 2, geometry.dtype, geometry.device)
             for dim in (geometry.head_dim, geometry.value_dim)

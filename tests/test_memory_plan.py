@@ -12,7 +12,7 @@ from arkcache import CacheConfig, ConfigError, InputError, KVCacheManager
 from arkcache.formats import PRESETS
 from arkcache.memory import CacheShape, MemoryPlan, plan_memory, within_bytes
 from arkcache.planning import Planner
-from arkcache.tiering.growing import GrowingTensor
+from arkcache.tiering.growing import FIRST_ENTRIES, grown_capacity
 
 SMALL: dict[str, Any] = {
     "page_size": 8,
@@ -24,8 +24,6 @@ SMALL: dict[str, Any] = {
     "budget_tokens": 72,
 }
 SHAPE = CacheShape(num_layers=3, num_kv_heads=2, head_dim=16, value_dim=24, dtype=torch.bfloat16)
-FIRST_ROOM = 64
-"""Tokens or pages that everything that grows has room for from the start."""
 
 
 def filled(config: CacheConfig, shape: CacheShape, context: int, batch: int) -> KVCacheManager:
@@ -68,7 +66,7 @@ def assert_agrees(config: CacheConfig, shape: CacheShape, context: int, batch: i
         grows.append((plan.dense_bytes, stats.device_bytes - plan.tier_bytes))
     assert dense_layers or plan.device_bytes == plan.tier_bytes
     sealed = (context - config.num_recent_tokens) // config.page_size
-    waste = max(GrowingTensor.GROWTH, FIRST_ROOM / sealed, FIRST_ROOM / context)
+    waste = max(max(grown_capacity(n), FIRST_ENTRIES) / n for n in (sealed, context))
     for planned, taken in grows:
         assert planned <= taken <= waste * planned + 1
     return plan
@@ -116,8 +114,8 @@ def test_nothing_is_wasted_where_room_is_just_enough(name: str, dtype: torch.dty
     stats = cache.stats()
     assert stats.digest_bytes == plan.digest_bytes
     grown = 0
-    if config.format.is_raw:  # the last token came alone: half as much room was made for it
-        growing = int((context - 1) * GrowingTensor.GROWTH)
+    if config.format.is_raw:  # the last token came alone: more room was made for it
+        growing = grown_capacity(context - 1)
         grown = plan.dense_bytes * growing // context - plan.dense_bytes
     assert stats.device_bytes == plan.device_bytes + grown
 
@@ -291,14 +289,14 @@ def test_streaming_blocks(
 )
 def test_a_budget_of_bytes_counts_everything(changes: dict[str, Any]) -> None:
     """A cache of it that goes on growing takes no more, and not much less."""
-    context, shape = 1024, replace(SHAPE, dtype=torch.float32)
+    context, shape = 8192, replace(SHAPE, dtype=torch.float32)
     config = CacheConfig(**(SMALL | changes))
     limit = context * shape.token_bytes * 9 // 10
     fitted = within_bytes(config, shape, context, limit, "cpu")
     stats = filled(fitted, shape, context + 2 * config.page_size, 1).stats()
     plan = plan_memory(fitted, shape, context, device="cpu")
     taken = stats.device_bytes + stats.digest_bytes
-    room = (plan.digest_bytes + plan.dense_bytes) // 2
+    room = (plan.digest_bytes + plan.dense_bytes) // 8
     page = config.page_size * shape.token_bytes
     assert limit - room - page < taken <= limit
 
@@ -311,4 +309,4 @@ def test_bytes_that_hold_nothing_are_refused() -> None:
     ):
         within_bytes(config, shape, 4096, everything // 2, "cpu")
     with pytest.raises(ConfigError, match="the device tier of 1 sequences needs"):
-        within_bytes(replace(config, num_dense_layers=0), shape, 4096, 740_000, "cpu")
+        within_bytes(replace(config, num_dense_layers=0), shape, 4096, 560_000, "cpu")

@@ -5,22 +5,31 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FIRST_ENTRIES = 64
+"""What there is room for at first, where nothing else decides."""
+
+GROWTH = 1.125
+"""At most a ninth of a large tensor is room to grow: a device's memory is scarcer than the time to
+copy each entry eight times. While a tensor grows, old and new exist side by side."""
+
+
+def grown_capacity(capacity: int, least: int = FIRST_ENTRIES) -> int:
+    """Entries that there is room for after the next growth, which adds `least` at least."""
+    return max(int(capacity * GROWTH), capacity + least)
+
 
 class GrowingTensor:
     """A tensor [..., capacity, ...] of which the first entries along `dim` are in use.
 
     Args:
-        shape: its shape; the entry at `dim` is the first capacity.
+        shape: its shape; the entry at `dim` is the first capacity, and the least that it grows by.
         dim: the dimension that grows.
     """
-
-    GROWTH = 1.5
-    """At most a third is waste; while it grows, old and new exist side by side."""
 
     def __init__(
         self, shape: tuple[int, ...], dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.dim = dim
+        self.dim, self._first_capacity = dim, shape[dim]
         # Not an inference tensor: it is written to in and out of inference mode.
         with torch.inference_mode(False):
             self.data = torch.zeros(shape, dtype=dtype, device=device)
@@ -36,7 +45,7 @@ class GrowingTensor:
         if length <= capacity:
             return
         shape = list(self.data.shape)
-        shape[self.dim] = max(length, int(capacity * self.GROWTH))
+        shape[self.dim] = max(length, grown_capacity(capacity, self._first_capacity))
         with torch.inference_mode(False):
             grown = torch.zeros(shape, dtype=self.data.dtype, device=self.data.device)
         grown.narrow(self.dim, 0, capacity).copy_(self.data)

@@ -1,7 +1,7 @@
 """The cache of one decoder: `append` keys and values, `attend` queries, layer by layer.
 
 Knows nothing of any model library. Start reading at `KVCacheManager.attend`, then
-`PagedLayer.attend_one` in `paged.py`, which is the decode step.
+`PagedLayer.attend_one` in `layers/paged.py`, which is the decode step.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
-from arkcache.bookkeeping import Ids, TokenLog
-from arkcache.capture import CapturableLayer, CapturableSteps
 from arkcache.config import CacheConfig
+from arkcache.engines.capture import CapturableLayer, CapturableSteps
+from arkcache.engines.step import Expand, Step, attend_blocks
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.layers import make_layers
-from arkcache.paged import PagedLayer
+from arkcache.layers.making import make_layers
+from arkcache.layers.paged import PagedLayer
+from arkcache.layers.tiered import TieredLayer
+from arkcache.pages.bookkeeping import Ids, TokenLog
+from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
-from arkcache.step import Expand, Step, attend_blocks
-from arkcache.store import PageStore
-from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
@@ -46,9 +46,9 @@ from arkcache.validate import (
 )
 
 if TYPE_CHECKING:
-    from arkcache.index import PageIndex
-    from arkcache.layers import Layer
-    from arkcache.missed import MissedLog
+    from arkcache.engines.missed import MissedLog
+    from arkcache.layers.making import Layer
+    from arkcache.pages.index import PageIndex
 
 
 class KVCacheManager:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from arkcache.backend import why_not_settings
-from arkcache.bookkeeping import sealed_pages
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import ConfigError, InputError
 from arkcache.formats import PageFormat, PageLayout, PartLayout
-from arkcache.index import PageIndex, make_index
+from arkcache.layers.packed_dense import CHUNK_PAGES
 from arkcache.manager import KVCacheManager
-from arkcache.packed_dense import CHUNK_PAGES
+from arkcache.pages.bookkeeping import sealed_pages
+from arkcache.pages.index import PageIndex, make_index
 from arkcache.planning import Planner
 from arkcache.tiering.growing import grown_capacity
 

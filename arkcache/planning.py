@@ -11,11 +11,11 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import NO_LIMIT, CacheConfig
 from arkcache.errors import ConfigError
 from arkcache.formats import PageLayout
 from arkcache.kernels.torch_pages import PagePacker
+from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry, TierPlan
 
 LEAST_STREAMED, MOST_STREAMED = 1024, 8192

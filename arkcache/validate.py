@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError
 from arkcache.kernels.torch_hadamard import block_dim
+from arkcache.pages.bookkeeping import Ids
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What keys and values may be stored in: narrower floats have too little arithmetic in torch."""

@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from numpy.typing import NDArray
 
 from arkcache import IntegrityError
-from arkcache.bookkeeping import Ids, Moves, PageTable, TokenLog, sealed_pages
+from arkcache.pages.bookkeeping import Ids, Moves, PageTable, TokenLog, sealed_pages
 
 # -- sealing --------------------------------------------------------------------------------------
 

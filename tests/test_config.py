@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from arkcache import ArkCacheError, CacheConfig, ConfigError
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
-from arkcache.index import make_index
+from arkcache.pages.index import make_index
 
 BAD = [
     ("page_size", [0, -1, 2.0, "32", True]),

@@ -12,12 +12,12 @@ import torch
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
-from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
 from arkcache.errors import IntegrityError
 from arkcache.kernels import triton_attention
+from arkcache.layers.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
+from arkcache.layers.recalled import RecalledLayer
+from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
-from arkcache.recalled import RecalledLayer
-from arkcache.store import PageStore
 from tests.marks import needs_interpreter
 from tests.twins import Twins, small_config
 

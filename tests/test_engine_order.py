@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache import manager, offloaded, recalled
-from arkcache.device_page_table import DevicePageTable
+from arkcache import manager
+from arkcache.engines.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_select import Selection
+from arkcache.layers import offloaded, recalled
 from arkcache.tiering.backup import BackupEngine
 from arkcache.tiering.host import HostTier
 from tests.marks import needs_interpreter

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
-from arkcache.bookkeeping import Ids
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
+from arkcache.engines.step import Step
+from arkcache.engines.views import page_bias
 from arkcache.kernels import reference
-from arkcache.step import Step
-from arkcache.views import page_bias
+from arkcache.pages.bookkeeping import Ids
 from tests.twins import Twins, attend_latents, small_config
 
 FORMATS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from arkcache import ArkCache, CacheConfig, CacheStats, ConfigError, KVCacheManager, detach
 from arkcache.backend import choose_backend
 from arkcache.demo.models import load_model
-from arkcache.missed import MissedLog
+from arkcache.engines.missed import MissedLog
 from arkcache.stats import AUDIT_MARGIN, MissedMass
 from tests.test_estimation import FORMATS, HOLES, LEFT_PADDED
 from tests.twins import Twins, attend_latents, small_config

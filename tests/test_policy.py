@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.kernels import reference
-from arkcache.policy import aggregate, fewest_pages, page_shares, ranked_pages, top_pages
+from arkcache.pages.policy import aggregate, fewest_pages, page_shares, ranked_pages, top_pages
 
 
 @pytest.mark.parametrize("reduction", GROUP_REDUCTIONS)

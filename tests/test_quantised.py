@@ -11,10 +11,10 @@ from torch import Tensor
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, InputError, KVCacheManager
 from arkcache.formats import PageFormat, PageLayout
-from arkcache.importance import Importance, demotable
 from arkcache.kernels import reference
-from arkcache.packed_dense import PackedDenseLayer
-from arkcache.paged import PagedLayer
+from arkcache.layers.packed_dense import PackedDenseLayer
+from arkcache.layers.paged import PagedLayer
+from arkcache.pages.importance import Importance, demotable
 from arkcache.tiering import host as host_module
 from arkcache.tiering.device import PackedWorkingSet
 from tests.oracle import Oracle

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
+from arkcache.engines.step import Step, causal_blocks, causal_lines
 from arkcache.kernels import reference, torch_attention
 from arkcache.kernels.torch_attention import block_attention
-from arkcache.step import Step, causal_blocks, causal_lines
+from arkcache.pages.bookkeeping import Ids
 
 HEADS, DIM = 2, 16
 

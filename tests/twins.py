@@ -9,7 +9,7 @@ from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
 from arkcache.formats import PageFormat, PageLayout
-from arkcache.paged import PagedLayer
+from arkcache.layers.paged import PagedLayer
 from tests.oracle import Oracle
 
 SMALL = {

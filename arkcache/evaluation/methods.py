@@ -32,8 +32,8 @@ from arkcache.evaluation.ratings import OracleIndex, RandomIndex
 from arkcache.evaluation.scissorhands import ScissorhandsLayer
 from arkcache.evaluation.snapkv import SnapLayer, pyramid_budgets
 from arkcache.huggingface import ArkCache, detach
-from arkcache.index import PageIndex
 from arkcache.memory import within_bytes
+from arkcache.pages.index import PageIndex
 
 PAGED = ("ark", "random", "oracle")
 _STEPWISE = ("h2o", "scissorhands")

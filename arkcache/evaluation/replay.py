@@ -21,10 +21,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from arkcache.demo.baselines import EvictingLayer
+from arkcache.engines.missed import Mass, MissedLog
 from arkcache.evaluation.attention import LayerSteps, Recorded, Truth
 from arkcache.evaluation.records import AttendedLayer
 from arkcache.huggingface.cache import PagedCacheLayer
-from arkcache.missed import Mass, MissedLog
 from arkcache.stats import AUDIT_MARGIN
 
 LADDER = (1, 2, 4, 8, 10, 16, 32, 40, 64)

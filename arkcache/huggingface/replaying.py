@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from arkcache.capture import CapturableSteps
+from arkcache.engines.capture import CapturableSteps
 from arkcache.errors import HostTierFullError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.probe import follows_positions

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, TypeAlias
 
 from arkcache.config import CacheConfig
-from arkcache.dense import DenseLayer
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.packed_dense import PackedDenseLayer
-from arkcache.paged import PagedLayer
+from arkcache.layers.dense import DenseLayer
+from arkcache.layers.packed_dense import PackedDenseLayer
+from arkcache.layers.paged import PagedLayer
 from arkcache.planning import Planner
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 
 if TYPE_CHECKING:  # they import Triton
-    from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
-    from arkcache.recalled import RecalledLayer
+    from arkcache.layers.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
+    from arkcache.layers.recalled import RecalledLayer
 
     EngineLayer: TypeAlias = RecalledLayer | DeviceDenseLayer | DevicePackedDenseLayer
 
@@ -36,7 +36,7 @@ def make_layers(
         assert host is not None
         selected = planner.selected(number, max_selected)
         if planner.backend == "triton":
-            from arkcache.recalled import RecalledLayer
+            from arkcache.layers.recalled import RecalledLayer
 
             packer = planner.packers[0]
             layers.append(RecalledLayer(config, selected, tier, next(numbers), host, packer))
@@ -49,7 +49,7 @@ def make_layers(
 def _dense(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:
     """A layer that attends everything."""
     if backend == "triton":
-        from arkcache.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
+        from arkcache.layers.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
 
         if config.format.is_raw:
             return DeviceDenseLayer(tier.geometry)

@@ -6,15 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.index import PageIndex, make_index, mass_index
+from arkcache.engines.step import Step
+from arkcache.engines.views import hidden_pages, token_bias
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.policy import aggregate, page_shares
-from arkcache.step import Step
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.index import PageIndex, make_index, mass_index
+from arkcache.pages.policy import aggregate, page_shares
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
-from arkcache.views import hidden_pages, token_bias
 
 
 class PageRatings:

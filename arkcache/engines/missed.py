@@ -14,12 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
+from arkcache.engines.step import Step, additive, expanded, view_logits, with_sink_logits
+from arkcache.engines.views import Held
+from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import AUDIT_MARGIN, MissedMass
-from arkcache.step import Step, additive, expanded, view_logits, with_sink_logits
 from arkcache.tiering.device import Geometry
-from arkcache.views import Held
 
 Mass = NDArray[np.floating[Any]]
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from arkcache.bookkeeping import Ids
+from arkcache.pages.bookkeeping import Ids
 
 
 def demotable(

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
-from arkcache.capture import Bools, Rule, attended_tokens
+from arkcache.engines.capture import Bools, Rule, attended_tokens
+from arkcache.engines.step import Step
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_append import append
-from arkcache.sealing import SealingLayer
-from arkcache.step import Step
+from arkcache.layers.sealing import SealingLayer
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.windows import RingWindow
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.transfer import upload
-from arkcache.windows import RingWindow
 
 _numbers = count()
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
-from arkcache.step import Counters, Lengths, Step
+from arkcache.engines.step import Counters, Lengths, Step
+from arkcache.pages.bookkeeping import Ids
 
 Bools = NDArray[np.bool_]
 

@@ -11,23 +11,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
-from arkcache.capture import Bools, Rule
 from arkcache.config import NO_LIMIT, CacheConfig
-from arkcache.dense import DenseLayer
+from arkcache.engines.capture import Bools, Rule
+from arkcache.engines.step import Lengths, Step
 from arkcache.errors import IntegrityError
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.ring import DeviceMetadata, RingLayer, sink_logits_by_row, user_bias
+from arkcache.layers.dense import DenseLayer
+from arkcache.layers.ring import DeviceMetadata, RingLayer, sink_logits_by_row, user_bias
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.windows import RingWindow
 from arkcache.stats import CacheStats
-from arkcache.step import Lengths, Step
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import GrowingTensor
 from arkcache.tiering.transfer import upload
-from arkcache.windows import RingWindow
 
 NEVER = 1 << 30
 """A number of recent tokens that no sequence reaches, so that no page is ever sealed."""

@@ -18,21 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
+from arkcache.engines.step import Step
+from arkcache.engines.views import hidden_pages, page_bias
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_copy import gather
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import Selection
-from arkcache.offloaded import OffloadedLayer
-from arkcache.ring import by_row_and_head, sink_logits_by_row, user_bias
+from arkcache.layers.offloaded import OffloadedLayer
+from arkcache.layers.ring import by_row_and_head, sink_logits_by_row, user_bias
+from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats, MissedMass
-from arkcache.step import Step
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.streams import Event, Streams, streams_of
-from arkcache.views import hidden_pages, page_bias
 
 
 class Speculation(NamedTuple):

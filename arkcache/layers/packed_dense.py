@@ -11,16 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
+from arkcache.engines.step import Lengths, Step, attend_blocks
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.sealing import SealingLayer
+from arkcache.layers.sealing import SealingLayer
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
-from arkcache.step import Lengths, Step, attend_blocks
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import ChunkedTensor
-from arkcache.windows import ShiftedWindow
 
 CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""

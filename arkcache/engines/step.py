@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.kernels.torch_attention import Block, block_attention, decode_attention
+from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats
 
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
+from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.tiering.transfer import upload

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
+from arkcache.engines.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.errors import IntegrityError
+from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats
-from arkcache.step import Counters, Lengths, Step, additive, attend_view
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 from arkcache.tiering.host import HostTier

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.step import Step, additive
+from arkcache.engines.step import Step, additive
+from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
 
 Held = NDArray[np.bool_]

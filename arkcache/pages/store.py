@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.kernels.torch_pages import PagePacker
+from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.host import HostTier, take
 
 DEMOTED_PAGES = 256

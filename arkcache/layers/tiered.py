@@ -12,11 +12,11 @@ from functools import partial
 
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.sealing import SealingLayer
-from arkcache.store import PageStore
+from arkcache.layers.sealing import SealingLayer
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.store import PageStore
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.read_ahead import read_ahead

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_score import Scores
 from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, Selection, select
+from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
 

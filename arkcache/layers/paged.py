@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids, PageTable
 from arkcache.config import CacheConfig
+from arkcache.engines.missed import MissedLog, log_mass, true_missed_mass
+from arkcache.engines.rating import PageRatings
+from arkcache.engines.step import Lengths, Step, attend_parts, attend_view, page_mass
+from arkcache.engines.summaries import PageSummaries, PseudoTokens
+from arkcache.engines.views import Held, pages_left_out, view_mask, view_tokens
 from arkcache.errors import IntegrityError
-from arkcache.importance import Importance
-from arkcache.index import PageIndex
 from arkcache.kernels.torch_pages import PagePacker
-from arkcache.missed import MissedLog, log_mass, true_missed_mass
-from arkcache.policy import fewest_pages, ranked_pages, top_pages
-from arkcache.rating import PageRatings
+from arkcache.layers.tiered import TieredLayer
+from arkcache.pages.bookkeeping import Ids, PageTable
+from arkcache.pages.importance import Importance
+from arkcache.pages.index import PageIndex
+from arkcache.pages.policy import fewest_pages, ranked_pages, top_pages
+from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
-from arkcache.step import Lengths, Step, attend_parts, attend_view, page_mass
-from arkcache.summaries import PageSummaries, PseudoTokens
-from arkcache.tiered import TieredLayer
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet, WorkingSet, copy_sequences
 from arkcache.tiering.host import HostTier
-from arkcache.views import Held, pages_left_out, view_mask, view_tokens
-from arkcache.windows import ShiftedWindow
 
 RELOAD_SHARE = 0.6
 """On a CPU, with more than this share of the selection missing, all of it is copied in one pass

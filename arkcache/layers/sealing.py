@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids, sealed_pages
 from arkcache.config import CacheConfig
+from arkcache.engines.step import Counters, Lengths
 from arkcache.errors import IntegrityError
-from arkcache.step import Counters, Lengths
+from arkcache.pages.bookkeeping import Ids, sealed_pages
+from arkcache.pages.windows import Window
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.host import HostTier
-from arkcache.windows import Window
 
 SEAL_PAGES = 64
 """Pages sealed at a time: bounds the temporaries of a long prompt."""

@@ -14,25 +14,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
-from arkcache.capture import Bools, Rule
 from arkcache.config import CacheConfig
-from arkcache.device_page_table import DevicePageTable
+from arkcache.engines.capture import Bools, Rule
+from arkcache.engines.device_page_table import DevicePageTable
+from arkcache.engines.page_directory import PageDirectory
+from arkcache.engines.step import Lengths
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_copy import scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.page_directory import PageDirectory
-from arkcache.ring import RingLayer
-from arkcache.step import Lengths
-from arkcache.tiered import TieredLayer
+from arkcache.layers.ring import RingLayer
+from arkcache.layers.tiered import TieredLayer
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.windows import RingWindow
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.reading import read_lines
 from arkcache.tiering.transfer import upload
-from arkcache.windows import RingWindow
 
 
 class OffloadedLayer(RingLayer, TieredLayer):

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.bookkeeping import Ids
 from arkcache.config import CacheConfig
-from arkcache.step import Step
+from arkcache.engines.step import Step
+from arkcache.engines.views import Held, page_bias
+from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
-from arkcache.views import Held, page_bias
 
 
 class PseudoTokens(NamedTuple):

@@ -1,0 +1,1 @@
+"""Who runs a decode step: what it shares, what rates pages, and how steps are captured."""

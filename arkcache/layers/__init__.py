@@ -1,0 +1,1 @@
+"""What a manager holds: a cache for each attention layer."""

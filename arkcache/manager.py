@@ -10,7 +10,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
 from arkcache.config import CacheConfig
-from arkcache.engines.capture import CapturableLayer, CapturableSteps
+from arkcache.engines.capture import CapturableSteps
 from arkcache.engines.step import Expand, Step, attend_blocks
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.layers.making import make_layers
-from arkcache.layers.paged import PagedLayer
-from arkcache.layers.tiered import TieredLayer
 from arkcache.pages.bookkeeping import Ids, TokenLog
 from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
@@ -47,7 +45,7 @@ from arkcache.validate import (
 
 if TYPE_CHECKING:
     from arkcache.engines.missed import MissedLog
-    from arkcache.layers.making import Layer
+    from arkcache.layers.layer import Layer
     from arkcache.pages.index import PageIndex
 
 
@@ -149,7 +147,7 @@ class KVCacheManager:
         if new_cache:
             self._allocate(key.shape[0])
         state, new_tokens = self._layers[layer], key.shape[2]
-        stop = state.columns + new_tokens
+        stop = state.tokens.columns + new_tokens
         if stop > self._log.num_columns:
             unknown = stop - self._log.num_columns
             try:
@@ -162,17 +160,16 @@ class KVCacheManager:
             # Again for this layer alone: a copy that shares the host tier may have filled it.
             self._host.check_room([state.pieces_needed(self._log.lengths(stop))])
         self._store(state, key, value, stop)
-        state.columns = stop
-        if isinstance(state, PagedLayer):
-            state.demote()
+        state.tokens.columns = stop
+        state.demote()
 
     def _store(self, state: Layer, key: Tensor, value: Tensor, stop: int) -> None:
         """Hand a layer the real tokens among its new columns, the last of which is `stop` - 1."""
         key, value = self._rotated(key, value)
-        real = self._log.real(state.columns, stop)
+        real = self._log.real(state.tokens.columns, stop)
         if real is None:
             alike = key.shape[2] == 1 and state.takes_ragged
-            for seqs in [slice(0, self.batch)] if alike else state.lengths.groups():
+            for seqs in [slice(0, self.batch)] if alike else state.tokens.groups():
                 state.append(seqs, key[seqs], value[seqs])
             return
         for sequence in range(key.shape[0]):
@@ -180,7 +177,7 @@ class KVCacheManager:
             own = torch.from_numpy(np.flatnonzero(real[sequence])).to(key.device)
             if len(own):
                 state.append(seqs, key[seqs].index_select(2, own), value[seqs].index_select(2, own))
-        state.lengths.settle()
+        state.tokens.settle()
 
     @torch.no_grad()
     @on_own_device
@@ -218,7 +215,7 @@ class KVCacheManager:
         """
         self._check_attend(layer, query, expand is not None)
         if mask is not None:
-            check_mask(mask, (*query.shape[:3], self._layers[layer].columns), self._like)
+            check_mask(mask, (*query.shape[:3], self._layers[layer].tokens.columns), self._like)
         if sinks is not None:
             check_sink_logits(sinks, query.shape[1], self._like)
         if softcap is not None and not softcap > 0:
@@ -242,10 +239,10 @@ class KVCacheManager:
         if steps is not None and steps.launching is not None:
             assert not exact, "what is attended block by block cannot be recorded"
             output = steps.layers[layer].launch_attend(step)
-        elif new_tokens == 1 and not (exact and isinstance(state, TieredLayer)):
+        elif new_tokens == 1 and (state.attends_everything or not exact):
             output = state.attend_one(step)
         else:
-            last_visible = self._log.last_visible(state.columns, new_tokens)
+            last_visible = self._log.last_visible(state.tokens.columns, new_tokens)
             output = attend_blocks(step, state.blocks(), self.num_kv_heads, last_visible)
         # The rotation is its own inverse.
         return rotate(output) if expand is None and self.config.rotates_values else output
@@ -280,7 +277,7 @@ class KVCacheManager:
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding."""
         state = self._layers[layer]
-        shape = (self.batch, self.num_kv_heads, state.columns)
+        shape = (self.batch, self.num_kv_heads, state.tokens.columns)
         key = torch.zeros((*shape, self.head_dim), dtype=self.dtype, device=self.device)
         value = torch.zeros((*shape, self.value_dim), dtype=self.dtype, device=self.device)
         for key_block, value_block, numbers in state.blocks():
@@ -386,11 +383,11 @@ class KVCacheManager:
     @property
     def num_columns(self) -> int:
         """Columns (tokens and padding) that the first layer has received."""
-        return self._layers[0].columns if self._layers else 0
+        return self._layers[0].tokens.columns if self._layers else 0
 
     def columns_of(self, layer: int) -> int:
         """Columns (tokens and padding) that this layer has received."""
-        return self._layers[layer].columns if self._layers else 0
+        return self._layers[layer].tokens.columns if self._layers else 0
 
     @torch.no_grad()
     @on_own_device
@@ -401,9 +398,9 @@ class KVCacheManager:
         if not (whole and 0 <= num_columns <= held):
             raise InputError(f"crop({num_columns!r}): expected 0 to the {held} columns held")
         for state in self._layers:
-            if state.columns > num_columns:
+            if state.tokens.columns > num_columns:
                 state.crop(self._log.lengths(num_columns))
-                state.columns = num_columns
+                state.tokens.columns = num_columns
         self._log.crop(num_columns)
 
     @torch.no_grad()
@@ -425,10 +422,7 @@ class KVCacheManager:
             factor = self.planner.pool_factor(len(order), max_selected)
         tier = DeviceTier(self.planner.plan(len(order), max_selected, factor))
         for number, state in enumerate(self._layers):
-            if isinstance(state, TieredLayer):
-                state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
-            else:
-                state.keep_sequences(order, tier)
+            state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
         self._device_tier, self._max_selected = tier, max_selected
         self._log.keep_sequences(order)
 
@@ -442,8 +436,7 @@ class KVCacheManager:
         if self.planner.backend == "triton":
             raise InputError('another page index: expected backend="torch"')
         for state in self._layers:
-            if isinstance(state, PagedLayer):
-                state.rate_with(make())
+            state.rate_with(make)
 
     @torch.no_grad()
     @on_own_device
@@ -456,7 +449,7 @@ class KVCacheManager:
         """
         self._check_attend(layer, query, expanded=self.latent)
         state = self._layers[layer]
-        if not isinstance(state, PagedLayer) or self.latent:
+        if self.latent:
             return None
         step = Step(
             query=rotate(query) if self.config.rotates_keys else query,
@@ -464,6 +457,8 @@ class KVCacheManager:
             index_query=query,
         )
         ratings = state.ratings(step)
+        if ratings is None:
+            return None
         return ratings.view(self.batch, self.num_kv_heads, ratings.shape[1])
 
     def log_missed(self, layer: int, log: MissedLog) -> None:
@@ -472,9 +467,8 @@ class KVCacheManager:
         Nothing is noted by a layer that attends everything, nor on the Triton backend.
         """
         check_layer(layer, self.num_layers)
-        state = self._layers[layer] if self._layers else None
-        if isinstance(state, PagedLayer):
-            state.log_missed(log)
+        if self._layers:
+            self._layers[layer].log_missed(log)
 
     def check_batch(self, batch: int) -> None:
         """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""
@@ -561,7 +555,8 @@ class KVCacheManager:
         tier = DeviceTier(self.planner.plan(batch, max_selected))
         self._layers = make_layers(self.planner, tier, host, max_selected, latent=self.latent)
         if self.planner.backend == "triton":
-            self.steps = CapturableSteps(cast(list[CapturableLayer], self._layers))
+            capturable = [state.capturable for state in self._layers]
+            self.steps = CapturableSteps([one for one in capturable if one is not None])
         self._host = host
         self._device_tier, self._log, self._max_selected = tier, TokenLog(batch), max_selected
 

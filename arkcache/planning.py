@@ -61,6 +61,8 @@ class Planner:
 
     def selected(self, layer: int, max_selected: int) -> Ids:
         """Pages that each KV head of a layer may select [num_kv_heads], at most `max_selected`."""
+        if self.config.budget_of(layer) is None:
+            return np.full(self.num_kv_heads, max_selected)
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
         return np.minimum(np.array(pages, dtype=np.int64), max_selected)
 

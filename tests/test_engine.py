@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,10 +12,10 @@ import torch
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
 from arkcache.backend import choose_backend
+from arkcache.engines.device import DeviceEngine
 from arkcache.errors import IntegrityError
 from arkcache.kernels import triton_attention
 from arkcache.layers.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
-from arkcache.layers.recalled import RecalledLayer
 from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from tests.marks import needs_interpreter
@@ -154,7 +154,7 @@ def test_a_mask_before_any_page_is_sealed() -> None:
     twins = make(on_kernels(estimate_pages=None))
     twins.append(5)
     twins.attend(mask=(torch.arange(5) != 2)[None, None, None])
-    assert int(twins.manager._layers[0].sealed.max()) == 0
+    assert int(twins.manager._layers[0].tokens.sealed.max()) == 0
 
 
 def test_several_tokens_attend_everything() -> None:
@@ -348,7 +348,7 @@ def test_a_step_is_merged_by_its_last_program(monkeypatch: pytest.MonkeyPatch, b
     stepped(twins, 3)
     assert twins.manager.steps is not None
     for layer in twins.manager.steps.layers:
-        assert not layer._metadata.tickets.any()
+        assert not layer._tokens.tickets.any()
 
 
 def test_counting_and_launches_apart_are_a_step() -> None:
@@ -416,8 +416,8 @@ def test_counts_kept_together_are_those_of_each_layer(bits: int) -> None:
             stepped(theirs, 1)
             ours.check()
             for mine, other in zip(ours.manager._layers, theirs.manager._layers, strict=True):
-                assert np.array_equal(mine.lengths.of, other.lengths.of), name
-                assert mine.columns == other.columns
+                assert np.array_equal(mine.tokens.lengths, other.tokens.lengths), name
+                assert mine.tokens.columns == other.tokens.columns
                 assert mine.counters == other.counters
             assert ours.manager.stats() == theirs.manager.stats(), name
 
@@ -495,17 +495,16 @@ def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
     twins = make(on_kernels(estimate_pages=None, **TARGET))
     twins.append(50)
     (layer,) = twins.manager._layers
-    assert isinstance(layer, RecalledLayer)
     assert twins.manager.steps is not None
     seals = twins.manager.begin_step()
-    lengths, sealed = layer.lengths.of.copy(), layer.sealed.copy()
-    layer.lengths.of[:], layer.sealed[:] = 3, 0
+    lengths, sealed = layer.tokens.lengths.copy(), layer.tokens.sealed.copy()
+    layer.tokens.lengths[:], layer.tokens.sealed[:] = 3, 0
     shape = (1, 2, 1, 8)
     key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query()
     with twins.manager.steps.launch(seals):
         twins.manager.append(0, key, value)
         output = twins.manager.attend(0, query)
-    layer.lengths.of[:], layer.sealed[:] = lengths, sealed
+    layer.tokens.lengths[:], layer.tokens.sealed[:] = lengths, sealed
     twins.oracle.append(0, key, value, None)
     twins.oracle.attend_one(0, query).check(output, 3e-5)
     twins.check()
@@ -541,15 +540,16 @@ def test_check_integrity_finds(damage: str) -> None:
     twins.append(50)
     twins.attend()
     (layer,) = twins.manager._layers
-    assert isinstance(layer, RecalledLayer)
+    engine = cast("Any", layer).engine
     if damage == "page_of":
-        layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
+        page_of = engine.pages.page_table.page_of
+        page_of[0, 0] = page_of[0, 1]
     elif damage == "slot":
-        layer._slots[1, 0, 3] += 1
+        engine.pages.slots[1, 3] += 1
     elif damage == "located":
-        layer._directory.located[0, 2] += 1
+        engine.pages.directory.located[0, 2] += 1
     else:
-        layer._metadata.lengths[1] += 1
+        engine._tokens.lengths[1] += 1
     with pytest.raises(IntegrityError):
         twins.manager.check_integrity()
 
@@ -558,10 +558,11 @@ def test_layers_are_what_their_budgets_and_formats_say() -> None:
     def kinds(**settings: Any) -> list[type]:
         twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
         twins.append(3)
-        return [type(layer) for layer in twins.manager._layers]
+        assert twins.manager.steps is not None
+        return [type(one) for one in twins.manager.steps.layers]
 
-    assert kinds() == [DeviceDenseLayer, RecalledLayer]
-    assert kinds(key_bits=4, group_size=8) == [DevicePackedDenseLayer, RecalledLayer]
+    assert kinds() == [DeviceDenseLayer, DeviceEngine]
+    assert kinds(key_bits=4, group_size=8) == [DevicePackedDenseLayer, DeviceEngine]
 
 
 def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -602,5 +603,5 @@ def test_the_host_counts_no_token_twice() -> None:
     twins = make(on_kernels())
     twins.append(50)
     (layer,) = twins.manager._layers
-    assert np.array_equal(layer.lengths.of, [50])
+    assert np.array_equal(layer.tokens.lengths, [50])
     assert twins.manager.next_step_seals() == ((50 + 1 - 4) // 4 > (50 - 4) // 4)

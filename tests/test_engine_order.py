@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from arkcache import manager
+from arkcache.engines import device, device_tokens, offloaded_pages
 from arkcache.engines.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_select import Selection
-from arkcache.layers import offloaded, recalled
 from arkcache.tiering.backup import BackupEngine
 from arkcache.tiering.host import HostTier
 from tests.marks import needs_interpreter
@@ -60,8 +60,8 @@ def world(request: Any, cupy: Any, monkeypatch: pytest.MonkeyPatch) -> World:
     lagging = World(order=orders.get(request.param, at_random(3)))
     streams = replace(lagging.streams, main=PromptMain(lagging))
     engine = BackupEngine(streams, torch.device("cpu"), block_bytes=1, num_blocks=2)
-    monkeypatch.setattr(recalled, "streams_of", lambda _: streams)
-    monkeypatch.setattr(offloaded, "backup_engine_of", lambda _: engine)
+    monkeypatch.setattr(device, "streams_of", lambda _: streams)
+    monkeypatch.setattr(offloaded_pages, "backup_engine_of", lambda _: engine)
 
     def pinned(sizes: list[int], limit: int | None, **_: Any) -> HostTier:
         return HostTier(sizes, limit, pin_to=GPU)
@@ -178,7 +178,11 @@ class HalfAhead:
 
 def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a step's own kernels queued on the main stream; those of a guess run when it does."""
-    attend, gather, select = recalled.paged_attention, recalled.gather, DevicePageTable.select
+    attend, gather, select = (
+        device_tokens.paged_attention,
+        offloaded_pages.gather,
+        DevicePageTable.select,
+    )
 
     def queued_attend(query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output = torch.empty_like(query)
@@ -206,10 +210,10 @@ def queue_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
         run = (lambda work: work()) if is_guess else world.streams.main.run
         run(lambda: gather(*args, **kwargs))
 
-    monkeypatch.setattr(recalled, "paged_attention", queued_attend)
-    monkeypatch.setattr(recalled, "gather", queued_gather)
+    monkeypatch.setattr(device_tokens, "paged_attention", queued_attend)
+    monkeypatch.setattr(offloaded_pages, "gather", queued_gather)
     monkeypatch.setattr(DevicePageTable, "select", queued_select)
-    monkeypatch.setattr(recalled, "streams_of", lambda _: world.streams)
+    monkeypatch.setattr(device, "streams_of", lambda _: world.streams)
 
 
 @pytest.mark.parametrize("waits", [True, False])

@@ -245,11 +245,11 @@ def test_estimates_are_no_pages_to_importance() -> None:
     manager.attend(0, query, scale=1.0)
     layer: Any = manager._layers[0]
     share = (query[0, 0] @ key[0, 0].T).softmax(dim=1).unflatten(1, (25, 4)).sum(dim=2)[0]
-    held = layer._page_table.page_of[0]
+    held = layer.engine.places.page_of[0]
     received = torch.zeros(25)
     received[held] = share[held]
     # 8-bit keys are a little off.
-    mass = torch.from_numpy(layer._importance.mass[0, :25])
+    mass = torch.from_numpy(layer.engine._importance.mass[0, :25])
     torch.testing.assert_close(mass, received, rtol=0.05, atol=1e-3)
 
 
@@ -262,6 +262,6 @@ def test_means_count_as_digests() -> None:
         twins.append(2000)
     means = estimating.manager.stats().digest_bytes - plain.manager.stats().digest_bytes
     layer: Any = estimating.manager._layers[0]
-    assert means == layer._summaries.nbytes
+    assert means == layer.engine._summaries.nbytes
     per_page = 2 * 2 * (8 + 4) * 4  # sequences, heads, dims, bytes
     assert 499 * per_page <= means <= (499 + 64) * per_page

@@ -32,11 +32,11 @@ MAY_IMPORT = {
     "kernels": {"config", "errors", "formats", "kernels"},
     "tiering": {"errors", "formats", "kernels", "tiering"},
 }
-MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "tiering"}
+MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}
 MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
 MAY_IMPORT["backend"] = {"config", "errors"}
-MAY_IMPORT["engines"] = {"config", "errors", "kernels", "pages", "stats", "tiering", "engines"}
+MAY_IMPORT["engines"] = {*MAY_IMPORT, "engines"} - {"backend", "planning", "validate"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "layers"} - {"backend", "validate"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
@@ -76,7 +76,7 @@ LAZILY = {
     ("arkcache.cli", "arkcache.huggingface"),
     ("arkcache", "arkcache.huggingface"),
     ("arkcache.tiering", "cupy"),
-    ("arkcache.layers.making", "arkcache.layers.recalled"),  # they import Triton
+    ("arkcache.layers.making", "arkcache.engines.device"),  # they import Triton
     ("arkcache.layers.making", "arkcache.layers.device_dense"),
 }
 

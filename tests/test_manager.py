@@ -238,7 +238,7 @@ def test_sharp_queries_choose_pages_that_exist(factor: float, reduction: str) ->
     twins.append(100, torch.arange(100) >= torch.tensor([[60], [0]]))
     for _ in range(20):
         twins.attend(size=1000.0)
-        residents = cast("Any", twins.manager._layers[0])._page_table.page_of
+        residents = cast("Any", twins.manager._layers[0]).engine.places.page_of
         assert residents[:2].max() < twins.oracle.sealed(0, 0)
     twins.check()
 
@@ -357,10 +357,10 @@ def test_it_does_not_matter_how_tokens_arrived(index: str, mask: Tensor | None) 
 def digests(manager: KVCacheManager) -> list[Tensor]:
     """The digests of every sequence's sealed pages."""
     layer = cast("Any", manager._layers[0])
-    entries = layer._ratings.digests
+    entries = layer.engine._ratings.digests
     return [
         entries.data[sequence].narrow(entries.dim - 1, 0, int(sealed))
-        for sequence, sealed in enumerate(layer.sealed)
+        for sequence, sealed in enumerate(layer.tokens.sealed)
     ]
 
 
@@ -612,7 +612,7 @@ def test_digest_bytes_are_those_of_the_tensors(index: str) -> None:
     """At most a ninth of them, or 64 pages, is room to grow."""
     twins = Twins(small_config(index=index))
     twins.append(2000)
-    entries = cast("Any", twins.manager._layers[0])._ratings.digests
+    entries = cast("Any", twins.manager._layers[0]).engine._ratings.digests
     assert twins.manager.stats().digest_bytes == entries.data.untyped_storage().nbytes()
     assert 499 <= entries.data.shape[entries.dim] <= 499 + 64
 
@@ -621,32 +621,32 @@ def test_digest_bytes_are_those_of_the_tensors(index: str) -> None:
 
 
 def damage_resident(layer: Any) -> None:
-    layer.working_set.key[0, 0, layer.working_set.boundary - 5 * 4] += 1
+    layer.parts.working_set.key[0, 0, layer.parts.working_set.boundary - 5 * 4] += 1
 
 
 def damage_sink(layer: Any) -> None:
-    layer.working_set.value[0, 1, layer.working_set.boundary - 1] += 1
+    layer.parts.working_set.value[0, 1, layer.parts.working_set.boundary - 1] += 1
 
 
 def damage_backup(layer: Any) -> None:
-    resident = int(layer._page_table.page_of[0, 0])
-    layer._store.pieces()[layer._store.locate(np.array([0]), np.array([resident]))] += 1
+    resident = int(layer.engine.places.page_of[0, 0])
+    layer.parts.store.pieces()[layer.parts.store.locate(np.array([0]), np.array([resident]))] += 1
 
 
 def damage_metadata(layer: Any) -> None:
-    layer._page_table.page_of[0, 0] = layer._page_table.page_of[0, 1]
+    layer.engine.places.page_of[0, 0] = layer.engine.places.page_of[0, 1]
 
 
 def damage_sealed(layer: Any) -> None:
-    layer.sealed[1] -= 1
+    layer.tokens.sealed[1] -= 1
 
 
 def damage_length(layer: Any) -> None:
-    layer.lengths.of[0] += 4
+    layer.tokens.lengths[0] += 4
 
 
 def damage_blocks(layer: Any) -> None:
-    layer._store._handles[0, 0, 3] = -1
+    layer.parts.store._handles[0, 0, 3] = -1
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_a_long_past_is_streamed_in_blocks_and_attended_whole(
 def spy(layer: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the blocks that a layer hands out, each a view of the device tier."""
     sizes: list[int] = []
-    blocks, pool = layer.blocks, layer.device_tier.pool.untyped_storage().data_ptr()
+    blocks, pool = layer.blocks, layer.parts.device_tier.pool.untyped_storage().data_ptr()
 
     def watched() -> Any:
         for key, value, numbers in blocks():

@@ -154,7 +154,7 @@ def test_the_truth_is_full_attentions(name: str, index: str) -> None:
     share = logits.softmax(dim=-1).mean(dim=2).flatten(0, 1)
     share = share.unflatten(1, (25, 4)).sum(dim=2)
     expected = []
-    for row, pages in enumerate(layer._page_table.page_of):
+    for row, pages in enumerate(layer.engine.places.page_of):
         out = sorted(set(range(1, 24)) - set(pages.tolist()))
         expected.append(float(share[row, out].sum()))
     missed = manager.stats().missed

@@ -32,8 +32,8 @@ def follow_demotions(manager: KVCacheManager, oracle: Oracle) -> None:
     for number, layer in enumerate(manager._layers):
         if manager.config.coarse_format is None or not isinstance(layer, PagedLayer):
             continue
-        if layer.sealed.any():
-            coarse = ~layer._store.is_fine(int(layer.sealed.max()))
+        if layer.tokens.sealed.any():
+            coarse = ~layer.parts.store.is_fine(int(layer.tokens.sealed.max()))
             row, page = np.nonzero(coarse)
             pages = zip(*np.divmod(row, manager.num_kv_heads), page, strict=True)
             sealed = oracle.quantised[number]

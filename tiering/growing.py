@@ -41,7 +41,7 @@ class GrowingTensor:
 
     def reserve(self, length: int) -> None:
         """Make room for `length` entries along `dim`."""
-        capacity = self.data.shape[self.dim]
+        capacity = self.capacity
         if length <= capacity:
             return
         shape = list(self.data.shape)
@@ -56,6 +56,15 @@ class GrowingTensor:
         length = entries.shape[self.dim]
         self.reserve(start + length)
         self.data[seqs].narrow(self.dim, start, length).copy_(entries)
+
+    @property
+    def capacity(self) -> int:
+        """Entries along `dim` that there is room for."""
+        return self.data.shape[self.dim]
+
+    def read(self, first: int, last: int) -> Tensor:
+        """A view of entries first..last along `dim`."""
+        return self.data.narrow(self.dim, first, last - first)
 
     def first(self, length: int) -> Tensor:
         """A view of the first `length` entries along `dim`."""

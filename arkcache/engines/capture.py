@@ -7,16 +7,18 @@ counts are kept together: to count a token costs the same for two layers as for 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.engines.step import Counters, Lengths, Step
-from arkcache.pages.bookkeeping import Ids
+from arkcache.engines.step import Step
+from arkcache.pages.bookkeeping import Ids, sealed_counts
+from arkcache.pages.counts import Counters, LayerTokens
 
 Bools = NDArray[np.bool_]
 
@@ -59,53 +61,80 @@ def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
     return attended
 
 
-class CapturableLayer(Protocol):
-    """A layer whose steps come in two halves: what `ring.py` and `device_dense.py` define."""
+class Capturable(ABC):
+    """The steps of one layer in two halves: counting on the host, and launches.
 
-    columns: int
-    lengths: Lengths
-    sealed: Ids
+    A token is counted for this layer (`count_token`) or for all layers at once (`CapturableSteps`):
+    whether a page seals follows from token counts alone. `launch_append` and `launch_attend` queue
+    kernels whose shapes and addresses depend on no token count, so that a CUDA graph can replay
+    them while the counts go on. Nothing in either waits for the device.
+
+    Attributes:
+        tokens, counters: of the layer.
+    """
+
+    tokens: LayerTokens
     counters: Counters
 
     @property
+    @abstractmethod
     def rule(self) -> Rule:
         """When it seals a page and how much it attends."""
-        ...
 
+    @abstractmethod
     def reserve(self, tokens: int) -> None:
         """Make room for sequences of so many tokens, so that no address changes until then."""
-        ...
 
     @property
+    @abstractmethod
     def addresses(self) -> tuple[int, ...]:
         """Where the tensors that grow are now."""
-        ...
 
     @staticmethod
+    @abstractmethod
     def make_ready(layers: Sequence[Any], seals: Bools, tokens: int) -> None:
         """Make room in layers of this class for sequences of up to so many tokens, and for the
         pages that seal: of which layer and sequence [layers, batch]."""
-        ...
 
-    def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Go back to these counts, from before a step that did not come to its end."""
-        ...
-
+    @abstractmethod
     def launch_append(self, seqs: slice, key: Tensor, value: Tensor, seals: bool) -> None:
         """Queue the storing of one token of each sequence; `seals` is what counting it said."""
-        ...
 
+    @abstractmethod
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token."""
-        ...
 
-    def join(self) -> None:
+    @abstractmethod
+    def undo(self, lengths: Ids, sealed: Ids) -> None:
+        """Go back to these counts, from before a step that did not come to its end."""
+
+    def join(self) -> None:  # noqa: B027 - many layers use the main stream alone
         """Have the next kernel wait for what other streams do for this layer."""
-        ...
 
-    def abandon(self) -> None:
+    def abandon(self) -> None:  # noqa: B027
         """Forget work that was queued on other streams: recording it failed, so it never runs."""
-        ...
+
+    def append_token(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append one token of each sequence, of whatever lengths."""
+        self.join()  # before anything moves that other streams read
+        self.launch_append(seqs, key, value, self.count_token(seqs))
+
+    def attend_token(self, step: Step) -> Tensor:
+        """Attend one new token."""
+        attended = attended_tokens(self.tokens.lengths, self.tokens.sealed, self.rule)
+        self.counters.attended_tokens = int(attended)
+        return self.launch_attend(step)
+
+    def count_token(self, seqs: slice) -> bool:
+        """Enter one more token of these sequences; returns whether any seals a page with it."""
+        tokens, rule = self.tokens, self.rule
+        lengths = tokens.lengths[seqs] + 1
+        sealed = sealed_counts(lengths, rule.recent, rule.page_size)
+        seals = np.zeros((1, len(tokens.lengths)), dtype=np.bool_)
+        seals[0, seqs] = sealed > tokens.sealed[seqs]
+        self.make_ready([self], seals, int(lengths.max()))
+        tokens.lengths[seqs], tokens.sealed[seqs] = lengths, sealed
+        return bool(seals.any())
 
 
 class TokenCounts:
@@ -116,13 +145,13 @@ class TokenCounts:
             (`crop`, `keep_sequences`, a copy) ends that: see `is_kept_by`.
     """
 
-    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
-        self.lengths: Ids = np.stack([layer.lengths.of for layer in layers])
-        self.sealed: Ids = np.stack([layer.sealed for layer in layers])
+    def __init__(self, layers: Sequence[Capturable]) -> None:
+        self.lengths: Ids = np.stack([layer.tokens.lengths for layer in layers])
+        self.sealed: Ids = np.stack([layer.tokens.sealed for layer in layers])
         self._rows = list(zip(self.lengths, self.sealed, strict=True))
         # From here on each layer counts in its row of the two arrays: views, not copies.
         for layer, rows in zip(layers, self._rows, strict=True):
-            layer.lengths.of, layer.sealed = rows
+            layer.tokens.lengths, layer.tokens.sealed = rows
         rules = [layer.rule for layer in layers]
         self._rule = Rule(
             recent=np.array([[rule.recent] for rule in rules]),
@@ -132,17 +161,17 @@ class TokenCounts:
             pieces=np.array([[rule.pieces] for rule in rules]),
         )
 
-    def is_kept_by(self, layers: Sequence[CapturableLayer]) -> bool:
+    def is_kept_by(self, layers: Sequence[Capturable]) -> bool:
         """Whether the layers still count here."""
         return all(
-            layer.lengths.of is lengths and layer.sealed is sealed
+            layer.tokens.lengths is lengths and layer.tokens.sealed is sealed
             for layer, (lengths, sealed) in zip(layers, self._rows, strict=True)
         )
 
     def sealing(self) -> Bools:
         """Of which layer and sequence one token more seals a page [layers, batch]."""
         rule = self._rule
-        seals: Bools = (self.lengths + (1 - rule.recent)) // rule.page_size > self.sealed
+        seals: Bools = sealed_counts(self.lengths + 1, rule.recent, rule.page_size) > self.sealed
         return seals
 
     def pieces(self, seals: Bools) -> int:
@@ -172,14 +201,14 @@ class CapturableSteps:
         recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
 
-    def __init__(self, layers: Sequence[CapturableLayer]) -> None:
+    def __init__(self, layers: Sequence[Capturable]) -> None:
         self.layers = layers
         self.launching: bool | None = None
         self.saw_mask = False
         self.recordings: object = None
         self._cached_counts: TokenCounts | None = None
         self._before: tuple[list[int], Ids, Ids] | None = None
-        numbers: dict[type[CapturableLayer], list[int]] = {}
+        numbers: dict[type[Capturable], list[int]] = {}
         for number, layer in enumerate(layers):
             numbers.setdefault(type(layer), []).append(number)
         self._kinds = [(kind, [layers[i] for i in own], own) for kind, own in numbers.items()]
@@ -215,7 +244,7 @@ class CapturableSteps:
     def remember(self) -> None:
         """Note what is counted now, for `undo`."""
         counts = self._counts
-        columns = [layer.columns for layer in self.layers]
+        columns = [layer.tokens.columns for layer in self.layers]
         self._before = columns, counts.lengths.copy(), counts.sealed.copy()
 
     def undo(self) -> None:
@@ -223,7 +252,7 @@ class CapturableSteps:
         assert self._before is not None
         for layer, columns, *held in zip(self.layers, *self._before, strict=True):
             layer.undo(*held)
-            layer.columns = columns
+            layer.tokens.columns = columns
 
     def count_token(self) -> bool:
         """Count one token more of every sequence in all layers; whether pages seal with it."""
@@ -234,7 +263,7 @@ class CapturableSteps:
             kind.make_ready(layers, seals[numbers], tokens)
         counts.enter(seals)
         for layer, attended in zip(self.layers, counts.attended(), strict=True):
-            layer.columns += 1
+            layer.tokens.columns += 1
             layer.counters.attended_tokens = attended
         return bool(seals.any())
 

@@ -1,4 +1,4 @@
-"""What all kinds of layers share: a step's parameters, its masks, and how a view is attended.
+"""What all layers and engines share: a step's parameters, its masks, how a view is attended.
 
 Tokens are numbered per sequence, without padding; the manager knows their columns.
 """
@@ -6,7 +6,6 @@ Tokens are numbered per sequence, without padding; the manager knows their colum
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from arkcache.kernels.torch_attention import Block, block_attention, decode_attention
 from arkcache.pages.bookkeeping import Ids
-from arkcache.stats import CacheStats
 
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Turns stored keys and values into those to attend (multi-head latent attention)."""
@@ -39,55 +37,6 @@ class Step(NamedTuple):
     sink_logits: Tensor | None = None
     expand: Expand | None = None
     bias: Callable[[Ids], Tensor] | None = None
-
-
-@dataclass
-class Counters:
-    """What a layer did since the last reset; see `CacheStats` for the units."""
-
-    attended_tokens: int = 0
-    pages_hit: int = 0
-    pages_recalled: int = 0
-    pages_evicted: int = 0
-    bytes_recalled: int = 0
-    bytes_streamed: int = 0
-    bytes_backed_up: int = 0
-    pages_demoted: int = 0
-
-    def stats(self, total_tokens: int) -> CacheStats:
-        """As `CacheStats`, without sizes."""
-        return CacheStats(total_tokens=total_tokens, **vars(self))
-
-
-@dataclass
-class Lengths:
-    """Tokens per sequence of a layer, without padding."""
-
-    of: Ids
-    uniform: bool = field(init=False, default=True)
-
-    def __post_init__(self) -> None:
-        self.settle()
-
-    def settle(self) -> None:
-        """Note whether all sequences are equally long, after some of them were `set`."""
-        self.uniform = bool((self.of == self.of[0]).all())
-
-    def groups(self) -> list[slice]:
-        """Runs of sequences of equal length, to be handled together."""
-        if self.uniform:
-            return [slice(0, len(self.of))]
-        return [slice(b, b + 1) for b in range(len(self.of))]
-
-    def clear_empty(self, output: Tensor) -> Tensor:
-        """Give sequences without a token zeros to attend to: output [batch, ...]."""
-        if not self.of.all():
-            output[torch.from_numpy(self.of == 0).to(output.device)] = 0
-        return output
-
-    def set(self, seqs: slice, length: int) -> None:
-        """Sequences `seqs` now hold `length` tokens."""
-        self.of[seqs] = length
 
 
 def attend_view(step: Step, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

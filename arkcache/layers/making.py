@@ -1,49 +1,51 @@
-"""Which class keeps a layer: by its budget, its format and the backend."""
+"""Which class keeps a layer and which engine runs it, by budget, format and backend."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TypeAlias
-
 from arkcache.config import CacheConfig
+from arkcache.engines.engine import Engine, PagedParts
+from arkcache.engines.host import HostEngine
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.layers.dense import DenseLayer
+from arkcache.layers.layer import Layer
 from arkcache.layers.packed_dense import PackedDenseLayer
 from arkcache.layers.paged import PagedLayer
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.counts import Counters, LayerTokens
+from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
-
-if TYPE_CHECKING:  # they import Triton
-    from arkcache.layers.device_dense import DeviceDenseLayer, DevicePackedDenseLayer
-    from arkcache.layers.recalled import RecalledLayer
-
-    EngineLayer: TypeAlias = RecalledLayer | DeviceDenseLayer | DevicePackedDenseLayer
-
-    Layer: TypeAlias = DenseLayer | PackedDenseLayer | PagedLayer | EngineLayer
 
 
 def make_layers(
     planner: Planner, tier: DeviceTier, host: HostTier | None, max_selected: int, *, latent: bool
 ) -> list[Layer]:
     """The layers of a manager, empty. `max_selected`: pages that a KV head may select at most."""
-    config = planner.config
+    config, geometry = planner.config, tier.geometry
     layers: list[Layer] = []
-    numbers = iter(range(planner.num_layers))
+    num_paged = 0
     for number in range(planner.num_layers):
         if config.budget_of(number) is None:
             layers.append(_dense(config, tier, planner.packers[0], planner.backend))
             continue
         assert host is not None
+        store = PageStore(host, planner.packers, geometry.batch, geometry.num_kv_heads)
+        tokens = LayerTokens(geometry.batch)
+        parts = PagedParts(config, tokens, Counters(), store, tier, num_paged)
         selected = planner.selected(number, max_selected)
-        if planner.backend == "triton":
-            from arkcache.layers.recalled import RecalledLayer
-
-            packer = planner.packers[0]
-            layers.append(RecalledLayer(config, selected, tier, next(numbers), host, packer))
-        else:
-            own = (tier, next(numbers), host, planner.packers, latent)
-            layers.append(PagedLayer(config, selected, *own))
+        layers.append(PagedLayer(parts, _engine(parts, selected, planner.backend, latent)))
+        num_paged += 1
     return layers
+
+
+def _engine(parts: PagedParts, selected: Ids, backend: str, latent: bool) -> Engine:
+    """Who runs the steps of a paged layer; selected: pages, per KV head."""
+    if backend == "triton":
+        from arkcache.engines.device import DeviceEngine  # it imports Triton
+
+        return DeviceEngine(parts, selected)
+    return HostEngine(parts, selected, latent=latent)
 
 
 def _dense(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:

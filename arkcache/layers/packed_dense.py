@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
-from arkcache.engines.step import Lengths, Step, attend_blocks
+from arkcache.engines.step import Step, attend_blocks
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.layers.sealing import SealingLayer
 from arkcache.pages.bookkeeping import Ids
-from arkcache.pages.windows import ShiftedWindow
+from arkcache.pages.windows import RingWindow, ShiftedWindow
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
-from arkcache.tiering.growing import ChunkedTensor
+from arkcache.tiering.growing import ChunkedTensor, GrowingTensor
 
 CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
@@ -33,50 +33,56 @@ class PackedDenseLayer(SealingLayer):
         config: the cache's settings.
         geometry: sizes.
         packer: of its pages.
+        pages: empty, for packed pages [batch, kv_heads, pages, nbytes]; None makes one.
+        window: the recent window; None makes one.
     """
 
-    def __init__(self, config: CacheConfig, geometry: Geometry, packer: PagePacker) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        geometry: Geometry,
+        packer: PagePacker,
+        pages: ChunkedTensor | GrowingTensor | None = None,
+        window: RingWindow | ShiftedWindow | None = None,
+    ) -> None:
         super().__init__(config, geometry)
         self._packer = packer
-        shape = (geometry.batch, geometry.num_kv_heads, CHUNK_PAGES, packer.layout.nbytes)
-        self._pages = ChunkedTensor(shape, 2, torch.uint8, geometry.device)
-        rows = (geometry.batch, geometry.num_kv_heads, config.window_tokens)
-        with torch.inference_mode(False):  # written to in and out of it
-            like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
-            self._window = ShiftedWindow(
-                like.new_zeros((*rows, geometry.head_dim)),
-                like.new_zeros((*rows, geometry.value_dim)),
-            )
+        if pages is None:
+            shape = (geometry.batch, geometry.num_kv_heads, CHUNK_PAGES, packer.layout.nbytes)
+            pages = ChunkedTensor(shape, 2, torch.uint8, geometry.device)
+        if window is None:
+            window = ShiftedWindow(*window_planes(geometry, config.window_tokens))
+        self._pages, self._window = pages, window
 
     @property
-    def window(self) -> ShiftedWindow:
+    def window(self) -> RingWindow | ShiftedWindow:
         """The recent window."""
         return self._window
 
     def attend_one(self, step: Step) -> Tensor:
-        """Attend one new token over all tokens."""
+        """See `Layer`."""
         heads = self.geometry.num_kv_heads
-        return attend_blocks(step, self.blocks(), heads, self.lengths.of[:, None] - 1)
+        return attend_blocks(step, self.blocks(), heads, self.tokens.lengths[:, None] - 1)
 
-    def keep_sequences(self, index: Ids, device_tier: DeviceTier) -> None:
-        """Make sequence i what sequence `index[i]` was."""
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
+        """See `Layer`."""
         self.geometry = device_tier.geometry
         on_device = torch.from_numpy(index).to(self.geometry.device)
         self._pages.keep_sequences(on_device)
         with torch.inference_mode(False):
-            self._window = ShiftedWindow(*(plane[on_device] for plane in self._window))
-        self.sealed, self.lengths = self.sealed[index], Lengths(self.lengths.of[index])
+            self._window = type(self._window)(*(plane[on_device] for plane in self._window))
+        self.tokens.keep_sequences(index)
 
     def check(self) -> None:
-        """Raise `IntegrityError` if the metadata contradicts itself."""
-        self._check_sealed(self.sealed)
-        if int(self.sealed.max()) > self._pages.capacity:
+        """See `Layer`."""
+        self._check_sealed()
+        if int(self.tokens.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")
 
     def stats(self) -> CacheStats:
-        """Counters and sizes."""
+        """See `Layer`."""
         size = self._pages.nbytes + sum(plane.nbytes for plane in self._window)
-        return self.counters.stats(int(self.lengths.of.sum())) + CacheStats(device_bytes=size)
+        return self.counters.stats(self.tokens) + CacheStats(device_bytes=size)
 
     def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         self._pages.write(seqs, first, self._packer.pack(key, value))
@@ -86,12 +92,22 @@ class PackedDenseLayer(SealingLayer):
         return key.flatten(1, 2), value.flatten(1, 2)
 
     def _unseal(self, _sequence: int, _first: int, _last: int) -> None:
-        """Nothing: `sealed` says what counts."""
+        """Nothing: what is counted as sealed says what is."""
 
     def _page_blocks(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        total = int(self.sealed.max())
+        total = int(self.tokens.sealed.max())
         per_block = unpacked_pages(self.geometry, self.config.page_size)
         for first in range(0, total, per_block):
             last = min(first + per_block, total)
             key, value = self._packer.unpack(self._pages.read(first, last))
             yield first, last, key.flatten(2, 3), value.flatten(2, 3)
+
+
+def window_planes(geometry: Geometry, tokens: int) -> tuple[Tensor, Tensor]:
+    """Zeros for a window: keys and values [batch, kv_heads, tokens, dim]."""
+    rows = (geometry.batch, geometry.num_kv_heads, tokens)
+    with torch.inference_mode(False):  # written to in and out of it
+        like = torch.empty(0, dtype=geometry.dtype, device=geometry.device)
+        return like.new_zeros((*rows, geometry.head_dim)), like.new_zeros(
+            (*rows, geometry.value_dim)
+        )

@@ -26,6 +26,22 @@ def sealed_pages(length: int, recent: int, page_size: int) -> int:
     return max(0, (length - recent) // page_size)
 
 
+def sealed_counts(lengths: Ids, recent: int | Ids, page_size: int | Ids) -> Ids:
+    """`sealed_pages` of many sequences, or of several layers with settings of their own."""
+    counts: Ids = np.maximum((lengths - recent) // page_size, 0)
+    return counts
+
+
+def check_sealed(counts: Ids, lengths: Ids, recent: int, page_size: int) -> None:
+    """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
+    for sequence, length in enumerate(lengths.tolist()):
+        expected = sealed_pages(length, recent, page_size)
+        if counts[sequence] != expected:
+            raise IntegrityError(
+                f"sequence {sequence} of {length} tokens should have {expected} sealed pages"
+            )
+
+
 class Moves(NamedTuple):
     """What a selection asks for: `pages[i]` goes into place `places[i]` of row `rows[i]`."""
 

@@ -78,5 +78,9 @@ class RingWindow(NamedTuple):
         )
         return key, value
 
+    def by_row(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of every row [rows, tokens, dim]."""
+        return self.key.flatten(0, 1), self.value.flatten(0, 1)
+
     def _places(self, at: int, count: int) -> Tensor:
         return torch.arange(at, at + count, device=self.key.device) % self.key.shape[2]

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from arkcache import KVCacheManager
+from arkcache.layers.paged import PagedLayer
 from benchmarks.gpu.baseline import static_step
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import Outcome
@@ -128,8 +129,8 @@ def ark_steps(
 
 def emptying(manager: KVCacheManager, share: int) -> Callable[[int], None]:
     """What empties so many percent of the places of all layers, other places at every step."""
-    paged = [layer for layer in manager._layers if hasattr(layer, "_page_table")]
-    tables = [layer._page_table.page_of for layer in paged]
+    engines = [layer.engine for layer in manager._layers if isinstance(layer, PagedLayer)]
+    tables = [engine.pages.page_table.page_of for engine in engines]
     places = tables[0].shape[1]
     count = round(share * places / 100)
     order = torch.randperm(places, device=tables[0].device).repeat(2)

@@ -1,0 +1,118 @@
+"""What a manager asks of every layer, and what a layer does where nothing else is needed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import numpy as np
+from torch import Tensor
+
+from arkcache.engines.capture import Capturable
+from arkcache.engines.engine import Blocks
+from arkcache.engines.missed import MissedLog
+from arkcache.engines.step import Step
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.counts import Counters, LayerTokens
+from arkcache.pages.index import PageIndex
+from arkcache.stats import CacheStats
+from arkcache.tiering.device import DeviceTier, Geometry
+from arkcache.tiering.host import HostTier
+
+
+class Layer(ABC):
+    """The cache of one attention layer.
+
+    Args:
+        geometry: sizes.
+
+    Attributes:
+        tokens: how many there are.
+        counters: what steps did.
+    """
+
+    attends_everything = True
+    """Whether a step of one token attends all tokens, whatever it is asked for."""
+
+    def __init__(self, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.tokens = LayerTokens(geometry.batch)
+        self.counters = Counters()
+
+    # -- tokens -----------------------------------------------------------------------------------
+
+    @property
+    def takes_ragged(self) -> bool:
+        """Whether one token may be appended to sequences of different lengths at once: kernels
+        count for every row by itself."""
+        return self.capturable is not None
+
+    @property
+    def capturable(self) -> Capturable | None:
+        """What counts and launches the layer's steps in two halves; None where nothing does."""
+        return None
+
+    @abstractmethod
+    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length; one token to any,
+        where the layer `takes_ragged`."""
+
+    @abstractmethod
+    def attend_one(self, step: Step) -> Tensor:
+        """Attend one new token [batch, heads, 1, value_dim]."""
+
+    @abstractmethod
+    def blocks(self) -> Blocks:
+        """All tokens. A block may be overwritten when the next one is asked for."""
+
+    @abstractmethod
+    def crop(self, lengths: Ids) -> None:
+        """Shorten every sequence to `lengths`."""
+
+    @abstractmethod
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
+        """Make sequence i what sequence `index[i]` was.
+
+        device_tier: a new one, for as many sequences as `index` has; num_selected: pages that a
+        step may select there, per KV head.
+        """
+
+    def demote(self) -> None:  # noqa: B027 - most layers have one format
+        """Keep pages that were attended little in the coarse format, if there is one."""
+
+    # -- pieces of the host tier: none, unless a layer keeps its pages there ---------------------
+
+    def pieces_needed(self, _new_lengths: Ids) -> int:
+        """Pieces of the host tier that growing to these lengths takes."""
+        return 0
+
+    def held_pieces(self) -> Ids:
+        """Pieces of the host tier that the layer refers to, one entry per sequence and piece."""
+        return np.zeros(0, dtype=np.int64)
+
+    def move_pieces(self, _host: HostTier) -> None:  # noqa: B027
+        """Follow the layer's pages into a tier that was extracted from the present one."""
+
+    def release(self) -> None:  # noqa: B027
+        """Free what the layer holds outside itself."""
+
+    # -- to look at -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise `IntegrityError` if the metadata contradicts itself or the tiers differ."""
+
+    @abstractmethod
+    def stats(self) -> CacheStats:
+        """Counters and sizes; the device tier and the host tier are counted by the manager."""
+
+    def rate_with(self, _make: Callable[[], PageIndex]) -> None:  # noqa: B027
+        """Rate pages by another index from now on, if the layer selects any."""
+
+    def ratings(self, _step: Step) -> Tensor | None:
+        """What selects for a step: all selectable pages [rows, pages], the best the highest; None
+        where nothing is selected, or where it cannot be looked at."""
+        return None
+
+    def log_missed(self, _log: MissedLog) -> None:  # noqa: B027
+        """Note what steps miss in this log from now on, if the layer can tell."""

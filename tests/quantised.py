@@ -1,11 +1,10 @@
 """Formats and small caches that the tests of quantised pages share."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from arkcache import CacheConfig
-from arkcache.layers.paged import PagedLayer
 from tests.twins import SMALL, Twins
 
 FORMATS = ["K8V4", "K4V4", "K4V2", "K2V2", "K4V16", "K16V4"]
@@ -26,10 +25,6 @@ def config_of(name: str, **settings: Any) -> CacheConfig:
     """Small sizes, and demotions that a dozen steps bring about."""
     mixed = {"demote_after": 4, "demote_below": 0.9} if "+" in name else {}
     return CacheConfig(**(SMALL | {"group_size": 4} | bits_of(name) | mixed | settings))
-
-
-def paged(twins: Twins, layer: int = 0) -> PagedLayer:
-    return cast("PagedLayer", twins.manager._layers[layer])
 
 
 def converse(twins: Twins, mask: Tensor | None = None, **how: Any) -> list[Tensor]:

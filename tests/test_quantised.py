@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from arkcache import ConfigError, KVCacheManager
-from arkcache.layers.packed_dense import PackedDenseLayer
-from arkcache.tiering.device import PackedWorkingSet
 from tests.oracle import Oracle
-from tests.quantised import FORMATS, MIXED, ROTATIONS, config_of, converse, paged
+from tests.quantised import FORMATS, MIXED, ROTATIONS, config_of, converse
 from tests.twins import Twins, follow_demotions, small_config
 
 LEFT_PADDED = torch.arange(60) >= torch.tensor([[0], [25]])
@@ -24,7 +22,15 @@ def test_conversations(name: str, rotation: str) -> None:
     """One dense layer, whose pages are quantised too, and one paged."""
     twins = Twins(config_of(name, rotation=rotation, num_dense_layers=1), num_layers=2)
     converse(twins)
-    assert isinstance(twins.manager._layers[0], PackedDenseLayer) or name.startswith("K16V16")
+    dense_bytes = [bytes_of_a_dense_layer(bits) for bits in (name, "K16V16")]
+    assert dense_bytes[0] < dense_bytes[1] or name.startswith("K16V16")
+
+
+def bytes_of_a_dense_layer(name: str) -> int:
+    """What 1000 tokens take on the device."""
+    manager = KVCacheManager(1, 2, 8, config_of(name, num_dense_layers=1))
+    manager.append(0, *torch.randn(2, 1, 2, 1000, 8))
+    return manager.stats().device_bytes
 
 
 @pytest.mark.parametrize("name", ["K4V2", "K8V4+K4V2"])
@@ -52,7 +58,8 @@ def test_packed_and_unpacked_slots_answer_alike(
     twins = Twins(config_of("K4V4", **settings, packed_slots=packed_slots))
     for mine, other in zip(converse(twins, mask), converse(plain, mask), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-5)
-    assert isinstance(paged(twins).working_set, PackedWorkingSet) == bool(packed_slots)
+    device_bytes = [one.manager.stats().device_bytes for one in (twins, plain)]
+    assert (device_bytes[0] < device_bytes[1]) == bool(packed_slots)
 
 
 def options(twins: Twins, columns: int) -> dict[str, dict[str, Any]]:

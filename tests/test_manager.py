@@ -16,7 +16,7 @@ from arkcache.config import GROUP_REDUCTIONS, INDEXES, SHARE_MEAN
 from arkcache.kernels import reference
 from tests.marks import needs_interpreter
 from tests.oracle import Oracle
-from tests.twins import SMALL, Twins, small_config
+from tests.twins import SMALL, Twins, check_references, small_config
 
 UNLIMITED = small_config(budget_tokens=None)
 LEFT_PADDED = torch.arange(60) >= torch.tensor([[0], [25]])
@@ -336,7 +336,7 @@ def test_a_sequence_answers_alone_as_in_a_batch(index: str) -> None:
 @pytest.mark.parametrize("mask", [None, LEFT_PADDED, HOLES], ids=["plain", "left", "holes"])
 @pytest.mark.parametrize("index", INDEXES)
 def test_it_does_not_matter_how_tokens_arrived(index: str, mask: Tensor | None) -> None:
-    """All at once, one by one or in pieces: bit-equal digests and pages, the same output."""
+    """All at once, one by one or in pieces: bit-equal ratings and pages, the same output."""
     key, value, query = torch.randn(2, 2, 60, 8), torch.randn(2, 2, 60, 8), torch.randn(2, 4, 1, 8)
     results = []
     for sizes in ([60], [1] * 60, [13, 1, 1, 30, 2, 13]):
@@ -347,21 +347,12 @@ def test_it_does_not_matter_how_tokens_arrived(index: str, mask: Tensor | None) 
             manager.append(0, key[:, :, own], value[:, :, own], part)
             start += size
         manager.check_integrity()
-        results.append((digests(manager), manager.gather(0), manager.attend(0, query)))
-    for digest, held, output in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(digest, results[0][0], strict=True))
+        ratings = cast("Tensor", manager.ratings(0, query))
+        results.append((ratings, manager.gather(0), manager.attend(0, query)))
+    for ratings, held, output in results[1:]:
+        assert torch.equal(ratings, results[0][0])
         assert all(torch.equal(a, b) for a, b in zip(held, results[0][1], strict=True))
         torch.testing.assert_close(output, results[0][2], rtol=1e-5, atol=1e-6)
-
-
-def digests(manager: KVCacheManager) -> list[Tensor]:
-    """The digests of every sequence's sealed pages."""
-    layer = cast("Any", manager._layers[0])
-    entries = layer.engine._ratings.digests
-    return [
-        entries.data[sequence].narrow(entries.dim - 1, 0, int(sealed))
-        for sequence, sealed in enumerate(layer.tokens.sealed)
-    ]
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.5, 3.0])
@@ -538,9 +529,8 @@ def test_a_pickle_holds_its_own_pages_only() -> None:
     assert len(state) < twins.manager.stats().host_bytes
     clone.manager = pickle.loads(state)
     clone.check()
-    host = clone.manager._host
-    assert host is not None
-    assert host.num_pieces == 2 * 4
+    assert clone.num_held == 2 * 4
+    check_references([clone.manager])
 
 
 @pytest.mark.parametrize("start_again", [5, 70])

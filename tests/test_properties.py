@@ -22,7 +22,7 @@ from torch import Tensor
 from arkcache import CacheConfig
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
 from tests.marks import needs_interpreter
-from tests.twins import Twins
+from tests.twins import Twins, check_references
 
 NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
 
@@ -234,7 +234,7 @@ class Conversations(RuleBasedStateMachine):
     def metadata_balances(self) -> None:
         for twins in self.alive:
             twins.check()
-        check_references(self.alive)
+        check_references([twins.manager for twins in self.alive])
 
     def teardown(self) -> None:
         """Nothing that happened to one cache shows in another; all memory is given back."""
@@ -246,14 +246,6 @@ class Conversations(RuleBasedStateMachine):
             twins.reset()
             twins.check()
         assert all(host is None or host.num_pieces == 0 for host in hosts.values())
-
-
-def check_references(alive: list[Twins]) -> None:
-    """Free blocks and held blocks are all blocks, over every cache that shares a host tier."""
-    for host in {id(t.manager._host): t.manager._host for t in alive}.values():
-        if host is not None:
-            sharing = [t.manager for t in alive if t.manager._host is host]
-            host.check([s.held_pieces() for manager in sharing for s in manager._layers])
 
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}

@@ -1,6 +1,7 @@
 """A manager and its dense oracle, driven together and compared after every step."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,17 @@ def follow_demotions(manager: KVCacheManager, oracle: Oracle) -> None:
             pages = zip(*np.divmod(row, manager.num_kv_heads), page, strict=True)
             sealed = oracle.quantised[number]
             oracle.demote(number, {(s, h, p) for s, h, p in pages if p < sealed[s]})
+
+
+def check_references(managers: Sequence[KVCacheManager]) -> None:
+    """Fail unless these hold all there is in their host tiers, and no piece's free place is lost.
+
+    managers: with every other that shares a tier with one of them.
+    """
+    for host in {id(one._host): one._host for one in managers}.values():
+        if host is not None:
+            sharing = [one for one in managers if one._host is host]
+            host.check([layer.held_pieces() for one in sharing for layer in one._layers])
 
 
 def attend_latents(config: CacheConfig, group: int = 1) -> KVCacheManager:

@@ -21,6 +21,16 @@ from arkcache.errors import ConfigError
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+SERVED = {
+    "index": (
+        *("cuboid-mean", "cuboid-max", "cuboid-center"),
+        *("sphere-mean", "sphere-max", "sphere-center", "centroid", "tokens"),
+    ),
+    "group_reduction": ("softmax-mean", "raw-mean", "share-mean"),
+}
+"""Choices that there are kernels for. What is new among them runs on plain torch until it has one,
+and is listed here then."""
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
@@ -69,6 +79,9 @@ def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> s
         return "backend='torch' asks for plain torch"
     if dtype not in DTYPES:
         return f"the kernels compute in fp32, fp16 and bf16, not in {dtype}"
+    for name, served in SERVED.items():
+        if getattr(config, name) not in served:
+            return f"there is no kernel for {name}={getattr(config, name)!r}"
     if latent:
         return "latents are expanded by the model's own code"
     if config.coarse_format is not None:

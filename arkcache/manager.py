@@ -30,6 +30,7 @@ from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
+    check_config,
     check_index_query,
     check_layer,
     check_mask,
@@ -83,39 +84,43 @@ class KVCacheManager:
         value_dim: int | None = None,
         latent: bool = False,
     ) -> None:
-        config = CacheConfig() if config is None else config
         value_dim = head_dim if value_dim is None else value_dim
         check_sizes(
-            config,
             dtype,
             num_layers=num_layers,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             value_dim=value_dim,
         )
-        config.check_layers(num_layers, num_kv_heads)
-        check_rotation(config, head_dim, value_dim)
         self.num_layers, self.num_kv_heads = num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
-        self._config = config = config.on(self.device.type)
-        self.planner = Planner(
-            config,
-            num_layers,
-            num_kv_heads,
-            head_dim,
-            value_dim,
-            dtype,
-            self.device,
-            choose_backend(config, self.device, dtype, latent=latent),
-        )
-        self._packers = self.planner.packers
+        self._configure(CacheConfig() if config is None else config)
         self._clear()
+
+    def _configure(self, config: CacheConfig) -> None:
+        """Take over settings and all that follows from them, if they fit."""
+        check_config(config)
+        config.check_layers(self.num_layers, self.num_kv_heads)
+        check_rotation(config, self.head_dim, self.value_dim)
+        config = config.on(self.device.type)
+        planner = Planner(
+            config,
+            self.num_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            self.value_dim,
+            self.dtype,
+            self.device,
+            choose_backend(config, self.device, self.dtype, latent=self.latent),
+        )
+        self._packers = planner.packers
+        self.planner, self._config = planner, config
 
     def _clear(self) -> None:
         self.steps: CapturableSteps | None = None
-        self._log = self._log_before = TokenLog(0)
+        self._log = TokenLog(0)
         self._max_selected = 0
         self._layers: list[Layer] = []
         self._device_tier: DeviceTier | None = None
@@ -139,9 +144,9 @@ class KVCacheManager:
         """
         self._check_append(layer, key, value, mask)
         steps = self.steps
-        if steps is not None and steps.launching is not None:
-            states = self._rotated(key, value)
-            steps.layers[layer].launch_append(slice(0, self.batch), *states, steps.launching)
+        if steps is not None and steps.running is not None:
+            states, seals = self._rotated(key, value), steps.running.seals
+            steps.layers[layer].launch_append(slice(0, self.batch), *states, seals)
             return
         new_cache = not self._layers
         if new_cache:
@@ -151,7 +156,7 @@ class KVCacheManager:
         if stop > self._log.num_columns:
             unknown = stop - self._log.num_columns
             try:
-                self._log = self._grown_log(unknown, None if mask is None else mask[:, -unknown:])
+                self._grow_log(unknown, None if mask is None else mask[:, -unknown:])
             except HostTierFullError:
                 if new_cache:
                     self._clear()
@@ -236,7 +241,7 @@ class KVCacheManager:
             bias=None if mask is None else self._bias(mask, query, expand is not None),
         )
         steps = self.steps
-        if steps is not None and steps.launching is not None:
+        if steps is not None and steps.running is not None:
             assert not exact, "what is attended block by block cannot be recorded"
             output = steps.layers[layer].launch_attend(step)
         elif new_tokens == 1 and (state.attends_everything or not exact):
@@ -289,61 +294,6 @@ class KVCacheManager:
                 value[sequence][:, target] = value_block[sequence][:, source]
         return self._rotated(key, value)
 
-    # -- a step in two halves: counting on the host, launches that a graph can replay --------------
-
-    def reserve(self, tokens: int) -> None:
-        """Make room for so many tokens of every sequence: until then no step moves anything.
-
-        Raises `HostTierFullError` where the host tier may not hold them.
-        """
-        assert self.steps is not None
-        self.steps.reserve(tokens)
-        if self._host is not None:
-            lengths = np.full(self.batch, tokens)
-            needed = sum(state.pieces_needed(lengths) for state in self._layers)
-            self._host.check_room([max(1, needed)])
-
-    def next_step_seals(self) -> bool:
-        """Whether a step of one token of every sequence would seal a page."""
-        assert self.steps is not None
-        return self.steps.seals_next()
-
-    def begin_step(self) -> bool:
-        """Count one token more of every sequence in all layers; returns whether pages seal with it.
-
-        Its launches must follow: `append` and `attend` of every layer under `steps.launch`, or a
-        graph of them. Raises `HostTierFullError` before anything has changed.
-        """
-        assert self.steps is not None
-        self._check_step_room()
-        log = copy.copy(self._log)
-        log.extend(1, None)
-        self._log = log
-        return self.steps.count_token()
-
-    def check_step(self) -> None:
-        """Raise `HostTierFullError` where the host tier has no room for one token more of each.
-
-        What is held now is what `undo_step` goes back to.
-        """
-        assert self.steps is not None
-        self._check_step_room()
-        self.steps.remember()
-        self._log_before = self._log
-
-    def _check_step_room(self) -> None:
-        """Raise `HostTierFullError` unless the host tier has room for what the next step seals."""
-        assert self.steps is not None
-        needed = self.steps.pieces_needed()
-        if needed and self._host is not None:
-            self._host.check_room([needed])
-
-    def undo_step(self) -> None:
-        """Take a step back that was begun after `check_step` and interrupted."""
-        assert self.steps is not None
-        self.steps.undo()
-        self._log = self._log_before
-
     # -- the state of a conversation --------------------------------------------------------------
 
     @property
@@ -358,18 +308,7 @@ class KVCacheManager:
                 f"this cache holds {self.num_columns} tokens in {self._config.format.name}: other "
                 "settings need reset() first, or a cache of their own"
             )
-        # All that was derived from the old settings is replaced: plan, packers, backend.
-        fresh = KVCacheManager(
-            self.num_layers,
-            self.num_kv_heads,
-            self.head_dim,
-            config,
-            device=self.device,
-            dtype=self.dtype,
-            value_dim=self.value_dim,
-            latent=self.latent,
-        )
-        vars(self).update(vars(fresh))
+        self._configure(config)
 
     @property
     def batch(self) -> int:
@@ -554,11 +493,12 @@ class KVCacheManager:
         max_selected = self.planner.pages_that_fit(batch)
         tier = DeviceTier(self.planner.plan(batch, max_selected))
         self._layers = make_layers(self.planner, tier, host, max_selected, latent=self.latent)
-        if self.planner.backend == "triton":
-            capturable = [state.capturable for state in self._layers]
-            self.steps = CapturableSteps([one for one in capturable if one is not None])
-        self._host = host
-        self._device_tier, self._log, self._max_selected = tier, TokenLog(batch), max_selected
+        self._log = TokenLog(batch)
+        capturable = [state.capturable for state in self._layers]
+        if all(capturable):
+            layers = [one for one in capturable if one is not None]
+            self.steps = CapturableSteps(layers, self._log, host)
+        self._host, self._device_tier, self._max_selected = host, tier, max_selected
 
     def _make_host(self) -> HostTier | None:
         """The host tier, if any layer needs one.
@@ -582,14 +522,18 @@ class KVCacheManager:
             self.planner = replace(planner, backend="torch")
         return host
 
-    def _grown_log(self, num_columns: int, mask: Tensor | None) -> TokenLog:
-        """The log with new columns, after making sure that all layers can store them."""
-        log = copy.copy(self._log)
+    def _grow_log(self, num_columns: int, mask: Tensor | None) -> None:
+        """Log new columns, if all layers can store them."""
+        before, log = self._log.num_columns, self._log
         log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
-        if self._host is not None:
-            lengths = log.lengths(log.num_columns)
+        if self._host is None:
+            return
+        lengths = log.lengths(log.num_columns)
+        try:
             self._host.check_room([sum(state.pieces_needed(lengths) for state in self._layers)])
-        return log
+        except BaseException:  # interrupted, too
+            log.crop(before)
+            raise
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         check_layer(layer, self.num_layers)

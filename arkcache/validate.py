@@ -17,13 +17,17 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What keys and values may be stored in: narrower floats have too little arithmetic in torch."""
 
 
-def check_sizes(config: Any, dtype: Any, **sizes: Any) -> None:
-    """Raise unless all sizes are positive integers, and config and dtype what they should be."""
+def check_sizes(dtype: Any, **sizes: Any) -> None:
+    """Raise unless all sizes are positive integers, and dtype what it should be."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"{name}={size!r}: expected an integer of at least 1")
     if dtype not in DTYPES:
         raise InputError(f"dtype={dtype!r}: expected one of {', '.join(map(str, DTYPES))}")
+
+
+def check_config(config: Any) -> None:
+    """Raise unless it is a `CacheConfig`."""
     if not isinstance(config, CacheConfig):
         raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
 

@@ -17,6 +17,12 @@ import torch
 from torch import Tensor
 
 
+def num_features(kind: str, head_dim: int) -> int:
+    """Numbers of a page's digest, for the index named so."""
+    sizes = {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}
+    return sizes[kind.partition("-")[0]]
+
+
 class BoundingVolumes:
     """The index named "cuboid-mean" and its six siblings.
 

@@ -23,6 +23,11 @@ PAGES_PER_BLOCK = 64
 which stay in the L2 cache between unpacking and the matrix product."""
 
 
+def digest_bytes(head_dim: int, page_size: int, bits: int) -> int:
+    """Bytes of a page's digest: scales and zeros of its channels, then the codes of its tokens."""
+    return 4 * head_dim + -(-head_dim * bits // 8) * page_size
+
+
 class TokenIndex:
     """The index named "tokens".
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
-from arkcache.backend import choose_backend
+from arkcache.backend import SERVED, choose_backend
 from arkcache.engines.device import DeviceEngine
 from arkcache.errors import IntegrityError
 from arkcache.kernels import triton_attention
@@ -259,7 +259,7 @@ def test_all_selected_is_bit_equal_to_no_estimates(columns: int) -> None:
     for estimate_pages in (0, None, 2):
         twins = make(on_kernels(estimate_pages=estimate_pages), seed=5)
         twins.append(columns)
-        twins.manager.reserve(4000)
+        twins.steps.reserve(4000)
         outputs.append(twins.manager.attend(0, twins.query()))
     assert torch.equal(outputs[0], outputs[1])
     assert torch.equal(outputs[0], outputs[2])
@@ -346,8 +346,7 @@ def test_a_step_is_merged_by_its_last_program(monkeypatch: pytest.MonkeyPatch, b
     twins = Twins(on_kernels(**settings), num_layers=2)
     twins.append(43, LEFT_PADDED)
     stepped(twins, 3)
-    assert twins.manager.steps is not None
-    for layer in twins.manager.steps.layers:
+    for layer in twins.steps.layers:
         assert not layer._tokens.tickets.any()
 
 
@@ -355,16 +354,15 @@ def test_counting_and_launches_apart_are_a_step() -> None:
     """What is launched after a token was counted is what `append` and `attend` do at once."""
     twins = Twins(on_kernels(num_dense_layers=1, device_pool_factor=2.0), num_layers=2)
     twins.append(43, LEFT_PADDED)
-    manager = twins.manager
-    assert manager.steps is not None
-    manager.reserve(64)
-    addresses, kinds = manager.steps.addresses, set()
+    manager, steps = twins.manager, twins.steps
+    steps.reserve(64)
+    addresses, kinds = steps.addresses, set()
     for _ in range(4):
-        expected = manager.next_step_seals()
-        seals = manager.begin_step()
-        assert seals == expected
-        kinds.add(seals)
-        with manager.steps.launch(seals):
+        expected = steps.seals_next()
+        planned = steps.plan()
+        assert planned.seals == expected
+        kinds.add(planned.seals)
+        with planned.run():
             for layer in range(2):
                 shape = (2, 2, 1, 8)
                 key, value = twins.randn(*shape), twins.randn(*shape)
@@ -375,15 +373,12 @@ def test_counting_and_launches_apart_are_a_step() -> None:
                 twins.oracle.attend_one(layer, query).check(output, 3e-5)
     twins.check()
     assert kinds == {True, False}
-    assert manager.steps.addresses == addresses
+    assert steps.addresses == addresses
 
 
-def booked_step(twins: Twins) -> None:
+def planned_step(twins: Twins) -> None:
     """A step in two halves, every layer against the oracle."""
-    manager = twins.manager
-    assert manager.steps is not None
-    manager.check_step()
-    with manager.steps.launch(manager.begin_step()):
+    with twins.steps.plan().run():
         for layer in range(twins.num_layers):
             twins.append_layer(layer, 1)
             twins.attend_layer(layer, twins.query())
@@ -412,7 +407,7 @@ def test_counts_kept_together_are_those_of_each_layer(bits: int) -> None:
         change(theirs)
         ours = copy.deepcopy(ours)
         for _ in range(2):
-            booked_step(ours)
+            planned_step(ours)
             stepped(theirs, 1)
             ours.check()
             for mine, other in zip(ours.manager._layers, theirs.manager._layers, strict=True):
@@ -429,16 +424,15 @@ def test_addresses_say_what_moved() -> None:
     manager = twins.manager
 
     def addresses() -> tuple[int, ...]:
-        assert manager.steps is not None
-        return manager.steps.addresses
+        return twins.steps.addresses
 
     seen = [addresses()]
     manager.crop(18)
     twins.append(1)
     assert addresses() == seen[0]
     for change in (
-        lambda: manager.reserve(200),  # the dense layer grows
-        lambda: manager.reserve(800),  # and the page directory
+        lambda: twins.steps.reserve(200),  # the dense layer grows
+        lambda: twins.steps.reserve(800),  # and the page directory
         lambda: manager.keep_sequences(np.array([1, 0])),
         lambda: manager.keep_sequences(np.array([1, 0])),
     ):
@@ -450,15 +444,14 @@ def test_addresses_say_what_moved() -> None:
 def test_pages_of_all_layers_are_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     twins = make(on_kernels(), num_layers=3)
     twins.append(50)
-    manager, host = twins.manager, twins.manager._host
+    host = twins.manager._host
     assert host is not None
     counts: list[int] = []
     allocate = host.allocate
     monkeypatch.setattr(host, "allocate", lambda n, *kind: counts.append(n) or allocate(n, *kind))
     sealed = 0
     for _ in range(8):
-        manager.check_step()
-        sealed += manager.begin_step()
+        sealed += twins.steps.plan().seals
     assert sealed == 2
     assert counts == [3, 3]
 
@@ -467,7 +460,7 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
     """In a step that seals, when some layers hold their new pages and others do not."""
     twins = make(on_kernels(), num_layers=3)
     twins.append(51)
-    manager, host = twins.manager, twins.manager._host
+    host = twins.manager._host
     assert host is not None
     held, enter, calls = host.num_pieces, PageStore.enter, []
 
@@ -477,16 +470,14 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         enter(self, *args)
 
-    assert manager.next_step_seals()
-    manager.check_step()
+    assert twins.steps.seals_next()
     monkeypatch.setattr(PageStore, "enter", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        manager.begin_step()
-    manager.undo_step()
+        twins.steps.plan()
     assert host.num_pieces == held
     twins.check()
     monkeypatch.setattr(PageStore, "enter", enter)
-    booked_step(twins)
+    planned_step(twins)
     twins.check()
 
 
@@ -495,13 +486,12 @@ def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
     twins = make(on_kernels(estimate_pages=None, **TARGET))
     twins.append(50)
     (layer,) = twins.manager._layers
-    assert twins.manager.steps is not None
-    seals = twins.manager.begin_step()
+    planned = twins.steps.plan()
     lengths, sealed = layer.tokens.lengths.copy(), layer.tokens.sealed.copy()
     layer.tokens.lengths[:], layer.tokens.sealed[:] = 3, 0
     shape = (1, 2, 1, 8)
     key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query()
-    with twins.manager.steps.launch(seals):
+    with planned.run():
         twins.manager.append(0, key, value)
         output = twins.manager.attend(0, query)
     layer.tokens.lengths[:], layer.tokens.sealed[:] = lengths, sealed
@@ -513,11 +503,11 @@ def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
 def test_a_launch_that_fails_leaves_nothing_pending() -> None:
     twins = make(on_kernels(device_pool_factor=2.0))
     twins.append(50)
-    steps = twins.manager.steps
-    assert steps is not None
-    with pytest.raises(RuntimeError, match="capture"), steps.launch(seals=False):
+    planned = twins.steps.plan()
+    with pytest.raises(RuntimeError, match="capture"), planned.run():
         raise RuntimeError("capture failed")
-    assert steps.launching is None
+    assert twins.steps.running is None
+    planned.undo()
     stepped(twins, 2)
 
 
@@ -558,8 +548,7 @@ def test_layers_are_what_their_budgets_and_formats_say() -> None:
     def kinds(**settings: Any) -> list[type]:
         twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
         twins.append(3)
-        assert twins.manager.steps is not None
-        return [type(one) for one in twins.manager.steps.layers]
+        return [type(one) for one in twins.steps.layers]
 
     assert kinds() == [DeviceDenseLayer, DeviceEngine]
     assert kinds(key_bits=4, group_size=8) == [DevicePackedDenseLayer, DeviceEngine]
@@ -578,6 +567,12 @@ def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert "two formats" in reason(coarse_value_bits=4)
     assert "audit_every" in reason(audit_every=5)
     assert "packed_slots" in reason(value_bits=4, packed_slots=False)
+    for name, choice in (("index", "centroid"), ("group_reduction", "raw-mean")):
+        left = tuple(other for other in SERVED[name] if other != choice)
+        monkeypatch.setitem(SERVED, name, left)
+        assert f"no kernel for {name}={choice!r}" in reason(**{name: choice})
+        config = small_config(**{name: choice})
+        assert choose_backend(config, torch.device("cuda"), torch.half, latent=False) == "torch"
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "TRITON_INTERPRET" in reason()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -604,4 +599,4 @@ def test_the_host_counts_no_token_twice() -> None:
     twins.append(50)
     (layer,) = twins.manager._layers
     assert np.array_equal(layer.tokens.lengths, [50])
-    assert twins.manager.next_step_seals() == ((50 + 1 - 4) // 4 > (50 - 4) // 4)
+    assert twins.steps.seals_next() == ((50 + 1 - 4) // 4 > (50 - 4) // 4)

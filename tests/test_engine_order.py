@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arkcache import manager
 from arkcache.engines import device, device_tokens, offloaded_pages
+from arkcache.engines.capture import PlannedStep
 from arkcache.engines.device_page_table import DevicePageTable
 from arkcache.errors import IntegrityError
 from arkcache.kernels.triton_select import Selection
@@ -107,22 +108,21 @@ def test_without_settling_a_backup_steps_go_wrong(world: World) -> None:
         converse()
 
 
-def interrupted(twins: Twins, *, recorded: bool) -> None:
+def interrupted(twins: Twins, *, recorded: bool) -> PlannedStep:
     """A step that speculates and is interrupted before it is over."""
     manager, shape = twins.manager, (1, 1, 1, twins.head_dim)
-    manager.check_step()
-    seals = manager.begin_step()
+    planned = twins.steps.plan()
     key, value, query = twins.randn(*shape), twins.randn(*shape), twins.query(size=2.0)
 
     def step() -> None:
-        assert manager.steps is not None
-        with manager.steps.launch(seals, recorded=recorded):
+        with planned.run(recorded=recorded):
             manager.append(0, key, value)
             manager.attend(0, query)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         step()
+    return planned
 
 
 @pytest.mark.parametrize("world", ["side last"], indirect=True)
@@ -135,11 +135,11 @@ def test_a_step_is_taken_back_when_its_speculation_is_over(world: World) -> None
     twins.append(160)
     try:
         for _ in range(4):
-            interrupted(twins, recorded=False)
+            planned = interrupted(twins, recorded=False)
             for _ in range(2):  # it waits for the main stream, then it chooses
                 if world["side"].is_ready:
                     world["side"].go_on()
-            twins.manager.undo_step()
+            planned.undo()
             twins.check()
             twins.append(1)
             twins.attend(size=2.0)
@@ -155,9 +155,9 @@ def test_what_was_to_be_recorded_is_waited_for_by_nobody(world: World) -> None:
     )
     twins = Twins(config, batch=1, num_kv_heads=1, seed=5)
     twins.append(71)
-    interrupted(twins, recorded=True)
+    planned = interrupted(twins, recorded=True)
     assert world["side"].is_ready
-    twins.manager.undo_step()
+    planned.undo()
     assert world["side"].is_ready
     world.drain()
     twins.manager.reset()

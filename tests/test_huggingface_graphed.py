@@ -23,6 +23,7 @@ from transformers import (
 
 import arkcache
 from arkcache import ArkCache, InputError
+from arkcache.engines.capture import PlannedStep
 from arkcache.huggingface.probe import follows_positions
 from arkcache.huggingface.recordings import MOST, Recording, Recordings, seen_waiting
 from arkcache.huggingface.replaying import Replayer
@@ -49,9 +50,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[bool, ...]]:
     kinds: list[tuple[bool, ...]] = []
     original = Replayer._launch
 
-    def spy(self: Replayer, kind: tuple[bool, ...], *args: Any) -> Any:
-        kinds.append(kind)
-        return original(self, kind, *args)
+    def spy(self: Replayer, planned: list[PlannedStep], *args: Any) -> Any:
+        kinds.append(tuple(step.seals for step in planned))
+        return original(self, planned, *args)
 
     monkeypatch.setattr(Replayer, "_launch", spy)
     return kinds

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
+from arkcache.engines.capture import CapturableSteps
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.layers.paged import PagedLayer
 from tests.oracle import Oracle
@@ -162,6 +163,12 @@ class Twins:
                 1.0, float(expected.abs().max())
             )
         return output
+
+    @property
+    def steps(self) -> CapturableSteps:
+        """The steps of the manager, which runs on kernels."""
+        assert self.manager.steps is not None
+        return self.manager.steps
 
     def crop(self, num_columns: int) -> None:
         self.manager.crop(num_columns)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.engines.step import Step
-from arkcache.pages.bookkeeping import Ids, sealed_counts
+from arkcache.pages.bookkeeping import Ids, TokenLog, sealed_counts
 from arkcache.pages.counts import Counters, LayerTokens
+from arkcache.tiering.host import HostTier
 
 Bools = NDArray[np.bool_]
 
@@ -178,6 +179,12 @@ class TokenCounts:
         """Pieces of the host tier that these pages take."""
         return int((seals * self._rule.pieces).sum())
 
+    def pieces_until(self, tokens: int) -> int:
+        """Pieces of the host tier that growing to so many tokens of every sequence takes."""
+        rule, lengths = self._rule, np.full_like(self.lengths, tokens)
+        more = sealed_counts(lengths, rule.recent, rule.page_size) - self.sealed
+        return int((np.maximum(more, 0) * rule.pieces).sum())
+
     def enter(self, seals: Bools) -> None:
         """Count one token more of every sequence, and the pages that it seals."""
         self.lengths += 1
@@ -194,20 +201,23 @@ class CapturableSteps:
 
     Args:
         layers: all of them.
+        log: the manager's columns.
+        host: its host tier; None where no layer uses it.
 
     Attributes:
-        launching: while a counted step is launched, whether it seals pages; None otherwise.
+        running: the planned step that is being launched; None otherwise. Meanwhile a manager's
+            `append` and `attend` launch, and count nothing.
         saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
         recordings: of these steps, of whoever replays them; freed with them, and not copied.
     """
 
-    def __init__(self, layers: Sequence[Capturable]) -> None:
+    def __init__(self, layers: Sequence[Capturable], log: TokenLog, host: HostTier | None) -> None:
         self.layers = layers
-        self.launching: bool | None = None
+        self.running: PlannedStep | None = None
         self.saw_mask = False
         self.recordings: object = None
+        self._log, self._host = log, host
         self._cached_counts: TokenCounts | None = None
-        self._before: tuple[list[int], Ids, Ids] | None = None
         numbers: dict[type[Capturable], list[int]] = {}
         for number, layer in enumerate(layers):
             numbers.setdefault(type(layer), []).append(number)
@@ -222,77 +232,116 @@ class CapturableSteps:
             self._cached_counts = TokenCounts(self.layers)
         return self._cached_counts
 
-    def reserve(self, tokens: int) -> None:
-        """Make room on the device for so many tokens of every sequence."""
-        for layer in self.layers:
-            layer.reserve(tokens)
-
     @property
     def addresses(self) -> tuple[int, ...]:
         """Where everything is that moves when it grows: what a graph was captured with."""
         return tuple(address for layer in self.layers for address in layer.addresses)
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for so many tokens of every sequence: until then no step moves anything.
+
+        Raises `HostTierFullError` where the host tier may not hold them.
+        """
+        for layer in self.layers:
+            layer.reserve(tokens)
+        if self._host is not None:
+            self._host.check_room([max(1, self._counts.pieces_until(tokens))])
+
     def seals_next(self) -> bool:
         """Whether a step of one token of every sequence seals pages."""
         return bool(self._counts.sealing().any())
 
-    def pieces_needed(self) -> int:
-        """Pieces of the host tier that such a step takes."""
-        counts = self._counts
-        return counts.pieces(counts.sealing())
+    def plan(self) -> PlannedStep:
+        """Count one token more of every sequence in all layers: a step to be run, or undone.
 
-    def remember(self) -> None:
-        """Note what is counted now, for `undo`."""
-        counts = self._counts
-        columns = [layer.tokens.columns for layer in self.layers]
-        self._before = columns, counts.lengths.copy(), counts.sealed.copy()
-
-    def undo(self) -> None:
-        """Go back to what was remembered, after a step that did not come to its end."""
-        assert self._before is not None
-        for layer, columns, *held in zip(self.layers, *self._before, strict=True):
-            layer.undo(*held)
-            layer.tokens.columns = columns
-
-    def count_token(self) -> bool:
-        """Count one token more of every sequence in all layers; whether pages seal with it."""
-        self.join()  # a graph cannot wait for what was asked for outside it
+        Raises `HostTierFullError` where the host tier has no room for what it seals. Whatever it
+        raises, nothing has changed.
+        """
         counts = self._counts
         seals, tokens = counts.sealing(), int(counts.lengths.max()) + 1
-        for kind, layers, numbers in self._kinds:
-            kind.make_ready(layers, seals[numbers], tokens)
-        counts.enter(seals)
-        for layer, attended in zip(self.layers, counts.attended(), strict=True):
-            layer.tokens.columns += 1
-            layer.counters.attended_tokens = attended
-        return bool(seals.any())
+        needed = counts.pieces(seals)
+        if needed and self._host is not None:
+            self._host.check_room([needed])
+        planned = PlannedStep(self, bool(seals.any()))
+        try:
+            self.join()  # a graph cannot wait for what was asked for outside it
+            for kind, layers, numbers in self._kinds:
+                kind.make_ready(layers, seals[numbers], tokens)
+            counts.enter(seals)
+            for layer, attended in zip(self.layers, counts.attended(), strict=True):
+                layer.tokens.columns += 1
+                layer.counters.attended_tokens = attended
+            self._log.extend(1, None)
+        except BaseException:  # interrupted, too
+            planned.undo()
+            raise
+        return planned
+
+    def undo(self, before: Before) -> None:
+        """Go back to what was counted before a step that did not come to its end."""
+        for layer, columns, lengths, sealed in zip(self.layers, *before[1:], strict=True):
+            layer.undo(lengths, sealed)
+            layer.tokens.columns = columns
+        self._log.crop(before.num_columns)
+
+    def before(self) -> Before:
+        """What is counted now, for `undo`."""
+        columns, counts = [layer.tokens.columns for layer in self.layers], self._counts
+        return Before(self._log.num_columns, columns, counts.lengths.copy(), counts.sealed.copy())
 
     def join(self) -> None:
         """Have the next kernels wait for what other streams do for any layer."""
         for layer in self.layers:
             layer.join()
 
-    @contextmanager
-    def launch(self, seals: bool, *, recorded: bool = False) -> Iterator[None]:
-        """Within it a manager's `append` and `attend` launch what was counted, and count nothing.
-
-        recorded: what is launched is not done now but recorded, so that after a failure there is
-            nothing to wait for.
-        """
-        self.launching = seals
-        try:
-            yield
-            self.join()
-        except BaseException:
-            if recorded:
-                self.abandon()
-            else:
-                self.join()  # other streams are still at it
-            raise
-        finally:
-            self.launching = None
-
     def abandon(self) -> None:
         """Forget work that was queued on other streams in a step that was to be recorded."""
         for layer in self.layers:
             layer.abandon()
+
+
+class Before(NamedTuple):
+    """Counts from before a step: columns of the manager and of each layer, tokens and sealed pages
+    [layers, batch]."""
+
+    num_columns: int
+    columns: list[int]
+    lengths: Ids
+    sealed: Ids
+
+
+class PlannedStep:
+    """A step of one token that is counted in all layers and not launched yet.
+
+    Args:
+        steps: of the manager.
+        seals: whether pages seal with it.
+    """
+
+    def __init__(self, steps: CapturableSteps, seals: bool) -> None:
+        self.seals = seals
+        self._steps, self._before = steps, steps.before()
+
+    @contextmanager
+    def run(self, *, recorded: bool = False) -> Iterator[None]:
+        """Within it the manager's `append` and `attend` launch what was counted.
+
+        recorded: what is launched is not done now but recorded, so that after a failure there is
+            nothing to wait for.
+        """
+        steps, steps.running = self._steps, self
+        try:
+            yield
+            steps.join()
+        except BaseException:
+            if recorded:
+                steps.abandon()
+            else:
+                steps.join()  # other streams are still at it
+            raise
+        finally:
+            steps.running = None
+
+    def undo(self) -> None:
+        """Take the step back, as if it had never been counted."""
+        self._steps.undo(self._before)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.kernels.torch_digest import num_features
+from arkcache.kernels.torch_tokens import digest_bytes
 from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
 from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
@@ -133,9 +135,7 @@ class PageDirectory:
 
 
 def digest_features(config: CacheConfig, head_dim: int) -> int:
-    """Numbers of a page's digest; bytes, for the token index. See `torch_digest`."""
+    """Numbers of a page's digest; bytes, for the token index."""
     if config.index == "tokens":
-        return 4 * head_dim + -(-head_dim * config.packed_index_bits // 8) * config.page_size
-    return {"cuboid": 2 * head_dim, "sphere": head_dim + 1}.get(
-        config.index.partition("-")[0], head_dim
-    )
+        return digest_bytes(head_dim, config.page_size, config.packed_index_bits)
+    return num_features(config.index, head_dim)

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from arkcache.engines.capture import CapturableSteps
+from arkcache.engines.capture import CapturableSteps, PlannedStep
 from arkcache.errors import HostTierFullError
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.probe import follows_positions
@@ -28,9 +28,6 @@ INPUTS = ("input_ids", "position_ids", "cache_position")
 
 KNOWN = {*INPUTS, "attention_mask", "past_key_values"}
 """What a step may be given besides switches; of anything else a recording would keep the value."""
-
-Kind = tuple[bool, ...]
-"""Of a step: whether it seals pages, in each of the cache's managers."""
 
 
 class Replayer:
@@ -79,10 +76,10 @@ class Replayer:
 
     def _reserve(self) -> None:
         """Make room for all tokens to come, as far as there is any."""
-        for manager in self.cache.managers:
+        for manager, steps in zip(self.cache.managers, self._steps, strict=True):
             # If generating ends early there is enough: the step that finds none says so.
             with suppress(HostTierFullError, torch.OutOfMemoryError):
-                manager.reserve(manager.num_columns + self._new_tokens)
+                steps.reserve(manager.num_columns + self._new_tokens)
 
     def _is_step(self, kwargs: dict[str, Any]) -> bool:
         """Whether this is a step of one token of the cache, and nothing else."""
@@ -146,26 +143,28 @@ class Replayer:
         warnings.warn(f"decode steps are not replayed as graphs: {reason}", stacklevel=5)
 
     def _step(self, kwargs: dict[str, Any]) -> Any:
-        managers = self.cache.managers
         inputs = {name: kwargs[name] for name in INPUTS if kwargs.get(name) is not None}
         # Said now: the model would count what is counted already.
         position = torch.full_like(inputs["input_ids"], self.cache.get_seq_length())
         inputs.setdefault("position_ids", position)
-        for manager in managers:
-            manager.check_step()
+        planned: list[PlannedStep] = []
         try:
-            return self._booked_step(kwargs, inputs)
+            for steps in self._steps:
+                planned.append(steps.plan())  # noqa: PERF401 - those before a failure are undone
+            return self._run(planned, kwargs, inputs)
         except BaseException:  # interrupted, too: the cache is to be what it was before
-            for manager in managers:
-                manager.undo_step()
+            for step in planned:
+                step.undo()
             self.cache.forget_step()
             raise
 
-    def _booked_step(self, kwargs: dict[str, Any], inputs: dict[str, Tensor]) -> Any:
-        """Count a step, then do it: the first time as it is, then recorded."""
+    def _run(
+        self, planned: list[PlannedStep], kwargs: dict[str, Any], inputs: dict[str, Tensor]
+    ) -> Any:
+        """Do a step that is counted: the first time as it is, then recorded."""
         kept = self._kept
-        kind = tuple(manager.begin_step() for manager in self.cache.managers)
-        launch = functools.partial(self._launch, kind, kwargs)
+        kind = tuple(step.seals for step in planned)
+        launch = functools.partial(self._launch, planned, kwargs)
         kept.keep_at(tuple(address for steps in self._steps for address in steps.addresses))
         step = (kind, _manner(kwargs, inputs))
         if step not in kept.warm:
@@ -198,12 +197,16 @@ class Replayer:
         return output
 
     def _launch(
-        self, kind: Kind, kwargs: dict[str, Any], inputs: dict[str, Tensor], recorded: bool = False
+        self,
+        planned: list[PlannedStep],
+        kwargs: dict[str, Any],
+        inputs: dict[str, Tensor],
+        recorded: bool = False,
     ) -> Any:
         """Run the model over a step that has been counted already."""
         with ExitStack() as stack:
-            for steps, seals in zip(self._steps, kind, strict=True):
-                stack.enter_context(steps.launch(seals, recorded=recorded))
+            for step in planned:
+                stack.enter_context(step.run(recorded=recorded))
             # The manager knows the padding: a mask would be recorded as it is now.
             return self._forward(**{**kwargs, **inputs, "attention_mask": None})
 

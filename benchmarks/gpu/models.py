@@ -12,6 +12,7 @@ from arkcache import CacheConfig, KVCacheManager
 from arkcache.config import NO_LIMIT
 from arkcache.kernels.torch_pages import PagePacker
 from benchmarks.gpu.bench import Bench
+from tests.gpu.decoder import captured
 from tests.gpu.outcome import Skipped
 
 LLAMA_8B = {
@@ -118,7 +119,7 @@ def filled_cache(
             new = min(chunk, context - start)
             layer.manager.append(layer.index, key[:, :, :new], value[:, :, :new])
             if number == start == 0:
-                layer.manager.reserve(context + 1024)
+                captured(layer.manager).reserve(context + 1024)
     try:
         yield cache
     finally:

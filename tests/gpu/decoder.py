@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig, KVCacheManager
+from arkcache.engines.capture import CapturableSteps
 from tests.gpu.card import Card
+
+
+def captured(manager: KVCacheManager) -> CapturableSteps:
+    """The steps of a manager that runs on kernels, in two halves."""
+    assert manager.steps is not None, "decode steps run on plain torch"
+    return manager.steps
 
 
 class Decoder:

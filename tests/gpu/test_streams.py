@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.gpu.card import Card
-from tests.gpu.decoder import Decoder
+from tests.gpu.decoder import Decoder, captured
 
 
 def test_no_waiting(card: Card) -> None:
@@ -19,13 +19,13 @@ def test_no_waiting(card: Card) -> None:
         decoder.step(*decoder.tokens(prompt))
         # Both kinds of steps are compiled, and memory is cached.
         decoder.steps(card.pick(2 * page_size, 1))
-        decoder.manager.reserve(64 * page_size)  # what grows later may be compiled anew
+        captured(decoder.manager).reserve(64 * page_size)  # what grows later may be compiled anew
     steps = card.pick(2, 1) * page_size
     with card.waiting_is_an_error():
         decoder.steps(steps)
     card.note(steps=steps)
     for name, to_seal in (("plain", False), ("sealing", True)):
-        while decoder.manager.next_step_seals() != to_seal:
+        while captured(decoder.manager).seals_next() != to_seal:
             decoder.steps(1)
         tokens = decoder.tokens(1)
         host_ms = card.while_busy(lambda t=tokens: decoder.step(*t))

@@ -13,16 +13,17 @@ GROWTH = 1.125
 copy each entry eight times. While a tensor grows, old and new exist side by side."""
 
 
-def grown_capacity(capacity: int, least: int = FIRST_ENTRIES) -> int:
-    """Entries that there is room for after the next growth, which adds `least` at least."""
-    return max(int(capacity * GROWTH), capacity + least)
+def grown_capacity(capacity: int, first: int = FIRST_ENTRIES) -> int:
+    """Entries that there is room for after the next growth, of a tensor that had room for `first`
+    when it was made: a quarter of that is the least that is worth a copy."""
+    return max(int(capacity * GROWTH), capacity + first // 4)
 
 
 class GrowingTensor:
     """A tensor [..., capacity, ...] of which the first entries along `dim` are in use.
 
     Args:
-        shape: its shape; the entry at `dim` is the first capacity, and the least that it grows by.
+        shape: its shape; the entry at `dim` is the first capacity.
         dim: the dimension that grows.
     """
 

@@ -1,7 +1,8 @@
 """The cache of one decoder: `append` keys and values, `attend` queries, layer by layer.
 
 Knows nothing of any model library. Start reading at `KVCacheManager.attend`, then
-`PagedLayer.attend_one` in `layers/paged.py`, which is the decode step.
+`HostEngine.attend` in `engines/host.py`, which is the decode step, or its like on a GPU,
+`DeviceEngine.launch_attend` in `engines/device.py`.
 """
 
 from __future__ import annotations

@@ -170,14 +170,15 @@ def _ratings(score: Tensor, reduction: str) -> list[tuple[bool, float]]:
     visible = score[0] != HIDDEN
     if reduction == "softmax-mean" and len(score) > 1:
         score = torch.nan_to_num(score.masked_fill(~visible, float("-inf")).softmax(dim=-1))
-    return list(zip(visible.tolist(), score.sum(dim=0).tolist(), strict=True))
+    # Exactly: in fp32 torch adds up some pages in another order than others, and equal ones differ.
+    return list(zip(visible.tolist(), score.double().sum(dim=0).tolist(), strict=True))
 
 
 def _shares(score: Tensor, fixed: Tensor) -> list[tuple[bool, float]]:
     """Whether a page is visible, and which share of all attention it holds, by the mean."""
     visible = score[0] != HIDDEN
     logits = torch.cat((score.masked_fill(~visible, float("-inf")), fixed[:, None]), dim=1)
-    share = logits.softmax(dim=1).nan_to_num()[:, :-1].mean(dim=0)
+    share = logits.softmax(dim=1).nan_to_num()[:, :-1].double().mean(dim=0)
     return list(zip(visible.tolist(), share.tolist(), strict=True))
 
 

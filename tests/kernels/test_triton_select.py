@@ -351,6 +351,17 @@ def test_many_pages_and_places(pages: int, places: int) -> None:
         )
 
 
+def test_equal_pages_of_many_heads() -> None:
+    """A share of 1/29 each, which 16 heads add up to what depends on the order: the lowest win."""
+    score = torch.full((1, 16, 174), -400.0)
+    score[:, :, ::6] = 600.0
+    limit = ints(5)
+    how: dict[str, Any] = {"num_sink_pages": 0, "reduction": "softmax-mean"}
+    scores = make_scores(score, [174])
+    _, selection = check(scores, empty_metadata(1, 5), ints(174), limit, limit, **how)
+    assert selection.pages[0].tolist() == [0, 6, 12, 18, 24]
+
+
 @st.composite
 def score_tensors(draw: st.DrawFn, rows: int, group: int, pages: int) -> tuple[Tensor, str]:
     """Scores with ties, all different, or so far apart that shares underflow; some pages hidden."""

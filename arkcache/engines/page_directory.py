@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
-from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
+from arkcache.kernels.arguments import Scores
+from arkcache.kernels.triton_score import score_tokens, score_volumes
 from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor

@@ -16,6 +16,7 @@ from arkcache.engines.capture import Bools, Rule
 from arkcache.engines.step import Lengths, Step
 from arkcache.errors import IntegrityError
 from arkcache.formats import PageFormat, PageLayout
+from arkcache.kernels.arguments import Counts, PageSet, Window
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
@@ -90,10 +91,8 @@ class DeviceDenseLayer(DenseLayer):
         append(
             key[:, :, 0],
             value[:, :, 0],
-            self._key.data.flatten(0, 1)[rows],
-            self._value.data.flatten(0, 1)[rows],
-            self._metadata.lengths[rows],
-            self._metadata.sealed[rows],
+            Window(self._key.data.flatten(0, 1)[rows], self._value.data.flatten(0, 1)[rows]),
+            Counts(self._metadata.lengths[rows], self._metadata.sealed[rows]),
             recent=NEVER,
             page_size=1,
         )
@@ -121,13 +120,8 @@ class DeviceDenseLayer(DenseLayer):
         output = paged_attention(
             step.query.reshape(geometry.num_rows, -1, step.query.shape[3]),
             None,
-            None,
-            None,
-            None,
-            self._key.data.flatten(0, 1),
-            self._value.data.flatten(0, 1),
-            metadata.lengths,
-            metadata.sealed,
+            Window(self._key.data.flatten(0, 1), self._value.data.flatten(0, 1)),
+            Counts(metadata.lengths, metadata.sealed),
             layout=self._layout,
             num_sink_pages=0,
             scale=step.scale,
@@ -199,17 +193,11 @@ class DevicePackedDenseLayer(RingLayer):
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over all pages and the window."""
         geometry, metadata = self.geometry, self._metadata
-        key, value = self.by_row(self._window)
         output = paged_attention(
             self.grouped(step.query),
-            self._pages.data.flatten(0, 1),
-            None,
-            None,
-            None,
-            key,
-            value,
-            metadata.lengths,
-            metadata.sealed,
+            PageSet(self._pages.data.flatten(0, 1)),
+            Window(*self.by_row(self._window)),
+            Counts(metadata.lengths, metadata.sealed),
             layout=self._packer.layout,
             num_sink_pages=0,
             scale=step.scale,
@@ -247,16 +235,11 @@ class DevicePackedDenseLayer(RingLayer):
     def _launch_seal(self, rows: slice, digest_window: Tensor) -> None:
         key, value = self.by_row(self._window)
         seal_newest(
-            key[rows],
-            value[rows],
+            Window(key[rows], value[rows]),
             digest_window,
-            self._metadata.lengths[rows],
-            self._metadata.sealed[rows],
+            Counts(self._metadata.lengths[rows], self._metadata.sealed[rows]),
             self._pages.data.flatten(0, 1)[rows],
-            None,
-            None,
             self._newest[rows],
-            None,
             recent=self.config.num_recent_tokens,
             num_sink_pages=0,
             layout=self._packer.layout,
@@ -271,7 +254,6 @@ class DevicePackedDenseLayer(RingLayer):
                 value[number],
                 key[number],
                 self._pages.data[sequence, :, first : first + key.shape[2]],
-                None,
                 first=first,
                 layout=self._packer.layout,
                 index=self.config.index,

@@ -20,6 +20,7 @@ from arkcache.engines.device_page_table import DevicePageTable
 from arkcache.engines.page_directory import PageDirectory
 from arkcache.engines.step import Lengths
 from arkcache.errors import IntegrityError
+from arkcache.kernels.arguments import Counts, HostPages, Places, Summaries, Window
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_copy import scatter
@@ -175,17 +176,13 @@ class OffloadedLayer(RingLayer, TieredLayer):
         metadata, means = self._metadata, self._directory.means
         key, value = self.by_row(self.window)
         seal_newest(
-            key[rows],
-            value[rows],
+            Window(key[rows], value[rows]),
             digest_window,
-            metadata.lengths[rows],
-            metadata.sealed[rows],
+            Counts(metadata.lengths[rows], metadata.sealed[rows]),
             self._slots[rows],
-            self._page_table.page_of[rows],
-            self._page_table.may_hold[rows],
             self._newest[rows],
-            self._directory.digests[rows],
-            None if means is None else means[rows],
+            Places(self._page_table.page_of[rows], self._page_table.may_hold[rows]),
+            Summaries(self._directory.digests[rows], None if means is None else means[rows]),
             recent=self.config.num_recent_tokens,
             num_sink_pages=self.config.num_sink_pages,
             layout=self._packer.layout,
@@ -195,8 +192,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
         scatter(
             self._newest[rows],
             self._lines[rows],
-            self._store.pieces(),
-            self._directory.located[rows],
+            HostPages(self._store.pieces(), self._directory.located[rows]),
             metadata.sealed[rows],
         )
 
@@ -223,8 +219,7 @@ class OffloadedLayer(RingLayer, TieredLayer):
                 value[number],
                 digest_key[number],
                 packed,
-                digests[sequence],
-                None if means is None else means[sequence],
+                Summaries(digests[sequence], None if means is None else means[sequence]),
                 first=first,
                 layout=layout,
                 index=self.config.index,

@@ -21,11 +21,18 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages, page_bias
+from arkcache.kernels.arguments import (
+    Counts,
+    Estimates,
+    HostPages,
+    PageSet,
+    Scores,
+    Selection,
+    Window,
+)
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.kernels.triton_copy import gather
-from arkcache.kernels.triton_score import Scores
-from arkcache.kernels.triton_select import Selection
 from arkcache.layers.offloaded import OffloadedLayer
 from arkcache.layers.ring import by_row_and_head, sink_logits_by_row, user_bias
 from arkcache.pages.bookkeeping import Ids
@@ -92,9 +99,7 @@ class RecalledLayer(OffloadedLayer):
             bias,
             selection,
             self._page_table.page_of,
-            means=self._directory.means,
-            estimated=selection.estimated,
-            page_bias=self._page_bias(step),
+            estimates=self._estimates(step, selection),
         )
         if self.config.speculative_recall and self._page_table.has_spare:
             self._speculate(scores, fixed)
@@ -106,28 +111,25 @@ class RecalledLayer(OffloadedLayer):
         bias: Tensor | None,
         selection: Selection,
         page_of: Tensor,
-        **how: Tensor | None,
+        *,
+        estimates: Estimates | None = None,
+        log_mass: Tensor | None = None,
     ) -> Tensor:
-        """Attend sinks, selected pages and recent window; `how`: see `paged_attention`."""
-        key, value = self.by_row(self.window)
+        """Attend sinks, selected pages and recent window; see `paged_attention`."""
         return paged_attention(
             self.grouped(step.query),
-            self._slots,
-            selection.chosen,
-            selection.num_chosen,
-            page_of,
-            key,
-            value,
-            self._metadata.lengths,
-            self._metadata.sealed,
+            PageSet(self._slots, selection.chosen, selection.num_chosen, page_of),
+            Window(*self.by_row(self.window)),
+            Counts(self._metadata.lengths, self._metadata.sealed),
             layout=self._packer.layout,
             num_sink_pages=self.config.num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
             sink_logits=sink_logits_by_row(step, self.geometry),
             bias=bias,
+            estimates=estimates,
+            log_mass=log_mass,
             tickets=self._metadata.tickets,
-            **how,
         )
 
     def _fixed_mass(self, step: Step, bias: Tensor | None) -> Tensor | None:
@@ -149,6 +151,14 @@ class RecalledLayer(OffloadedLayer):
         mask = hidden if isinstance(hidden, Tensor) else None
         return self._directory.score(query, sealed, step.scale, mask)
 
+    def _estimates(self, step: Step, selection: Selection) -> Estimates | None:
+        """What stands for the pages that are not selected; None where none is estimated."""
+        means, estimated = self._directory.means, selection.estimated
+        if means is None:
+            return None
+        assert estimated is not None, "both are there where `estimate_pages` is not 0"
+        return Estimates(means, estimated, self._page_bias(step))
+
     def _page_bias(self, step: Step) -> Tensor | None:
         """The user's mask over estimates by page number [rows, group, pages]; None without one."""
         num_pages = int(self.sealed.max())
@@ -161,11 +171,8 @@ class RecalledLayer(OffloadedLayer):
     def _recall(self, selection: Selection) -> None:
         """Copy what is missing from the host tier into its places."""
         gather(
-            self._store.pieces(),
-            self._directory.located,
-            selection.pages,
-            selection.places,
-            selection.num_missing,
+            HostPages(self._store.pieces(), self._directory.located),
+            selection,
             self._slots,
             num_sink_pages=self.config.num_sink_pages,
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from arkcache.engines.capture import Bools, Rule, attended_tokens
 from arkcache.engines.step import Step
+from arkcache.kernels.arguments import Counts, Window
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_append import append
 from arkcache.layers.sealing import SealingLayer
@@ -126,10 +127,8 @@ class RingLayer(SealingLayer):
         append(
             key[:, :, 0],
             value[:, :, 0],
-            key_window,
-            value_window,
-            metadata.lengths[rows],
-            metadata.sealed[rows],
+            Window(key_window, value_window),
+            Counts(metadata.lengths[rows], metadata.sealed[rows]),
             recent=config.num_recent_tokens,
             page_size=config.page_size,
         )

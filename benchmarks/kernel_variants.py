@@ -23,6 +23,17 @@ from arkcache.kernels import (
     triton_seal,
     triton_select,
 )
+from arkcache.kernels.arguments import (
+    Counts,
+    Estimates,
+    HostPages,
+    PageSet,
+    Places,
+    Scores,
+    Selection,
+    Summaries,
+    Window,
+)
 from arkcache.kernels.torch_tokens import TokenIndex
 
 PAGE_SIZE, NUM_SINK_PAGES, RECENT, WINDOW, INDEX_BITS = 32, 1, 128, 160, 2
@@ -91,53 +102,50 @@ def _int64(*shape: int) -> Tensor:
     return torch.zeros(shape, dtype=torch.int64)
 
 
+def _counts() -> Counts:
+    return Counts(_int32(ROWS), _int32(ROWS))
+
+
 def _copy(shape: _Shape) -> None:
     pieces, packed, slots = shape.pages(64), shape.pages(ROWS), shape.slots()
-    located, wanted = _int64(ROWS, CAPACITY), _int32(ROWS, NUM_PLACES)
-    triton_copy.gather(
-        pieces, located, wanted, wanted, _int32(ROWS), slots, num_sink_pages=NUM_SINK_PAGES
-    )
-    triton_copy.scatter(packed, _int64(ROWS), pieces, located, _int32(ROWS))
+    located, wanted, count = _int64(ROWS, CAPACITY), _int32(ROWS, NUM_PLACES), _int32(ROWS)
+    host, selection = HostPages(pieces, located), Selection(wanted, wanted, count, wanted, count)
+    triton_copy.gather(host, selection, slots, num_sink_pages=NUM_SINK_PAGES)
+    triton_copy.scatter(packed, _int64(ROWS), host, count)
     triton_copy.gather_lines(pieces, _int64(ROWS), packed)
 
 
 def _append(shape: _Shape) -> None:
     token, window = shape.states(1, ROWS), shape.states(ROWS, WINDOW)
     triton_append.append(
-        token, token, window, window, _int32(ROWS), _int32(ROWS), recent=RECENT, page_size=PAGE_SIZE
+        token, token, Window(window, window), _counts(), recent=RECENT, page_size=PAGE_SIZE
     )
 
 
 def _seal(shape: _Shape, index: str, means: bool = False) -> None:
-    how: dict[str, Any] = {"layout": shape.layout, "index": index}
-    how |= {"means": shape.means()} if means else {}
-    states, digests = shape.states(ROWS, 64, PAGE_SIZE), shape.digests(index)
-    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), digests, first=0, **how)
-    _seal_newest(shape, _int32(ROWS, NUM_PLACES), _int32(ROWS), digests, **how)
+    summaries = Summaries(shape.digests(index), shape.means() if means else None)
+    how: dict[str, Any] = {"summaries": summaries, "layout": shape.layout, "index": index}
+    states = shape.states(ROWS, 64, PAGE_SIZE)
+    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), first=0, **how)
+    _seal_newest(shape, places=Places(_int32(ROWS, NUM_PLACES), _int32(ROWS)), **how)
 
 
 def _seal_dense(shape: _Shape) -> None:
     """As layers do that attend everything."""
     how: dict[str, Any] = {"layout": shape.layout, "index": "cuboid-mean"}
     states = shape.states(ROWS, 64, PAGE_SIZE)
-    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), None, first=0, **how)
-    _seal_newest(shape, None, None, None, **how)
+    triton_seal.seal_pages(states, states, states, shape.pages(ROWS, 64), first=0, **how)
+    _seal_newest(shape, **how)
 
 
-def _seal_newest(shape: _Shape, *index: Tensor | None, **how: Any) -> None:
-    window, packed = shape.states(ROWS, WINDOW), shape.pages(ROWS)
-    page_of, num_places, digests = index
+def _seal_newest(shape: _Shape, **how: Any) -> None:
+    window = shape.states(ROWS, WINDOW)
     triton_seal.seal_newest(
+        Window(window, window),
         window,
-        window,
-        window,
-        _int32(ROWS),
-        _int32(ROWS),
+        _counts(),
         shape.slots(),
-        page_of,
-        num_places,
-        packed,
-        digests,
+        shape.pages(ROWS),
         recent=RECENT,
         num_sink_pages=NUM_SINK_PAGES,
         **how,
@@ -175,10 +183,9 @@ def _select(shape: _Shape, reduction: str, capacity: int = CAPACITY, **options: 
     blocks = torch.zeros(ROWS, shape.group, -(-pages // triton_score.PAGES_PER_BLOCK))
     limits = _int32(ROWS)
     triton_select.select(
-        triton_score.Scores(torch.zeros(ROWS, shape.group, pages), blocks, blocks),
+        Scores(torch.zeros(ROWS, shape.group, pages), blocks, blocks),
         _int32(ROWS),
-        _int32(ROWS, NUM_PLACES),
-        limits,
+        Places(_int32(ROWS, NUM_PLACES), limits),
         limits,
         torch.zeros((ROWS, NUM_PLACES), dtype=torch.int8),
         _int64(ROWS, 5),
@@ -202,31 +209,23 @@ def _attention(
     apart: splits are merged by a launch of their own. estimates: of the pages that are not chosen.
     mass: the log mass of all is wanted.
     """
-    chosen, num_chosen, page_of = (
-        (_int32(ROWS, NUM_PLACES), _int32(ROWS), _int32(ROWS, NUM_PLACES))
-        if pages == "chosen"
-        else (None, None, None)
-    )
+    chosen = (_int32(ROWS, NUM_PLACES), _int32(ROWS), _int32(ROWS, NUM_PLACES))
+    page_sets = {"chosen": PageSet(shape.slots(), *chosen), "all": PageSet(shape.slots())}
     window = shape.states(ROWS, WINDOW)
+    page_bias = torch.zeros(ROWS, shape.group, CAPACITY) if extras else None
+    estimated = _int32(ROWS, CAPACITY - NUM_SINK_PAGES)
     triton_attention.paged_attention(
         shape.states(ROWS, shape.group),
-        None if pages == "none" else shape.slots(),
-        chosen,
-        num_chosen,
-        page_of,
-        window,
-        window,
-        _int32(ROWS),
-        _int32(ROWS),
+        page_sets.get(pages),
+        Window(window, window),
+        _counts(),
         layout=shape.layout,
         num_sink_pages=NUM_SINK_PAGES,
         scale=shape.head_dim**-0.5,
         softcap=30.0 if extras else None,
         sink_logits=torch.zeros(ROWS, shape.group) if extras else None,
         bias=torch.zeros(ROWS, shape.group, CAPACITY * PAGE_SIZE) if extras else None,
-        means=shape.means() if estimates else None,
-        estimated=_int32(ROWS, CAPACITY - NUM_SINK_PAGES) if estimates else None,
-        page_bias=torch.zeros(ROWS, shape.group, CAPACITY) if estimates and extras else None,
+        estimates=Estimates(shape.means(), estimated, page_bias) if estimates else None,
         log_mass=torch.zeros(ROWS, shape.group) if mass else None,
         tickets=None if apart else _int32(ROWS),
     )

@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from arkcache.kernels.arguments import HostPages, Selection
 
-def gather(
-    pieces: Tensor,
-    located: Tensor,
-    pages: Tensor,
-    places: Tensor,
-    counts: Tensor,
-    slots: Tensor,
-    *,
-    num_sink_pages: int,
-) -> None:
-    """Recall counts[r] pages per row from the host tier into the slots of their places."""
-    for row, count in enumerate(counts.tolist()):
+
+def gather(host: HostPages, selection: Selection, slots: Tensor, *, num_sink_pages: int) -> None:
+    """Recall what is missing of a selection from the host tier into the slots of its places."""
+    for row, count in enumerate(selection.num_missing.tolist()):
         for page, place in zip(
-            pages[row, :count].tolist(), places[row, :count].tolist(), strict=True
+            selection.pages[row, :count].tolist(),
+            selection.places[row, :count].tolist(),
+            strict=True,
         ):
-            slots[row, num_sink_pages + place] = pieces[int(located[row, page])].to(slots.device)
+            line = int(host.located[row, page])
+            slots[row, num_sink_pages + place] = host.pieces[line].to(slots.device)
 
 
-def scatter(packed: Tensor, lines: Tensor, pieces: Tensor, located: Tensor, sealed: Tensor) -> None:
+def scatter(packed: Tensor, lines: Tensor, host: HostPages, sealed: Tensor) -> None:
     """Back up each row's newest sealed page in line lines[r], unless that is negative."""
     for row, line in enumerate(lines.tolist()):
         if line >= 0:
-            pieces[line] = packed[row].to(pieces.device)
-            located[row, int(sealed[row]) - 1] = line
+            host.pieces[line] = packed[row].to(host.pieces.device)
+            host.located[row, int(sealed[row]) - 1] = line
 
 
 def gather_lines(pieces: Tensor, lines: Tensor, target: Tensor) -> None:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arkcache.kernels.arguments import Places, Scores, Selection
 from arkcache.kernels.reference import token_score, volume_score
-from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores
-from arkcache.kernels.triton_select import Selection
+from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK
 
 
 def score_volumes(
@@ -105,9 +105,8 @@ def _scores(score: Tensor, sealed: Tensor, num_sink_pages: int, hidden: Tensor |
 def select(
     scores: Scores,
     sealed: Tensor,
-    page_of: Tensor,
+    places: Places,
     num_selected: Tensor,
-    num_places: Tensor,
     speculated: Tensor,
     counters: Tensor,
     *,
@@ -121,17 +120,18 @@ def select(
     missed: Tensor | None = None,
 ) -> Selection:
     """Choose pages and the places of those that are missing; the lists' unused ends are -1."""
-    rows, num_pages = page_of.shape[0], scores.score.shape[-1]
+    page_of, num_pages = places.page_of, scores.score.shape[-1]
+    rows = page_of.shape[0]
     estimated = None if num_estimated == 0 else torch.zeros(rows, num_pages, dtype=torch.int32)
     lists = [torch.full((rows, max_selected), -1, dtype=torch.int32) for _ in range(3)]
     counts = [torch.zeros(rows, dtype=torch.int32) for _ in range(2)]
     for row in range(rows):
         selectable = max(0, int(sealed[row]) - num_sink_pages)
-        places = range(min(int(num_places[row]), page_of.shape[1]))
+        usable = range(min(int(places.num_places[row]), page_of.shape[1]))
         rating = _ratings(scores.score[row, :, :selectable], reduction)
         if fixed is not None:
             rating = _shares(scores.score[row, :, :selectable], fixed[row])
-        count = min(int(num_selected[row]), selectable, len(places), max_selected)
+        count = min(int(num_selected[row]), selectable, len(usable), max_selected)
         best = sorted(range(selectable), key=lambda page: (rating[page], -page), reverse=True)
         if target is not None and missed is not None:
             count = _cover([rating[page][1] for page in best], count, target, missed[row])
@@ -141,9 +141,9 @@ def select(
             estimated[row, best[count : count + limit]] = 1
 
         held = page_of[row].tolist()
-        kept = [place for place in places if held[place] in wanted]
+        kept = [place for place in usable if held[place] in wanted]
         missing = sorted(wanted - {held[place] for place in kept})
-        spare = [place for place in places if place not in kept]
+        spare = [place for place in usable if place not in kept]
         order = sorted(
             spare, key=lambda place: _worth(held[place], num_sink_pages, selectable, rating, place)
         )
@@ -170,14 +170,15 @@ def _ratings(score: Tensor, reduction: str) -> list[tuple[bool, float]]:
     visible = score[0] != HIDDEN
     if reduction == "softmax-mean" and len(score) > 1:
         score = torch.nan_to_num(score.masked_fill(~visible, float("-inf")).softmax(dim=-1))
-    return list(zip(visible.tolist(), score.sum(dim=0).tolist(), strict=True))
+    # Exactly: in fp32 torch adds up some pages in another order than others, and equal ones differ.
+    return list(zip(visible.tolist(), score.double().sum(dim=0).tolist(), strict=True))
 
 
 def _shares(score: Tensor, fixed: Tensor) -> list[tuple[bool, float]]:
     """Whether a page is visible, and which share of all attention it holds, by the mean."""
     visible = score[0] != HIDDEN
     logits = torch.cat((score.masked_fill(~visible, float("-inf")), fixed[:, None]), dim=1)
-    share = logits.softmax(dim=1).nan_to_num()[:, :-1].mean(dim=0)
+    share = logits.softmax(dim=1).nan_to_num()[:, :-1].double().mean(dim=0)
     return list(zip(visible.tolist(), share.tolist(), strict=True))
 
 

@@ -7,15 +7,14 @@ from torch import Tensor
 
 from arkcache.formats import PageLayout
 from arkcache.kernels import reference
+from arkcache.kernels.arguments import Counts, Places, Summaries, Window
 
 
 def append(
     key: Tensor,
     value: Tensor,
-    window_key: Tensor,
-    window_value: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
+    window: Window,
+    counts: Counts,
     *,
     recent: int,
     page_size: int,
@@ -23,11 +22,11 @@ def append(
     """Write a token into every row's ring and count it."""
     rows = zip(key.flatten(0, 1), value.flatten(0, 1), strict=True)
     for row, (new_key, new_value) in enumerate(rows):
-        length = int(lengths[row])
-        window_key[row, length % window_key.shape[1]] = new_key
-        window_value[row, length % window_key.shape[1]] = new_value
-        lengths[row] = length + 1
-        sealed[row] = max(0, (length + 1 - recent) // page_size)
+        length = int(counts.lengths[row])
+        position = length % window.key.shape[1]
+        window.key[row, position], window.value[row, position] = new_key, new_value
+        counts.lengths[row] = length + 1
+        counts.sealed[row] = max(0, (length + 1 - recent) // page_size)
 
 
 def seal_pages(
@@ -35,8 +34,7 @@ def seal_pages(
     value: Tensor,
     digest_key: Tensor,
     packed: Tensor,
-    digests: Tensor | None,
-    means: Tensor | None = None,
+    summaries: Summaries,
     *,
     first: int,
     layout: PageLayout,
@@ -47,25 +45,21 @@ def seal_pages(
     for row in range(key.shape[0]):
         for page in range(key.shape[1]):
             packed[row, page] = _packed(key[row, page], value[row, page], layout)
-            if digests is not None:
+            if summaries.digests is not None:
                 digest = _digest(digest_key[row, page], index, index_bits)
-                digests[row, first + page] = digest.to(digests)
-            if means is not None:
-                means[row, first + page] = _means(key[row, page], value[row, page])
+                summaries.digests[row, first + page] = digest.to(summaries.digests)
+            if summaries.means is not None:
+                summaries.means[row, first + page] = _means(key[row, page], value[row, page])
 
 
 def seal_newest(
-    window_key: Tensor,
-    window_value: Tensor,
+    window: Window,
     digest_window: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
+    counts: Counts,
     slots: Tensor,
-    page_of: Tensor | None,
-    num_places: Tensor | None,
     packed: Tensor,
-    digests: Tensor | None,
-    means: Tensor | None = None,
+    places: Places | None,
+    summaries: Summaries,
     *,
     recent: int,
     num_sink_pages: int,
@@ -74,23 +68,24 @@ def seal_newest(
     index_bits: int = 2,
 ) -> None:
     """Pack and digest the page that the newest token sealed, in the rows where it sealed one."""
-    size, window = layout.page_size, window_key.shape[1]
-    for row, (length, num_sealed) in enumerate(zip(lengths.tolist(), sealed.tolist(), strict=True)):
-        if num_sealed == 0 or length - recent != num_sealed * size:
+    size, ring = layout.page_size, window.key.shape[1]
+    for row, (length, sealed) in enumerate(zip(*(held.tolist() for held in counts), strict=True)):
+        if sealed == 0 or length - recent != sealed * size:
             continue
-        page = num_sealed - 1
-        positions = [token % window for token in range(page * size, page * size + size)]
-        packed[row] = _packed(window_key[row, positions], window_value[row, positions], layout)
-        if digests is not None:
+        page = sealed - 1
+        positions = [token % ring for token in range(page * size, page * size + size)]
+        key, value = (states[row, positions] for states in window)
+        packed[row] = _packed(key, value, layout)
+        if summaries.digests is not None:
             digest = _digest(digest_window[row, positions], index, index_bits)
-            digests[row, page] = digest.to(digests)
-        if means is not None:
-            means[row, page] = _means(window_key[row, positions], window_value[row, positions])
-        if page_of is None or num_places is None or page < num_sink_pages:
+            summaries.digests[row, page] = digest.to(summaries.digests)
+        if summaries.means is not None:
+            summaries.means[row, page] = _means(key, value)
+        if places is None or page < num_sink_pages:
             slots[row, page] = packed[row]
-        elif page < num_sink_pages + int(num_places[row]):
+        elif page < num_sink_pages + int(places.num_places[row]):
             slots[row, page] = packed[row]
-            page_of[row, page - num_sink_pages] = page
+            places.page_of[row, page - num_sink_pages] = page
 
 
 def _packed(key: Tensor, value: Tensor, layout: PageLayout) -> Tensor:

@@ -14,16 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from arkcache.errors import InputError
+from arkcache.kernels.arguments import Counts, Window
+from arkcache.kernels.triton_checked import check
 from arkcache.kernels.triton_sizes import power_of_two
 
 
 def append(
     key: Tensor,
     value: Tensor,
-    window_key: Tensor,
-    window_value: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
+    window: Window,
+    counts: Counts,
     *,
     recent: int,
     page_size: int,
@@ -31,34 +31,30 @@ def append(
     """Write a token into every row's window and count it; rows are (sequence, KV head) pairs.
 
     Args:
-        key, value: [batch, kv_heads, head_dim] and [batch, kv_heads, value_dim], the last stride 1.
-        window_key, window_value: [rows, window, head_dim] and [..., value_dim], contiguous, of the
-            same dtype; written at `lengths % window`.
-        lengths: int32 [rows], tokens held; one more afterwards.
-        sealed: int32 [rows], becomes max(0, (lengths - recent) // page_size).
+        key, value: [batch, kv_heads, head_dim] and [batch, kv_heads, value_dim] in the dtypes of
+            the window, the last stride 1.
+        window: contiguous; written at `lengths % tokens`.
+        counts: contiguous; `lengths` is one more afterwards, `sealed` becomes
+            max(0, (lengths - recent) // page_size).
         recent: tokens that stay unsealed.
         page_size: tokens per page.
 
     Raises `InputError` where a shape, a dtype or a stride is another.
     """
-    _check(key, value, window_key, window_value, lengths, sealed)
+    rows, tokens, head_dim, value_dim = _check(key, value, window, counts)
     if page_size < 1 or recent < 0:
         raise InputError(
             f"recent={recent}, page_size={page_size}: expected recent >= 0 and page_size >= 1"
         )
-    rows, window, head_dim = window_key.shape
     if not rows:
         return
-    value_dim = window_value.shape[-1]
     append_kernel[(rows,)](
         key,
         value,
-        window_key,
-        window_value,
-        lengths,
-        sealed,
+        *window,
+        *counts,
         key.shape[1],
-        window,
+        tokens,
         recent,
         page_size,
         *key.stride()[:2],
@@ -71,42 +67,21 @@ def append(
     )
 
 
-def _check(
-    key: Tensor,
-    value: Tensor,
-    window_key: Tensor,
-    window_value: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
-) -> None:
-    heads = key.shape[:2]
-    for name, states, window in (("key", key, window_key), ("value", value, window_value)):
-        if window.dim() != 3 or not window.is_contiguous() or window.shape[1] < 1:
-            raise InputError(
-                f"window_{name} of shape {list(window.shape)} and strides {window.stride()}: "
-                "expected contiguous [rows, window, dim]"
-            )
-        expected = (*heads, window.shape[-1])
-        if states.shape != expected or heads.numel() != window.shape[0] or states.stride(-1) != 1:
-            raise InputError(
-                f"{name} of shape {list(states.shape)} and strides {states.stride()}: expected "
-                f"[batch, kv_heads, {window.shape[-1]}] with {window.shape[0]} rows in all and the "
-                "last stride 1"
-            )
-        if states.dtype != window.dtype:
-            raise InputError(f"{name} of {states.dtype}: expected {window.dtype} as in its window")
-    if window_key.shape[:2] != window_value.shape[:2]:
-        raise InputError(
-            f"windows of {list(window_key.shape[:2])} and {list(window_value.shape[:2])} tokens: "
-            "expected the same"
-        )
-    for name, counts in (("lengths", lengths), ("sealed", sealed)):
-        fits = counts.dtype == torch.int32 and counts.shape == window_key.shape[:1]
-        if not fits or not counts.is_contiguous():
-            raise InputError(
-                f"{name} of {counts.dtype} {list(counts.shape)}: expected contiguous int32 "
-                f"[{window_key.shape[0]}]"
-            )
+def _check(key: Tensor, value: Tensor, window: Window, counts: Counts) -> tuple[int, ...]:
+    """Rows, tokens of their windows, head_dim and value_dim, or `InputError`."""
+    like_key, like_value = window.key.dtype, window.value.dtype
+    batch, heads, head_dim = check(
+        "key", key, (None, None, None), like_key, strides="last stride 1"
+    )
+    rows, tokens, _ = check("window.key", window.key, (batch * heads, None, head_dim), like_key)
+    if not tokens:
+        raise InputError("a window of 0 tokens: expected one or more")
+    states = (batch, heads, None)
+    value_dim = check("value", value, states, like_value, strides="last stride 1")[2]
+    check("window.value", window.value, (rows, tokens, value_dim), like_value)
+    check("counts.lengths", counts.lengths, (rows,), torch.int32)
+    check("counts.sealed", counts.sealed, (rows,), torch.int32)
+    return rows, tokens, head_dim, value_dim
 
 
 @triton.jit

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from arkcache.errors import InputError
 from arkcache.formats import PageFormat, PageLayout
+from arkcache.kernels.arguments import Counts, Estimates, PageSet, Window
 from arkcache.kernels.torch_pages import meta_dtype
 from arkcache.kernels.triton_attention_kernel import merge_kernel, partial_kernel
-from arkcache.kernels.triton_checked import Checked, signature
+from arkcache.kernels.triton_checked import Checked, check, signature
 from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
 PAGE_SPLIT = 128
@@ -52,19 +53,16 @@ PAGES_AHEAD = 3
 WINDOW_AHEAD = 2
 """Blocks of the window likewise; it is short."""
 
+NO_PAGES, NO_ESTIMATES = (None,) * 4, (None,) * 3
+
 _checked = Checked()
 
 
 def paged_attention(
     query: Tensor,
-    slots: Tensor | None,
-    chosen: Tensor | None,
-    num_chosen: Tensor | None,
-    page_of: Tensor | None,
-    window_key: Tensor,
-    window_value: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
+    pages: PageSet | None,
+    window: Window,
+    counts: Counts,
     *,
     layout: PageLayout | None,
     num_sink_pages: int,
@@ -72,9 +70,7 @@ def paged_attention(
     softcap: float | None = None,
     sink_logits: Tensor | None = None,
     bias: Tensor | None = None,
-    means: Tensor | None = None,
-    estimated: Tensor | None = None,
-    page_bias: Tensor | None = None,
+    estimates: Estimates | None = None,
     log_mass: Tensor | None = None,
     tickets: Tensor | None = None,
 ) -> Tensor:
@@ -91,16 +87,23 @@ def paged_attention(
             recorded on. None, and on AMD: a launch of its own merges the splits.
     """
     if layout is None:
-        layout = _window_layout(query.shape[-1], window_value.shape[-1], query.dtype)
+        layout = _window_layout(query.shape[-1], window.value.shape[-1], query.dtype)
+    slots, chosen, num_chosen, page_of = pages or NO_PAGES
+    means, estimated, page_bias = estimates or NO_ESTIMATES
     tensors = (
-        query, slots, chosen, num_chosen, page_of, window_key, window_value, lengths, sealed,
+        query, slots, chosen, num_chosen, page_of, *window, *counts,
         sink_logits, bias, means, estimated, page_bias, log_mass, tickets,
     )  # fmt: skip
     key = (signature(*tensors), layout, num_sink_pages)
     if key not in _checked:
-        _check_all(*tensors, layout, num_sink_pages)
+        _check_states(query, pages, window, counts, layout)
+        _check_logits(query, sink_logits, bias, log_mass)
+        if estimates is not None:
+            _check_estimates(query, estimates, layout, num_sink_pages)
+        if tickets is not None:
+            check("tickets", tickets, query.shape[:1], torch.int32, device=query.device)
         _checked.add(key)
-    (rows, group, _), ring, value_dim = query.shape, window_key.shape[1], layout.value_dim
+    (rows, group, _), ring, value_dim = query.shape, window.key.shape[1], layout.value_dim
     output = torch.empty((rows, group, value_dim), dtype=query.dtype, device=query.device)
     if output.numel() == 0:
         return output
@@ -127,9 +130,8 @@ def paged_attention(
         merged = (tickets, sink_logits, output, log_mass)
     with torch.cuda.device_of(query):
         partial_kernel[(rows, num_splits, cdiv(group, BLOCK_HEADS))](
-            query, *views, chosen, num_chosen, page_of, window_key, window_value,
-            lengths, sealed, bias, means if mean_splits else None, estimated, page_bias,
-            parts, *merged,
+            query, *views, chosen, num_chosen, page_of, *window, *counts,
+            bias, means if mean_splits else None, estimated, page_bias, parts, *merged,
             scale, softcap, group, num_slots, num_sink_pages, max_selected, num_places, ring,
             page_splits, mean_splits, num_means,
             *query.stride()[:2], *((0, 0, 0) if bias is None else bias.stride()),
@@ -193,72 +195,59 @@ def _window_layout(head_dim: int, value_dim: int, dtype: torch.dtype) -> PageLay
     return PageLayout(PageFormat(), 1, head_dim, value_dim, dtype.itemsize)
 
 
-def _check_all(
-    query: Tensor,
-    slots: Tensor | None,
-    chosen: Tensor | None,
-    num_chosen: Tensor | None,
-    page_of: Tensor | None,
-    window_key: Tensor,
-    window_value: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
-    sink_logits: Tensor | None,
-    bias: Tensor | None,
-    means: Tensor | None,
-    estimated: Tensor | None,
-    page_bias: Tensor | None,
-    log_mass: Tensor | None,
-    tickets: Tensor | None,
-    layout: PageLayout,
-    num_sink_pages: int,
+def _check_states(
+    query: Tensor, pages: PageSet | None, window: Window, counts: Counts, layout: PageLayout
 ) -> None:
-    """Raise `InputError` for what the kernels do not read."""
-    (rows, group, _), ring = query.shape, window_key.shape[1]
-    _check("query", query, query.dtype, (rows, group, layout.head_dim), query, whole=False)
-    _check("slots", slots, torch.uint8, (rows, -1, layout.nbytes), query)
-    _check("chosen", chosen, torch.int32, (rows, -1), query)
-    _check("num_chosen", num_chosen, torch.int32, (rows,), query)
-    _check("page_of", page_of, torch.int32, (rows, -1), query)
-    _check("window_key", window_key, query.dtype, (rows, ring, layout.head_dim), query)
-    _check("window_value", window_value, query.dtype, (rows, ring, layout.value_dim), query)
-    _check("lengths", lengths, torch.int32, (rows,), query)
-    _check("sealed", sealed, torch.int32, (rows,), query)
-    _check("sink_logits", sink_logits, torch.float32, (rows, group), query, whole=False)
-    _check("bias", bias, torch.float32, (rows, group, -1), query, whole=False)
-    _check("log_mass", log_mass, torch.float32, (rows, group), query)
-    _check("tickets", tickets, torch.int32, (rows,), query)
-    _check("means", means, query.dtype, (rows, -1, layout.head_dim + layout.value_dim), query)
-    _check("page_bias", page_bias, torch.float32, (rows, group, -1), query, whole=False)
-    num_means = 0 if means is None else means.shape[1]
-    _check("estimated", estimated, torch.int32, (rows, num_means - num_sink_pages), query)
-    if (means is None) != (estimated is None):
-        raise InputError("one of means and estimated is given: expected both or neither")
-    if chosen is not None and (slots is None or num_chosen is None or page_of is None):
-        raise InputError("chosen is given: expected slots, num_chosen and page_of as well")
-    if ring == 0 or query.dtype.itemsize != layout.element_bytes or query.stride(2) != 1:
+    """Raise `InputError` for a query, pages, a window or counts that the kernels do not read."""
+    dtype, device = query.dtype, query.device
+    if dtype.itemsize != layout.element_bytes:
         raise InputError(
-            f"window of {ring} tokens, {query.dtype} with strides {query.stride()}: expected one "
-            f"token or more, elements of {layout.element_bytes} bytes and a last stride of 1"
+            f"query is {dtype}: expected elements of {layout.element_bytes} bytes as in its layout"
         )
+    dim = layout.head_dim
+    rows = check("query", query, (None, None, dim), dtype, strides="last stride 1")[0]
+    tokens = check("window.key", window.key, (rows, None, dim), dtype, device=device)[1]
+    check("window.value", window.value, (rows, tokens, layout.value_dim), dtype, device=device)
+    if not tokens:
+        raise InputError("a window of 0 tokens: expected one or more")
+    check("counts.lengths", counts.lengths, (rows,), torch.int32, device=device)
+    check("counts.sealed", counts.sealed, (rows,), torch.int32, device=device)
+    if pages is not None:
+        _check_pages(pages, rows, layout, device)
 
 
-def _check(
-    name: str,
-    tensor: Tensor | None,
-    dtype: torch.dtype,
-    shape: tuple[int, ...],
-    query: Tensor,
-    whole: bool = True,
+def _check_pages(pages: PageSet, rows: int, layout: PageLayout, device: torch.device) -> None:
+    check("pages.slots", pages.slots, (rows, None, layout.nbytes), torch.uint8, device=device)
+    if len({field is None for field in pages[1:]}) > 1:
+        raise InputError("chosen, num_chosen or page_of of pages is None: expected all or none")
+    shapes = ((rows, None), (rows,), (rows, None))
+    for name, numbers, shape in zip(PageSet._fields[1:], pages[1:], shapes, strict=True):
+        if numbers is not None:
+            check(f"pages.{name}", numbers, shape, torch.int32, device=device)
+
+
+def _check_estimates(
+    query: Tensor, estimates: Estimates, layout: PageLayout, num_sink_pages: int
 ) -> None:
-    """-1 stands for any size; `whole` tensors are contiguous."""
-    if tensor is None:
-        return
-    fits = tensor.dim() == len(shape) and tensor.dtype == dtype and tensor.device == query.device
-    fits = fits and all(want in (-1, size) for want, size in zip(shape, tensor.shape, strict=True))
-    if not fits or (whole and not tensor.is_contiguous()):
-        raise InputError(
-            f"{name} is {tensor.dtype} {[*tensor.shape]} on {tensor.device} with strides "
-            f"{tensor.stride()}: expected {dtype} {[*shape]} on {query.device}"
-            f"{', contiguous' if whole else ''}"
-        )
+    (rows, group, _), device, (means, estimated, bias) = query.shape, query.device, estimates
+    dims = (rows, None, layout.head_dim + layout.value_dim)
+    num_pages = check("estimates.means", means, dims, query.dtype, device=device)[1]
+    selectable = (rows, num_pages - num_sink_pages)
+    check("estimates.estimated", estimated, selectable, torch.int32, device=device)
+    if bias is not None:
+        shape = (rows, group, None)
+        check("estimates.bias", bias, shape, torch.float32, strides="any strides", device=device)
+
+
+def _check_logits(
+    query: Tensor, sink_logits: Tensor | None, bias: Tensor | None, log_mass: Tensor | None
+) -> None:
+    (rows, group, _), device = query.shape, query.device
+    for name, logits, shape in (
+        ("sink_logits", sink_logits, (rows, group)),
+        ("bias", bias, (rows, group, None)),
+    ):
+        if logits is not None:
+            check(name, logits, shape, torch.float32, strides="any strides", device=device)
+    if log_mass is not None:
+        check("log_mass", log_mass, (rows, group), torch.float32, device=device)

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from arkcache.errors import InputError
+from arkcache.kernels.arguments import HostPages, Selection
+from arkcache.kernels.triton_checked import check
 from arkcache.kernels.triton_sizes import cdiv, power_of_two
 
 PROGRAMS_PER_ROW = 16
@@ -109,55 +111,38 @@ def gather_lines_kernel(
     )
 
 
-def gather(
-    pieces: Tensor,
-    located: Tensor,
-    pages: Tensor,
-    places: Tensor,
-    counts: Tensor,
-    slots: Tensor,
-    *,
-    num_sink_pages: int,
-) -> None:
-    """Recall pages: slots[r, num_sink_pages + places[r, i]] = pieces[located[r, pages[r, i]]].
-
-    For i < counts[r]; other slots are left as they are.
+def gather(host: HostPages, selection: Selection, slots: Tensor, *, num_sink_pages: int) -> None:
+    """Recall what a selection misses: slots[r, num_sink_pages + places[r, i]] =
+    pieces[located[r, pages[r, i]]] for i < num_missing[r]; other slots are left as they are.
 
     Args:
-        pieces: uint8 [lines, nbytes], the host tier; pinned if the rest is on a GPU.
-        located: int64 [rows, capacity], the line that holds each page.
-        pages, places: int32 [rows, max_selected]; the places of a row differ from each other.
-        counts: int32 [rows], at most `max_selected`.
+        host: where the pages are.
+        selection: the places of a row differ from each other; what is chosen is not looked at.
         slots: uint8 [rows, num_slots, nbytes], written.
         num_sink_pages: slots before place 0.
 
     All contiguous. Raises `InputError` for any other dtype, shape or layout.
     """
-    _check_pages("slots", slots, 3)
-    rows, num_slots, nbytes = slots.shape
-    _check_pages("pieces", pieces, 2, nbytes)
-    _check("located", located, torch.int64, (rows, None))
-    _check("pages", pages, torch.int32, (rows, None))
-    max_selected = pages.shape[1]
-    _check("places", places, torch.int32, (rows, max_selected))
-    _check("counts", counts, torch.int32, (rows,))
+    rows, num_slots, nbytes = check("slots", slots, (None, None, None), torch.uint8)
+    capacity = _check_host(host, rows, nbytes)
+    max_selected = check("selection.pages", selection.pages, (rows, None), torch.int32)[1]
+    check("selection.places", selection.places, (rows, max_selected), torch.int32)
+    check("selection.num_missing", selection.num_missing, (rows,), torch.int32)
     if not 0 <= num_sink_pages <= num_slots:
         raise InputError(
             f"num_sink_pages={num_sink_pages}: expected 0 to {num_slots}, the slots of a row"
         )
     if max_selected == 0 or slots.numel() == 0:
         return
-    pieces, slots = _in_words(pieces, slots)
+    pieces, slots = _in_words(host.pieces, slots)
     words = slots.shape[-1]
     block = _block(words)
     gather_kernel[(rows, PROGRAMS_PER_ROW)](
         pieces,
-        located,
-        pages,
-        places,
-        counts,
+        host.located,
+        *selection[:3],
         slots,
-        located.shape[1],
+        capacity,
         max_selected,
         num_slots,
         num_sink_pages,
@@ -168,33 +153,30 @@ def gather(
     )
 
 
-def scatter(packed: Tensor, lines: Tensor, pieces: Tensor, located: Tensor, sealed: Tensor) -> None:
-    """Back up each row's newest sealed page: pieces[lines[r]] = packed[r], where lines[r] >= 0.
+def scatter(packed: Tensor, lines: Tensor, host: HostPages, sealed: Tensor) -> None:
+    """Back up each row's newest sealed page: host.pieces[lines[r]] = packed[r] if lines[r] >= 0.
 
-    There located[r, sealed[r] - 1] becomes lines[r]; rows with a negative line change nothing.
+    There host.located[r, sealed[r] - 1] becomes lines[r]; rows with a negative line change nothing.
 
     Args:
         packed: uint8 [rows, nbytes].
         lines: int64 [rows]; those that are not negative differ from each other.
-        pieces: uint8 [lines, nbytes], the host tier, written; pinned if the rest is on a GPU.
-        located: int64 [rows, capacity], written.
+        host: written.
         sealed: int32 [rows], the pages sealed so far, this one included.
 
     All contiguous. Raises `InputError` for any other dtype, shape or layout.
     """
-    _check_pages("packed", packed, 2)
-    rows, nbytes = packed.shape
-    _check_pages("pieces", pieces, 2, nbytes)
-    _check("lines", lines, torch.int64, (rows,))
-    _check("located", located, torch.int64, (rows, None))
-    _check("sealed", sealed, torch.int32, (rows,))
+    rows, nbytes = check("packed", packed, (None, None), torch.uint8)
+    capacity = _check_host(host, rows, nbytes)
+    check("lines", lines, (rows,), torch.int64)
+    check("sealed", sealed, (rows,), torch.int32)
     if packed.numel() == 0:
         return
-    packed, pieces = _in_words(packed, pieces)
+    packed, pieces = _in_words(packed, host.pieces)
     words = packed.shape[-1]
     block = _block(words)
     scatter_kernel[(rows, cdiv(words, block))](
-        packed, lines, pieces, located, sealed, located.shape[1], WORDS=words, BLOCK=block
+        packed, lines, pieces, host.located, sealed, capacity, WORDS=words, BLOCK=block
     )
 
 
@@ -208,10 +190,9 @@ def gather_lines(pieces: Tensor, lines: Tensor, target: Tensor) -> None:
 
     All contiguous. Raises `InputError` for any other dtype, shape or layout.
     """
-    _check_pages("target", target, 2)
-    num_lines, nbytes = target.shape
-    _check_pages("pieces", pieces, 2, nbytes)
-    _check("lines", lines, torch.int64, (num_lines,))
+    num_lines, nbytes = check("target", target, (None, None), torch.uint8)
+    check("pieces", pieces, (None, nbytes), torch.uint8)
+    check("lines", lines, (num_lines,), torch.int64)
     if target.numel() == 0:
         return
     pieces, target = _in_words(pieces, target)
@@ -236,18 +217,7 @@ def _in_words(*pages: Tensor) -> list[Tensor]:
     return [page.view(torch.int64) if wide else page for page in pages]
 
 
-def _check_pages(name: str, tensor: Tensor, ndim: int, nbytes: int | None = None) -> None:
-    _check(name, tensor, torch.uint8, (*(None,) * (ndim - 1), nbytes))
-
-
-def _check(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
-    fits = len(tensor.shape) == len(shape) and all(
-        expected is None or size == expected
-        for size, expected in zip(tensor.shape, shape, strict=True)
-    )
-    if tensor.dtype != dtype or not fits or not tensor.is_contiguous():
-        expected = ", ".join("any" if size is None else str(size) for size in shape)
-        raise InputError(
-            f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}: "
-            f"expected contiguous {dtype} [{expected}]"
-        )
+def _check_host(host: HostPages, rows: int, nbytes: int) -> int:
+    """For how many pages of a row there is room, or `InputError`."""
+    check("host.pieces", host.pieces, (None, nbytes), torch.uint8)
+    return check("host.located", host.located, (rows, None), torch.int64)[1]

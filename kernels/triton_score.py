@@ -8,13 +8,16 @@ it. Which pages there are is read on the device, so that one grid serves a seque
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from arkcache.config import INDEXES
 from arkcache.errors import InputError
+from arkcache.kernels.arguments import Scores
+from arkcache.kernels.torch_digest import num_features
+from arkcache.kernels.torch_tokens import digest_bytes
+from arkcache.kernels.triton_checked import check
 from arkcache.kernels.triton_score_tokens import score_tokens_kernel
 from arkcache.kernels.triton_score_volumes import score_volumes_kernel
 from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
@@ -46,19 +49,6 @@ HIDDEN = torch.finfo(torch.float32).min
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Scores(NamedTuple):
-    """What pages are worth to each query head; entry i stands for page `num_sink_pages + i`.
-
-    score fp32 [rows, group, pages]: not written from the last sealed page on. peak and mass fp32
-    [rows, group, blocks]: maximum and sum of exp(score - peak) over each `PAGES_PER_BLOCK` pages,
-    hidden ones left out; -inf and 0 where a block has no page.
-    """
-
-    score: Tensor
-    peak: Tensor
-    mass: Tensor
-
-
 def score_volumes(
     query: Tensor,
     digests: Tensor,
@@ -84,13 +74,9 @@ def score_volumes(
 
     Raises `InputError` where a shape, a dtype, a stride or a name is another.
     """
-    rows, group, head_dim = _check(query, digests, sealed, num_sink_pages, hidden)
+    rows, group, head_dim = _check(query, sealed)
     shape, features = _volume(kind, head_dim)
-    if digests.shape[-1] != features or digests.dtype != query.dtype:
-        raise InputError(
-            f"digests {tuple(digests.shape)} of {digests.dtype}: expected {features} features of "
-            f"{query.dtype} for {kind} and queries of {head_dim}"
-        )
+    _check_pages(digests, (rows, None, features), query.dtype, num_sink_pages, hidden)
     scores = _empty(query, digests, num_sink_pages)
     if not scores.peak.numel():
         return scores
@@ -155,18 +141,12 @@ def score_tokens(
         raise InputError(
             f"bits={bits}, page_size={page_size}: expected 2, 4 or 8 bits and page_size >= 1"
         )
-    rows, group, head_dim = _check(query, digests, sealed, num_sink_pages, hidden)
+    rows, group, head_dim = _check(query, sealed)
     plane_dim = -(-head_dim * bits // 8)
-    nbytes = 4 * head_dim + plane_dim * page_size
-    if digests.shape[-1] != nbytes or digests.dtype != torch.uint8:
-        raise InputError(
-            f"digests {tuple(digests.shape)} of {digests.dtype}: expected {nbytes} bytes for "
-            f"{page_size} keys of {head_dim} at {bits} bits"
-        )
-    if bias is not None and (bias.dtype != torch.float32 or bias.shape[:-1] != (rows, group)):
-        raise InputError(
-            f"bias {tuple(bias.shape)} of {bias.dtype}: expected float32 [{rows}, {group}, tokens]"
-        )
+    nbytes = digest_bytes(head_dim, page_size, bits)
+    _check_pages(digests, (rows, None, nbytes), torch.uint8, num_sink_pages, hidden)
+    if bias is not None:
+        check("bias", bias, (rows, group, None), torch.float32, strides="any strides")
     scores = _empty(query, digests, num_sink_pages)
     if not scores.peak.numel():
         return scores
@@ -213,40 +193,26 @@ def score_tokens(
     return scores
 
 
-def _check(
-    query: Tensor, digests: Tensor, sealed: Tensor, num_sink_pages: int, hidden: Tensor | None
-) -> tuple[int, int, int]:
+def _check(query: Tensor, sealed: Tensor) -> torch.Size:
     """Rows, query heads per row and head_dim, or `InputError`."""
-    if query.ndim != 3 or query.dtype not in DTYPES or query.stride(-1) != 1:
-        raise InputError(
-            f"query {tuple(query.shape)} of {query.dtype}, strides {query.stride()}: expected "
-            f"[rows, group, head_dim] of a float dtype, the last stride 1"
-        )
-    rows, group, head_dim = query.shape
-    if digests.ndim != 3 or digests.shape[0] != rows or digests.stride(-1) != 1:
-        raise InputError(
-            f"digests {tuple(digests.shape)}, strides {digests.stride()}: expected "
-            f"[{rows}, capacity, features], the last stride 1"
-        )
-    if sealed.shape != (rows,) or sealed.dtype != torch.int32 or not sealed.is_contiguous():
-        raise InputError(
-            f"sealed {tuple(sealed.shape)} of {sealed.dtype}: expected contiguous int32 [{rows}]"
-        )
-    num_pages = digests.shape[1] - num_sink_pages
-    if num_sink_pages < 0 or num_pages < 0:
-        raise InputError(
-            f"num_sink_pages={num_sink_pages}: expected 0 to {digests.shape[1]}, the capacity"
-        )
-    if hidden is not None and not (
-        hidden.shape == (rows, num_pages)
-        and hidden.dtype in (torch.bool, torch.uint8)
-        and hidden.is_contiguous()
-    ):
-        raise InputError(
-            f"hidden {tuple(hidden.shape)} of {hidden.dtype}: expected contiguous bool or uint8 "
-            f"[{rows}, {num_pages}]"
-        )
-    return rows, group, head_dim
+    sizes = check("query", query, (None, None, None), *DTYPES, strides="last stride 1")
+    check("sealed", sealed, sizes[:1], torch.int32)
+    return sizes
+
+
+def _check_pages(
+    digests: Tensor,
+    shape: tuple[int, None, int],
+    dtype: torch.dtype,
+    num_sink_pages: int,
+    hidden: Tensor | None,
+) -> None:
+    """Raise `InputError` for what is not of as many pages as there is room for."""
+    rows, capacity, _ = check("digests", digests, shape, dtype, strides="last stride 1")
+    if not 0 <= num_sink_pages <= capacity:
+        raise InputError(f"num_sink_pages={num_sink_pages}: expected 0 to {capacity}, the capacity")
+    if hidden is not None:
+        check("hidden", hidden, (rows, capacity - num_sink_pages), torch.bool, torch.uint8)
 
 
 @lru_cache
@@ -256,7 +222,7 @@ def _volume(kind: str, head_dim: int) -> tuple[str, int]:
         volumes = ", ".join(name for name in INDEXES if name != "tokens")
         raise InputError(f"kind={kind!r}: expected one of {volumes}")
     shape = kind.partition("-")[0]
-    return shape, {"cuboid": 2 * head_dim, "sphere": head_dim + 1, "centroid": head_dim}[shape]
+    return shape, num_features(kind, head_dim)
 
 
 def _empty(query: Tensor, digests: Tensor, num_sink_pages: int) -> Scores:

@@ -19,10 +19,20 @@ from torch import Tensor
 from arkcache.config import INDEXES
 from arkcache.errors import InputError
 from arkcache.formats import PageLayout
+from arkcache.kernels.arguments import Counts, Places, Summaries, Window
+from arkcache.kernels.torch_digest import num_features
+from arkcache.kernels.torch_tokens import digest_bytes
+from arkcache.kernels.triton_checked import check
 from arkcache.kernels.triton_seal_kernel import seal_kernel
 
 TILE = 4096
 """Elements that a program holds at a time: 32 registers of each of its 128 threads."""
+
+DTYPES = {4: (torch.float32,), 2: (torch.float16, torch.bfloat16)}
+"""Of keys and values, by the bytes of an element."""
+
+NO_SUMMARIES = Summaries(None)
+"""Of a layer that attends everything."""
 
 
 def seal_pages(
@@ -30,8 +40,7 @@ def seal_pages(
     value: Tensor,
     digest_key: Tensor,
     packed: Tensor,
-    digests: Tensor | None,
-    means: Tensor | None = None,
+    summaries: Summaries = NO_SUMMARIES,
     *,
     first: int,
     layout: PageLayout,
@@ -44,25 +53,20 @@ def seal_pages(
         key, value: [rows, pages, page_size, head_dim] and [..., value_dim], the last stride 1.
         digest_key: what is digested, like key; the same tensor unless keys are rotated.
         packed: uint8 [rows, pages, nbytes], the last stride 1, aligned to the dtype of the keys.
-        digests: [rows, capacity, features], the last stride 1, in the dtype of the keys; uint8
-            [rows, capacity, bytes] for the token index. Lines from `first` on are written. None
-            for a layer without an index.
-        means: mean key and mean value side by side [rows, capacity, head_dim + value_dim], the last
-            stride 1, in the dtype of the keys, lines as for digests; None where none are kept.
+        summaries: the last stride 1, lines from `first` on are written.
         first: number of the first page.
         layout: of a page.
         index, index_bits: as in `CacheConfig`.
 
     Raises `InputError` where a shape, a dtype or a stride is another.
     """
-    rows, num_pages = key.shape[:2]
-    _check_states(key, value, digest_key, layout)
-    _check_packed(packed, (rows, num_pages, layout.nbytes), key.dtype)
-    if digests is not None:
-        _check_digests(digests, rows, key.dtype, layout, index, index_bits)
-    if means is not None:
-        _check_means(means, rows, key.dtype, layout)
-    for what, lines in (("digests", digests), ("means", means)):
+    lead = (None, None, layout.page_size)
+    rows, num_pages, *_ = _check_states(
+        ("key", key), ("value", value), ("digest_key", digest_key), lead, layout
+    )
+    _check_packed("packed", packed, (rows, num_pages, layout.nbytes), key.dtype)
+    _check_summaries(summaries, rows, key.dtype, layout, index, index_bits)
+    for what, lines in zip(Summaries._fields, summaries, strict=True):
         if lines is not None and not 0 <= first <= lines.shape[1] - num_pages:
             raise InputError(
                 f"pages {first} to {first + num_pages - 1} and {what} of {lines.shape[1]} "
@@ -74,24 +78,20 @@ def seal_pages(
         rows * num_pages,
         (key, value, digest_key),
         (packed, packed.stride(0), packed.stride(1)),
-        (digests, means),
+        summaries,
         (None, None, None, None, None, num_pages, first, 0, 0, 0, 0),
-        _constants(layout, key.dtype, index if digests is not None else "", index_bits),
+        _constants(layout, key.dtype, index if summaries.digests is not None else "", index_bits),
     )
 
 
 def seal_newest(
-    window_key: Tensor,
-    window_value: Tensor,
+    window: Window,
     digest_window: Tensor,
-    lengths: Tensor,
-    sealed: Tensor,
+    counts: Counts,
     slots: Tensor,
-    page_of: Tensor | None,
-    num_places: Tensor | None,
     packed: Tensor,
-    digests: Tensor | None,
-    means: Tensor | None = None,
+    places: Places | None = None,
+    summaries: Summaries = NO_SUMMARIES,
     *,
     recent: int,
     num_sink_pages: int,
@@ -102,52 +102,48 @@ def seal_newest(
     """Pack and digest the page that the newest token sealed, in the rows where it sealed one.
 
     Args:
-        window_key, window_value, digest_window: rings [rows, window, dim], the last stride 1;
-            window is a multiple of page_size.
-        lengths, sealed: int32 [rows], the newest token counted: page sealed - 1 is new where
+        window: of a multiple of page_size tokens, the last stride 1.
+        digest_window: what is digested, like window.key; the same tensor unless keys are rotated.
+        counts: contiguous, the newest token counted: page sealed - 1 is new where
             lengths - recent == sealed * page_size.
         slots: uint8 [rows, num_slots, nbytes], rows contiguous. Page p goes into slot p if that is
-            a sink's or its place is within `num_places`; whichever it is if that is None.
-        page_of: int32 [rows, places], contiguous, becomes p where p went into a place.
-        num_places: int32 [rows], contiguous; None together with `page_of`.
+            a sink's or its place is among `num_places`; whichever it is without `places`.
         packed: uint8 [rows, nbytes], the last stride 1, aligned as in `seal_pages`.
-        digests, means: as in `seal_pages`; line p is written.
+        places: contiguous; `page_of` becomes p where p went into a place.
+        summaries: as in `seal_pages`; line p is written.
         recent: tokens that stay unsealed.
         num_sink_pages: slots of the first pages.
         layout, index, index_bits: as in `seal_pages`.
 
     Raises `InputError` where a shape, a dtype or a stride is another.
     """
-    rows, window = window_key.shape[:2]
-    if window % layout.page_size or not window:
-        raise InputError(f"a window of {window}: expected a multiple of {layout.page_size} tokens")
-    rings = (window_key, window_value, digest_window)
-    key, value, digest_key = (ring.unflatten(1, (-1, layout.page_size)) for ring in rings)
-    _check_states(key, value, digest_key, layout)
-    _check_packed(packed, (rows, layout.nbytes), window_key.dtype)
-    _check_packed(slots, (rows, slots.shape[1], layout.nbytes), window_key.dtype)
+    key, value = ("window.key", window.key), ("window.value", window.value)
+    digest_key, dtype, size = ("digest_window", digest_window), window.key.dtype, layout.page_size
+    rows, tokens, _ = _check_states(key, value, digest_key, (None, None), layout)
+    if tokens % size or not tokens:
+        raise InputError(f"a window of {tokens}: expected a multiple of {size} tokens")
+    _check_packed("packed", packed, (rows, layout.nbytes), dtype)
+    _check_packed("slots", slots, (rows, None, layout.nbytes), dtype)
     if slots.stride(1) != layout.nbytes:
         raise InputError(f"slots of strides {slots.stride()}: expected contiguous slots in a row")
-    _check_counts(rows, lengths=lengths, sealed=sealed)
-    if (page_of is None) != (num_places is None):
-        raise InputError("one of page_of and num_places is None: expected both or neither")
-    if page_of is not None and num_places is not None:
-        _check_counts(rows, page_of=page_of, num_places=num_places)
-    if digests is not None:
-        _check_digests(digests, rows, window_key.dtype, layout, index, index_bits)
-    if means is not None:
-        _check_means(means, rows, window_key.dtype, layout)
+    check("counts.lengths", counts.lengths, (rows,), torch.int32)
+    check("counts.sealed", counts.sealed, (rows,), torch.int32)
+    if places is not None:
+        check("places.page_of", places.page_of, (rows, None), torch.int32)
+        check("places.num_places", places.num_places, (rows,), torch.int32)
+    _check_summaries(summaries, rows, dtype, layout, index, index_bits)
     if not rows:
         return
-    places = 0 if page_of is None else page_of.shape[1]
-    counts = (window // layout.page_size, 0, recent, num_sink_pages, slots.stride(0), places)
+    page_of, num_places = (None, None) if places is None else places
+    max_places = 0 if page_of is None else page_of.shape[1]
+    sizes = (tokens // size, 0, recent, num_sink_pages, slots.stride(0), max_places)
     _launch(
         rows,
-        (key, value, digest_key),
+        tuple(ring.unflatten(1, (-1, size)) for ring in (*window, digest_window)),
         (packed, packed.stride(0), 0),
-        (digests, means),
-        (lengths, sealed, slots, page_of, num_places, *counts),
-        _constants(layout, window_key.dtype, index if digests is not None else "", index_bits),
+        summaries,
+        (*counts, slots, page_of, num_places, *sizes),
+        _constants(layout, dtype, index if summaries.digests is not None else "", index_bits),
     )
 
 
@@ -155,7 +151,7 @@ def _launch(
     programs: int,
     states: tuple[Tensor, ...],
     packed: tuple[Tensor, int, int],
-    summaries: tuple[Tensor | None, ...],
+    summaries: Summaries,
     newest: tuple[Any, ...],
     constants: dict[str, Any],
 ) -> None:
@@ -227,70 +223,60 @@ def _constants(
     }
 
 
-def _check_states(key: Tensor, value: Tensor, digest_key: Tensor, layout: PageLayout) -> None:
-    if key.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise InputError(f"keys of {key.dtype}: expected float32, float16 or bfloat16")
-    if key.element_size() != layout.element_bytes:
-        raise InputError(f"keys of {key.dtype}: expected {layout.element_bytes} bytes per element")
-    dims = (layout.head_dim, layout.value_dim, layout.head_dim)
-    for states, dim in zip((key, value, digest_key), dims, strict=True):
-        expected = (*key.shape[:2], layout.page_size, dim)
-        if states.shape != expected or states.stride(-1) != 1 or states.dtype != key.dtype:
-            raise InputError(
-                f"pages of shape {list(states.shape)}, strides {states.stride()} and "
-                f"{states.dtype}: expected {list(expected)}, the last stride 1, {key.dtype}"
-            )
+def _check_states(
+    key: tuple[str, Tensor],
+    value: tuple[str, Tensor],
+    digest_key: tuple[str, Tensor],
+    lead: tuple[int | None, ...],
+    layout: PageLayout,
+) -> torch.Size:
+    """The sizes of a key; `InputError` unless all are [*lead, dim] of one dtype, the layout's."""
+    dtypes, dtype = DTYPES.get(layout.element_bytes), key[1].dtype
+    if dtypes is None:
+        raise InputError(f"a layout of {layout.element_bytes} bytes per element: expected 2 or 4")
+    shape = check(*key, (*lead, layout.head_dim), *dtypes, strides="last stride 1")
+    check(*value, (*shape[:-1], layout.value_dim), dtype, strides="last stride 1")
+    check(*digest_key, shape, dtype, strides="last stride 1")
+    return shape
 
 
-def _check_packed(packed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if packed.dtype != torch.uint8 or packed.shape != shape or packed.stride(-1) != 1:
-        raise InputError(
-            f"packed pages of {packed.dtype} {list(packed.shape)}, strides {packed.stride()}: "
-            f"expected uint8 {list(shape)}, the last stride 1"
-        )
+def _check_packed(
+    name: str, packed: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype
+) -> None:
+    check(name, packed, shape, torch.uint8, strides="last stride 1")
     if any(number % dtype.itemsize for number in (packed.data_ptr(), *packed.stride()[:-1])):
         raise InputError(
-            f"packed pages at {packed.data_ptr():#x}, strides {packed.stride()}: expected "
-            f"multiples of the {dtype.itemsize} bytes of an element"
+            f"{name} at {packed.data_ptr():#x}, strides {packed.stride()}: expected multiples of "
+            f"the {dtype.itemsize} bytes of an element"
         )
 
 
-def _check_counts(rows: int, **counts: Tensor) -> None:
-    for name, tensor in counts.items():
-        fits = tensor.dtype == torch.int32 and tensor.shape[0] == rows and tensor.is_contiguous()
-        if not fits or tensor.dim() != (2 if name == "page_of" else 1):
-            raise InputError(
-                f"{name} of {tensor.dtype} {list(tensor.shape)}: expected contiguous int32 with "
-                f"{rows} rows"
-            )
-
-
-def _check_digests(
-    digests: Tensor, rows: int, dtype: torch.dtype, layout: PageLayout, index: str, bits: int
+def _check_summaries(
+    summaries: Summaries,
+    rows: int,
+    dtype: torch.dtype,
+    layout: PageLayout,
+    index: str,
+    bits: int,
 ) -> None:
+    if summaries.means is not None:
+        shape = (rows, None, layout.head_dim + layout.value_dim)
+        check("summaries.means", summaries.means, shape, dtype, strides="last stride 1")
+    if summaries.digests is None:
+        return
     if index not in INDEXES or bits not in (2, 4, 8):
         raise InputError(
             f"index={index!r}, index_bits={bits}: expected 2, 4 or 8 bits and one of "
             f"{', '.join(INDEXES)}"
         )
-    features = layout.head_dim
     if index == "tokens":
-        dtype = torch.uint8
-        features = 4 * layout.head_dim + -(-layout.head_dim * bits // 8) * layout.page_size
-    elif index != "centroid":
-        features += layout.head_dim if index.startswith("cuboid") else 1
-    expected = (rows, digests.shape[1], features)
-    if digests.dtype != dtype or digests.shape != expected or digests.stride(-1) != 1:
-        raise InputError(
-            f"digests of {digests.dtype} {list(digests.shape)}, strides {digests.stride()}: "
-            f"expected {dtype} {list(expected)}, the last stride 1"
-        )
-
-
-def _check_means(means: Tensor, rows: int, dtype: torch.dtype, layout: PageLayout) -> None:
-    expected = (rows, means.shape[1], layout.head_dim + layout.value_dim)
-    if means.dtype != dtype or means.shape != expected or means.stride(-1) != 1:
-        raise InputError(
-            f"means of {means.dtype} {list(means.shape)}, strides {means.stride()}: expected "
-            f"{dtype} {list(expected)}, the last stride 1"
-        )
+        dtype, features = torch.uint8, digest_bytes(layout.head_dim, layout.page_size, bits)
+    else:
+        features = num_features(index, layout.head_dim)
+    check(
+        "summaries.digests",
+        summaries.digests,
+        (rows, None, features),
+        dtype,
+        strides="last stride 1",
+    )

@@ -5,14 +5,14 @@ The host learns nothing of it: the lists are read by the kernels that recall and
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.errors import InputError
-from arkcache.kernels.triton_score import HIDDEN, Scores
+from arkcache.kernels.arguments import Places, Scores, Selection
+from arkcache.kernels.triton_checked import check
+from arkcache.kernels.triton_score import HIDDEN
 from arkcache.kernels.triton_select_kernel import select_kernel
 from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
@@ -31,29 +31,11 @@ NUM_MISSED = 5
 want of places; and how many pages the last one did without that it had places for."""
 
 
-class Selection(NamedTuple):
-    """What to recall and what to attend; int32, lists [rows, max_selected] and counts [rows].
-
-    The first `num_missing` entries of `pages` (ascending) go into those of `places` (ascending).
-    The first `num_chosen` entries of `chosen` are the places that hold the selection then.
-    `estimated`, int32 [rows, pages], is 1 for each page that is not selected and is to be
-    estimated; written as far as there are pages to select from; None where none was asked for.
-    """
-
-    pages: Tensor
-    places: Tensor
-    num_missing: Tensor
-    chosen: Tensor
-    num_chosen: Tensor
-    estimated: Tensor | None = None
-
-
 def select(
     scores: Scores,
     sealed: Tensor,
-    page_of: Tensor,
+    places: Places,
     num_selected: Tensor,
-    num_places: Tensor,
     speculated: Tensor,
     counters: Tensor,
     *,
@@ -76,10 +58,8 @@ def select(
     Args:
         scores: of all pages from `num_sink_pages` on.
         sealed: int32 [rows], sealed pages.
-        page_of: int32 [rows, places], the page in each place, -1 for none; updated. No page may be
-            there twice.
-        num_selected, num_places: int32 [rows]; a row uses its first `num_places[r]` places only,
-            and chooses no more pages than that.
+        places: `page_of` is updated.
+        num_selected: int32 [rows]; a row chooses no more pages than it has places for, either.
         speculated: int8 [rows, places], whether a page was recalled by guess and not attended
             since; updated.
         counters: int64 [rows, 5]; hits, recalled, evicted and speculative hits are added, or
@@ -98,7 +78,7 @@ def select(
 
     All contiguous. Raises `InputError` where a shape, a dtype or a stride is another.
     """
-    rows, group, num_pages = scores.score.shape
+    rows, group, num_pages = check("scores.score", scores.score, (None, None, None), torch.float32)
     if num_estimated is None:
         num_estimated = EVERYTHING
     if reduction not in GROUP_REDUCTIONS or min(max_selected, num_sink_pages, num_estimated) < 0:
@@ -107,24 +87,15 @@ def select(
             f"num_sink_pages={num_sink_pages}, num_estimated={num_estimated}: expected one of "
             f"{', '.join(GROUP_REDUCTIONS)} and sizes from 0 on"
         )
-    if page_of.ndim != 2:
-        raise InputError(f"page_of {tuple(page_of.shape)}: expected [{rows}, places]")
-    max_places, num_blocks = page_of.shape[1], scores.peak.shape[-1]
-    _check("score", scores.score, (rows, group, num_pages), torch.float32)
-    for name, block in (("peak", scores.peak), ("mass", scores.mass)):
-        _check(name, block, (rows, group, num_blocks), torch.float32)
-    limits = {"sealed": sealed, "num_selected": num_selected, "num_places": num_places}
-    for name, limit in limits.items():
-        _check(name, limit, (rows,), torch.int32)
-    _check("page_of", page_of, (rows, max_places), torch.int32)
-    _check("speculated", speculated, (rows, max_places), torch.int8)
-    _check("counters", counters, (rows, NUM_COUNTERS), torch.int64)
+    num_blocks = check("scores.peak", scores.peak, (rows, group, None), torch.float32)[2]
+    check("scores.mass", scores.mass, (rows, group, num_blocks), torch.float32)
+    max_places = _check(rows, sealed, places, num_selected, speculated, counters)
     _check_target(target, fixed, missed, (rows, group))
     lists = aligned(rows * max_selected)
-    made = torch.empty(3 * lists + 2 * aligned(rows), dtype=torch.int32, device=page_of.device)
+    made = torch.empty(3 * lists + 2 * aligned(rows), dtype=torch.int32, device=sealed.device)
     estimated = None
     if num_estimated:
-        estimated = torch.empty((rows, num_pages), dtype=torch.int32, device=page_of.device)
+        estimated = torch.empty((rows, num_pages), dtype=torch.int32, device=sealed.device)
     selection = _carve(made, rows, max_selected)._replace(estimated=estimated)
     if not rows:
         return selection
@@ -132,17 +103,17 @@ def select(
     scratch = torch.empty(
         rows * (aligned(num_pages) + aligned(max_places) + aligned(cdiv(num_pages, 4))),
         dtype=torch.int32,
-        device=page_of.device,
+        device=sealed.device,
     )
-    pages, places = _chunk(num_pages), _chunk(max_places)
-    num_warps = CHUNK_WARPS[max(pages, places)]
+    page_chunk, place_chunk = _chunk(num_pages), _chunk(max_places)
+    num_warps = CHUNK_WARPS[max(page_chunk, place_chunk)]
     select_kernel[(rows,)](
         *scores,
         fixed,
         sealed,
-        page_of,
+        places.page_of,
         num_selected,
-        num_places,
+        places.num_places,
         speculated,
         counters,
         estimated,
@@ -163,13 +134,31 @@ def select(
         HIDDEN=HIDDEN,
         # A lane each, so that what the heads of a block sum up to needs no other lane.
         BLOCKS=32 * num_warps,
-        PAGES=pages,
-        PLACES=places,
-        ALL_PAGES=num_pages <= pages,
-        ALL_PLACES=max_places <= places,
+        PAGES=page_chunk,
+        PLACES=place_chunk,
+        ALL_PAGES=num_pages <= page_chunk,
+        ALL_PLACES=max_places <= place_chunk,
         num_warps=num_warps,
     )
     return selection
+
+
+def _check(
+    rows: int,
+    sealed: Tensor,
+    places: Places,
+    num_selected: Tensor,
+    speculated: Tensor,
+    counters: Tensor,
+) -> int:
+    """Places of a row, or `InputError`."""
+    check("sealed", sealed, (rows,), torch.int32)
+    check("num_selected", num_selected, (rows,), torch.int32)
+    check("places.num_places", places.num_places, (rows,), torch.int32)
+    max_places = check("places.page_of", places.page_of, (rows, None), torch.int32)[1]
+    check("speculated", speculated, (rows, max_places), torch.int8)
+    check("counters", counters, (rows, NUM_COUNTERS), torch.int64)
+    return max_places
 
 
 def _check_target(
@@ -180,9 +169,9 @@ def _check_target(
             f"target={target}: expected fixed and missed beside it, and else no missed"
         )
     if fixed is not None:
-        _check("fixed", fixed, shape, torch.float32)
+        check("fixed", fixed, shape, torch.float32)
     if missed is not None:
-        _check("missed", missed, (shape[0], NUM_MISSED), torch.float64)
+        check("missed", missed, (shape[0], NUM_MISSED), torch.float64)
 
 
 def _carve(made: Tensor, rows: int, max_selected: int) -> Selection:
@@ -198,11 +187,3 @@ def _carve(made: Tensor, rows: int, max_selected: int) -> Selection:
 def _chunk(size: int) -> int:
     """The smallest chunk that holds `size`, else the largest."""
     return next((chunk for chunk in CHUNK_WARPS if size <= chunk), max(CHUNK_WARPS))
-
-
-def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if tensor.shape != shape or tensor.dtype != dtype or not tensor.is_contiguous():
-        raise InputError(
-            f"{name} {tuple(tensor.shape)} of {tensor.dtype}: expected contiguous {dtype} "
-            f"{list(shape)}"
-        )

@@ -539,7 +539,7 @@ def test_check_integrity_finds(damage: str) -> None:
     elif damage == "located":
         engine.pages.directory.located[0, 2] += 1
     else:
-        engine._tokens.lengths[1] += 1
+        engine._tokens.counts.lengths[1] += 1
     with pytest.raises(IntegrityError):
         twins.manager.check_integrity()
 

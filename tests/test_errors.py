@@ -18,8 +18,8 @@ from arkcache import (
     KVCacheManager,
     UnconsumedStepError,
     UnsupportedModelError,
-    sealing,
 )
+from arkcache.layers import sealing
 from arkcache.tiering import host as host_module
 from tests.twins import Twins, small_config
 

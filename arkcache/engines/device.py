@@ -21,8 +21,7 @@ from arkcache.engines.engine import Blocks, Engine, PagedParts
 from arkcache.engines.offloaded_pages import OffloadedPages
 from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages, page_bias
-from arkcache.kernels.triton_score import Scores
-from arkcache.kernels.triton_select import Selection
+from arkcache.kernels.arguments import Estimates, PageSet, Scores, Selection
 from arkcache.pages.bookkeeping import Ids, sealed_pages
 from arkcache.pages.windows import RingWindow
 from arkcache.stats import CacheStats, MissedMass
@@ -119,35 +118,39 @@ class DeviceEngine(Engine, Capturable):
         pages, bias = self.pages, self._tokens.bias(step)
         fixed = self._fixed_mass(step, bias)
         scores = self._score(step, bias)
-        selection = pages.page_table.select(scores, self._tokens.sealed, fixed)
+        selection = pages.page_table.select(scores, self._tokens.counts.sealed, fixed)
         pages.recall(selection)
         output = self._attend(
             step,
             selection,
             pages.page_table.page_of,
             bias=bias,
-            means=pages.directory.means,
-            estimated=selection.estimated,
-            page_bias=self._page_bias(step),
+            estimates=self._estimates(step, selection),
         )
         if self.parts.config.speculative_recall and pages.page_table.has_spare:
             self._speculate(scores, fixed)
         return output
 
     def _attend(
-        self, step: Step, selection: Selection, page_of: Tensor, **how: Tensor | None
+        self,
+        step: Step,
+        selection: Selection,
+        page_of: Tensor,
+        *,
+        bias: Tensor | None,
+        estimates: Estimates | None = None,
+        log_mass: Tensor | None = None,
     ) -> Tensor:
-        """Attend sinks, selected pages and recent window; `how`: see `paged_attention`."""
+        """Attend sinks, selected pages and recent window; see `paged_attention`."""
         return self._tokens.attend(
             step,
             self.window,
             self.parts.packer.layout,
-            self.pages.slots,
-            selection.chosen,
-            selection.num_chosen,
-            page_of,
+            PageSet(self.pages.slots, selection.chosen, selection.num_chosen, page_of),
             num_sink_pages=self.parts.config.num_sink_pages,
-            **how,
+            bias=bias,
+            estimates=estimates,
+            log_mass=log_mass,
         )
 
     def _fixed_mass(self, step: Step, bias: Tensor | None) -> Tensor | None:
@@ -161,7 +164,8 @@ class DeviceEngine(Engine, Capturable):
         return mass
 
     def _score(self, step: Step, bias: Tensor | None) -> Scores:
-        config, directory, sealed = self.parts.config, self.pages.directory, self._tokens.sealed
+        config, directory = self.parts.config, self.pages.directory
+        sealed = self._tokens.counts.sealed
         query = self._tokens.grouped(step.index_query)
         if config.orders_by_share(query.shape[1]):  # all that attention does is part of it
             return directory.score(query, sealed, step.scale, None, step.softcap, bias)
@@ -169,6 +173,14 @@ class DeviceEngine(Engine, Capturable):
         hidden = hidden_pages(step, config, self.parts.geometry, max_selectable)
         mask = hidden if isinstance(hidden, Tensor) else None
         return directory.score(query, sealed, step.scale, mask)
+
+    def _estimates(self, step: Step, selection: Selection) -> Estimates | None:
+        """What stands for pages that are not selected; None where nothing does."""
+        means, estimated = self.pages.directory.means, selection.estimated
+        if means is None:
+            return None
+        assert estimated is not None
+        return Estimates(means, estimated, self._page_bias(step))
 
     def _page_bias(self, step: Step) -> Tensor | None:
         """The user's mask over estimates by page number [rows, group, pages]; None without one."""
@@ -194,7 +206,7 @@ class DeviceEngine(Engine, Capturable):
         chosen: list[Selection] = []
 
         def choose() -> None:
-            chosen.append(table.select(scores, self._tokens.sealed, fixed, speculative=True))
+            chosen.append(table.select(scores, self._tokens.counts.sealed, fixed, speculative=True))
 
         try:
             streams.side.run(choose)

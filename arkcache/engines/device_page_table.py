@@ -12,8 +12,8 @@ from torch import Tensor
 
 from arkcache.config import CacheConfig
 from arkcache.errors import IntegrityError
-from arkcache.kernels.triton_score import Scores
-from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, Selection, select
+from arkcache.kernels.arguments import Places, Scores, Selection
+from arkcache.kernels.triton_select import NUM_COUNTERS, NUM_MISSED, select
 from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.transfer import upload
@@ -83,9 +83,8 @@ class DevicePageTable:
         return select(
             scores,
             sealed,
-            self.page_of,
+            Places(self.page_of, self.may_hold),
             self.may_hold if speculative else self._num_selected,
-            self.may_hold,
             self._speculated,
             self._counters,
             num_sink_pages=self._config.num_sink_pages,

@@ -15,6 +15,7 @@ from torch import Tensor
 from arkcache.engines.step import Step
 from arkcache.errors import IntegrityError
 from arkcache.formats import PageLayout
+from arkcache.kernels.arguments import Counts, Estimates, PageSet, Window
 from arkcache.kernels.triton_append import append
 from arkcache.kernels.triton_attention import paged_attention
 from arkcache.pages.bookkeeping import Ids
@@ -38,7 +39,7 @@ class DeviceTokens:
     Attributes:
         number: unique in this process. An address is not: new tensors may lie where old ones were,
             and a graph that was recorded with those must not be replayed.
-        lengths, sealed: of every row.
+        counts: of every row.
         tickets: how many programs of `paged_attention` are done with a row; 0 between its calls.
     """
 
@@ -54,32 +55,34 @@ class DeviceTokens:
         with torch.inference_mode(False):  # written to in and out of it
             empty = torch.zeros(geometry.num_rows, dtype=torch.int32, device=geometry.device)
 
-            self.lengths, self.sealed, self.tickets = empty, empty.clone(), empty.clone()
+            self.counts, self.tickets = Counts(empty, empty.clone()), empty.clone()
         self.counted(slice(0, geometry.batch))
 
     def counted(self, seqs: slice) -> None:
         """Copy what is counted of these sequences to the device."""
         both = np.stack((self._tokens.lengths[seqs], self._tokens.sealed[seqs]))
         rows = both.astype(np.int32).repeat(self.geometry.num_kv_heads, axis=1)
-        on_device, where = upload(rows, self.lengths.device), self.rows_of(seqs)
-        self.lengths[where], self.sealed[where] = on_device[0], on_device[1]
+        held = self.counts_of(self.rows_of(seqs))
+        for mine, counted in zip(held, upload(rows, self.geometry.device), strict=True):
+            mine.copy_(counted)
 
     def rows_of(self, seqs: slice) -> slice:
         """The rows, (sequence, KV head) pairs, of these sequences."""
         heads = self.geometry.num_kv_heads
         return slice(seqs.start * heads, seqs.stop * heads)
 
+    def counts_of(self, rows: slice) -> Counts:
+        """Of some rows."""
+        return Counts(self.counts.lengths[rows], self.counts.sealed[rows])
+
     def append(self, seqs: slice, key: Tensor, value: Tensor, window: RingWindow) -> None:
         """Queue the storing of one token [seqs, kv_heads, 1, dim] of each sequence."""
         rows = self.rows_of(seqs)
-        key_window, value_window = (plane[rows] for plane in window.by_row())
         append(
             key[:, :, 0],
             value[:, :, 0],
-            key_window,
-            value_window,
-            self.lengths[rows],
-            self.sealed[rows],
+            Window(*(plane[rows] for plane in window.by_row())),
+            self.counts_of(rows),
             recent=self._recent,
             page_size=self._page_size,
         )
@@ -89,36 +92,31 @@ class DeviceTokens:
         step: Step,
         window: RingWindow,
         layout: PageLayout,
-        slots: Tensor | None = None,
-        chosen: Tensor | None = None,
-        num_chosen: Tensor | None = None,
-        page_of: Tensor | None = None,
+        pages: PageSet | None = None,
         *,
         num_sink_pages: int = 0,
-        **how: Tensor | None,
+        bias: Tensor | None = None,
+        estimates: Estimates | None = None,
+        log_mass: Tensor | None = None,
     ) -> Tensor:
-        """Queue the attention of one new token; pages and `how` as in `paged_attention`.
+        """Queue the attention of one new token; all else as in `paged_attention`.
 
         Returns [batch, heads, 1, value_dim].
         """
-        key, value = window.by_row()
         output = paged_attention(
             self.grouped(step.query),
-            slots,
-            chosen,
-            num_chosen,
-            page_of,
-            key,
-            value,
-            self.lengths,
-            self.sealed,
+            pages,
+            Window(*window.by_row()),
+            self.counts,
             layout=layout,
             num_sink_pages=num_sink_pages,
             scale=step.scale,
             softcap=step.softcap,
             sink_logits=self._sink_logits(step),
+            bias=bias,
+            estimates=estimates,
+            log_mass=log_mass,
             tickets=self.tickets,
-            **how,
         )
         return output.view(self.geometry.batch, -1, 1, output.shape[-1])
 
@@ -151,8 +149,8 @@ class DeviceTokens:
     def check(self) -> None:
         """Raise `IntegrityError` unless the device counts what the host does."""
         for name, mine, on_device in (
-            ("tokens", self._tokens.lengths, self.lengths),
-            ("sealed pages", self._tokens.sealed, self.sealed),
+            ("tokens", self._tokens.lengths, self.counts.lengths),
+            ("sealed pages", self._tokens.sealed, self.counts.sealed),
         ):
             theirs: Ids = on_device.cpu().numpy()
             if not np.array_equal(theirs, mine.repeat(self.geometry.num_kv_heads)):

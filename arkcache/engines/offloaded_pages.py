@@ -19,10 +19,10 @@ from arkcache.engines.device_tokens import DeviceTokens
 from arkcache.engines.engine import PagedParts
 from arkcache.engines.page_directory import PageDirectory
 from arkcache.errors import IntegrityError
+from arkcache.kernels.arguments import HostPages, Places, Selection, Summaries, Window
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_copy import gather, scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.kernels.triton_select import Selection
 from arkcache.pages.bookkeeping import Ids
 from arkcache.pages.windows import RingWindow
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
@@ -140,18 +140,15 @@ class OffloadedPages:
         """Queue the sealing of the newest page of those rows whose last token completed one."""
         config, rows, means = self._parts.config, self._parts.rows_of(seqs), self.directory.means
         key, value = (plane[rows] for plane in window.by_row())
+        counts, table = tokens.counts_of(rows), self.page_table
         seal_newest(
-            key,
-            value,
-            rotate(key) if config.rotates_keys else key,  # boxes fit keys better so
-            tokens.lengths[rows],
-            tokens.sealed[rows],
+            Window(key, value),
+            rotate(key) if config.rotates_keys else key,  # boxes fit keys as the model made them
+            counts,
             self.slots[rows],
-            self.page_table.page_of[rows],
-            self.page_table.may_hold[rows],
             self._newest[rows],
-            self.directory.digests[rows],
-            None if means is None else means[rows],
+            Places(table.page_of[rows], table.may_hold[rows]),
+            Summaries(self.directory.digests[rows], None if means is None else means[rows]),
             recent=config.num_recent_tokens,
             num_sink_pages=config.num_sink_pages,
             layout=self._parts.packer.layout,
@@ -161,9 +158,8 @@ class OffloadedPages:
         scatter(
             self._newest[rows],
             self._lines[rows],
-            self._parts.store.pieces(),
-            self.directory.located[rows],
-            tokens.sealed[rows],
+            HostPages(self._parts.store.pieces(), self.directory.located[rows]),
+            counts.sealed,
         )
 
     # -- pages that a prompt seals ----------------------------------------------------------------
@@ -187,8 +183,7 @@ class OffloadedPages:
                 value[number],
                 digest_key[number],
                 packed,
-                digests[sequence],
-                None if means is None else means[sequence],
+                Summaries(digests[sequence], None if means is None else means[sequence]),
                 first=first,
                 layout=layout,
                 index=config.index,
@@ -211,11 +206,8 @@ class OffloadedPages:
     def recall(self, selection: Selection) -> None:
         """Queue the copy of what is missing from the host tier into its places."""
         gather(
-            self._parts.store.pieces(),
-            self.directory.located,
-            selection.pages,
-            selection.places,
-            selection.num_missing,
+            HostPages(self._parts.store.pieces(), self.directory.located),
+            selection,
             self.slots,
             num_sink_pages=self._parts.config.num_sink_pages,
         )

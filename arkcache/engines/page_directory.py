@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.kernels.arguments import Scores
 from arkcache.kernels.torch_digest import num_features
 from arkcache.kernels.torch_tokens import digest_bytes
-from arkcache.kernels.triton_score import Scores, score_tokens, score_volumes
+from arkcache.kernels.triton_score import score_tokens, score_volumes
 from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor

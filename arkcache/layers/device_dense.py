@@ -16,6 +16,7 @@ from arkcache.engines.capture import Bools, Capturable, Rule
 from arkcache.engines.device_tokens import DeviceTokens
 from arkcache.engines.step import Step
 from arkcache.formats import PageFormat, PageLayout
+from arkcache.kernels.arguments import PageSet, Window
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
 from arkcache.layers.dense import DenseLayer
@@ -185,16 +186,11 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
         """Queue the sealing of the newest page of those rows whose last token completed one."""
         key, value = (plane[rows] for plane in self._window.by_row())
         seal_newest(
+            Window(key, value),
             key,
-            value,
-            key,
-            self._tokens.lengths[rows],
-            self._tokens.sealed[rows],
+            self._tokens.counts_of(rows),
             self._pages.data.flatten(0, 1)[rows],
-            None,
-            None,
             self._newest[rows],
-            None,
             recent=self.config.num_recent_tokens,
             num_sink_pages=0,
             layout=self._packer.layout,
@@ -203,8 +199,8 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
 
     def launch_attend(self, step: Step) -> Tensor:
         """See `Capturable`."""
-        slots, bias = self._pages.data.flatten(0, 1), self._tokens.bias(step)
-        return self._tokens.attend(step, self._window, self._packer.layout, slots, bias=bias)
+        pages, bias = PageSet(self._pages.data.flatten(0, 1)), self._tokens.bias(step)
+        return self._tokens.attend(step, self._window, self._packer.layout, pages, bias=bias)
 
     def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         self._pages.reserve(first + key.shape[2])
@@ -214,7 +210,6 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
                 value[number],
                 key[number],
                 self._pages.data[sequence, :, first : first + key.shape[2]],
-                None,
                 first=first,
                 layout=self._packer.layout,
                 index=self.config.index,

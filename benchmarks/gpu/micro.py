@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arkcache.formats import PRESETS, PageLayout
+from arkcache.kernels.arguments import Counts, PageSet, Places, Summaries, Window
 from arkcache.kernels.torch_tokens import TokenIndex
 from benchmarks.gpu.baseline import fastest_attention
 from benchmarks.gpu.bench import Bench, Timing
@@ -29,10 +30,8 @@ DTYPE = torch.bfloat16
 class Rows(NamedTuple):
     """What a layer holds beside keys and values."""
 
-    lengths: Tensor
-    sealed: Tensor
-    page_of: Tensor
-    num_places: Tensor
+    counts: Counts
+    places: Places
 
 
 def make_rows(bench: Bench, tokens: int, count: int = ROWS) -> Rows:
@@ -49,7 +48,8 @@ def make_rows(bench: Bench, tokens: int, count: int = ROWS) -> Rows:
     page_of = torch.full((count, NUM_SELECTED), -1, dtype=torch.int32)
     for row, own in enumerate(pages):
         page_of[row, : len(own)] = own
-    return Rows(lengths, sealed_pages, page_of.to(bench.device), num_places)
+    places = Places(page_of.to(bench.device), num_places)
+    return Rows(Counts(lengths, sealed_pages), places)
 
 
 def of_device_peak(bench: Bench, nbytes: int, timing: Timing) -> float:
@@ -92,7 +92,7 @@ def volumes_load(bench: Bench, context: int) -> Load:
     query = bench.randn(ROWS, GROUP, HEAD_DIM)
     how: dict[str, Any] = {"num_sink_pages": NUM_SINK_PAGES, "kind": "cuboid-mean", "scale": SCALE}
     return Load(
-        lambda number: score_volumes(query, digests[number], rows.sealed, **how),
+        lambda number: score_volumes(query, digests[number], rows.counts.sealed, **how),
         sets,
         digests[0].nbytes,
     )
@@ -120,7 +120,7 @@ def tokens_load(bench: Bench, context: int) -> Load:
     how: dict[str, Any] = {"page_size": PAGE_SIZE, "bits": 2, "scale": SCALE}
     return Load(
         lambda number: score_tokens(
-            query, digests[number], rows.sealed, num_sink_pages=NUM_SINK_PAGES, **how
+            query, digests[number], rows.counts.sealed, num_sink_pages=NUM_SINK_PAGES, **how
         ),
         sets,
         digests[0].nbytes,
@@ -147,7 +147,7 @@ def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
     sets = bench.pick(8, 1)
     how: dict[str, Any] = {"num_sink_pages": NUM_SINK_PAGES, "kind": "cuboid-mean", "scale": SCALE}
     scores = [
-        score_volumes(bench.randn(ROWS, GROUP, HEAD_DIM), digests, rows.sealed, **how)
+        score_volumes(bench.randn(ROWS, GROUP, HEAD_DIM), digests, rows.counts.sealed, **how)
         for _ in range(sets)
     ]
     speculated = torch.zeros((ROWS, NUM_SELECTED), dtype=torch.int8, device=bench.device)
@@ -156,10 +156,9 @@ def select_load(bench: Bench, context: int) -> tuple[Load, Tensor]:
     def choose(number: int) -> None:
         select(
             scores[number],
-            rows.sealed,
-            rows.page_of,
-            rows.num_places,
-            rows.num_places,
+            rows.counts.sealed,
+            rows.places,
+            rows.places.num_places,
             speculated,
             counters,
             num_sink_pages=NUM_SINK_PAGES,
@@ -179,10 +178,9 @@ def append_token(bench: Bench) -> Outcome:
 
     rows = make_rows(bench, 4096)
     key, value = (bench.randn(1, ROWS, HEAD_DIM) for _ in range(2))
-    windows = [bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2)]
-    counts = (rows.lengths, rows.sealed)
+    window = Window(*(bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2)))
     sizes = {"recent": RECENT, "page_size": PAGE_SIZE}
-    timing = bench.time(lambda _: append(key, value, *windows, *counts, **sizes), sets=1)
+    timing = bench.time(lambda _: append(key, value, window, rows.counts, **sizes), sets=1)
     return Outcome(timing.median_us, None, timing.asdict())
 
 
@@ -196,19 +194,17 @@ def seal_page(bench: Bench, preset: str) -> Outcome:
     key, value = (bench.randn(ROWS, WINDOW, HEAD_DIM) for _ in range(2))
     slots = torch.zeros((ROWS, NUM_SINK_PAGES + NUM_SELECTED, layout.nbytes), dtype=torch.uint8)
     packed = torch.zeros((ROWS, layout.nbytes), dtype=torch.uint8, device=bench.device)
-    places = (slots.to(bench.device), rows.page_of, rows.num_places, packed)
-    digests = bench.randn(ROWS, sealed, 2 * HEAD_DIM)
+    held, window = (slots.to(bench.device), packed), Window(key, value)
     how: dict[str, Any] = {
+        "places": rows.places,
+        "summaries": Summaries(bench.randn(ROWS, sealed, 2 * HEAD_DIM)),
+        "layout": layout,
         "recent": RECENT,
         "num_sink_pages": NUM_SINK_PAGES,
         "index": "cuboid-mean",
     }
 
-    def seal(_number: int) -> None:
-        counts = (rows.lengths, rows.sealed)
-        seal_newest(key, value, key, *counts, *places, digests, layout=layout, **how)
-
-    timing = bench.time(seal, sets=1)
+    timing = bench.time(lambda _: seal_newest(window, key, rows.counts, *held, **how), sets=1)
     return Outcome(timing.median_us, None, timing.asdict())
 
 
@@ -249,19 +245,19 @@ def attention_load(bench: Bench, context: int, preset: str) -> Load:
     rows, num_slots = make_rows(bench, context, heads), NUM_SINK_PAGES + NUM_SELECTED
     sets = bench.num_sets(heads * num_slots * layout.nbytes)
     slots = [_random_slots(bench, layout, heads, num_slots) for _ in range(sets)]
-    windows = [bench.randn(2, heads, WINDOW, HEAD_DIM) for _ in range(sets)]
+    windows = [Window(*bench.randn(2, heads, WINDOW, HEAD_DIM)) for _ in range(sets)]
     query = bench.randn(heads, GROUP, HEAD_DIM)
     chosen = torch.arange(NUM_SELECTED, dtype=torch.int32, device=bench.device).repeat(heads, 1)
-    pages = (chosen, rows.num_places, rows.page_of)
+    page_of, num_chosen = rows.places
+    pages = [PageSet(held, chosen, num_chosen, page_of) for held in slots]
     tickets = torch.zeros(heads, dtype=torch.int32, device=bench.device)
     how: dict[str, Any] = {"layout": layout, "num_sink_pages": NUM_SINK_PAGES, "scale": SCALE}
     how["tickets"] = tickets  # as layers do; launches of a graph follow each other
 
     def attend(number: int) -> Tensor:
-        counts = (rows.lengths, rows.sealed)
-        return paged_attention(query, slots[number], *pages, *windows[number], *counts, **how)
+        return paged_attention(query, pages[number], windows[number], rows.counts, **how)
 
-    return Load(attend, sets, slots[0].nbytes + windows[0].nbytes)
+    return Load(attend, sets, slots[0].nbytes + sum(plane.nbytes for plane in windows[0]))
 
 
 def _random_slots(bench: Bench, layout: PageLayout, rows: int, num_slots: int) -> Tensor:

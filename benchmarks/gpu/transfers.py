@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arkcache.kernels.arguments import HostPages, Selection
 from arkcache.tiering.host import HostTier, Ids
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import Outcome
@@ -79,25 +80,27 @@ class Recall(NamedTuple):
     """The selection of 8 KV heads, 58 pages each, from all over a host tier.
 
     Attributes:
-        lines: uint8 [pieces, nbytes], pinned.
-        arguments: of `triton_copy.gather` after `lines`, for each of several selections.
+        host: where they are, pinned.
+        selections: several of them.
+        slots: uint8 [rows, num_slots, nbytes], that they are recalled into.
         num_pieces: of a selection.
     """
 
-    lines: Tensor
-    arguments: list[tuple[Tensor, ...]]
+    host: HostPages
+    selections: list[Selection]
+    slots: Tensor
     num_pieces: int
 
     def run(self, number: int) -> None:
         """Recall one selection."""
         from arkcache.kernels.triton_copy import gather
 
-        gather(self.lines, *self.arguments[number], num_sink_pages=1)
+        gather(self.host, self.selections[number], self.slots, num_sink_pages=1)
 
     @property
     def nbytes(self) -> int:
         """Bytes of a selection."""
-        return self.num_pieces * self.lines.shape[1]
+        return self.num_pieces * self.slots.shape[2]
 
 
 def make_recall(bench: Bench, lines: Tensor) -> Recall:
@@ -111,24 +114,23 @@ def make_recall(bench: Bench, lines: Tensor) -> Recall:
         torch.stack([torch.randperm(count)[:max_selected] for _ in range(rows)]).int().to(device)
         for _ in range(bench.pick(8, 1))
     ]
-    return Recall(
-        lines, [(located, own, places, counts, slots) for own in pages], rows * max_selected
-    )
+    selections = [Selection(own, places, counts, places, counts) for own in pages]
+    return Recall(HostPages(lines, located), selections, slots, rows * max_selected)
 
 
 def check_recalled(recall: Recall) -> None:
     """Raise `AssertionError` if a selection comes back with other bytes."""
     recall.run(0)
-    located, pages, _places, _counts, slots = recall.arguments[0]
-    wanted = recall.lines[located.gather(1, pages.long()).cpu()]
-    assert torch.equal(slots[:, 1:].cpu(), wanted), "a recalled page differs from what was sealed"
+    (pieces, located), pages = recall.host, recall.selections[0].pages
+    wanted, slots = pieces[located.gather(1, pages.long()).cpu()], recall.slots[:, 1:].cpu()
+    assert torch.equal(slots, wanted), "a recalled page differs from what was sealed"
 
 
 def gather(bench: Bench, nbytes: int) -> Outcome:
     """Recall from 512 MiB of pinned memory."""
     _host, _handles, lines = pinned_lines(bench, nbytes, bench.pick(512 << 20, 64 * nbytes))
     recall = make_recall(bench, lines)
-    timing = bench.time(recall.run, len(recall.arguments))
+    timing = bench.time(recall.run, len(recall.selections))
     check_recalled(recall)
     rate = recall.nbytes / timing.median_us * 1e6
     share = rate / bench.peak("host_to_device")
@@ -145,7 +147,7 @@ def gather_large(bench: Bench, nbytes: int) -> Outcome:
     _host, _handles, lines = pinned_lines(bench, nbytes, total, is_large=True)
     bench.note(gib=total / 2**30, seconds_to_pin=round(time.perf_counter() - start, 2))
     recall = make_recall(bench, lines)
-    replay, calls = bench.record(recall.run, len(recall.arguments))
+    replay, calls = bench.record(recall.run, len(recall.selections))
     alone = bench.time_calls(replay, repeats=20, calls=calls)
     check_recalled(recall)
     rate = recall.nbytes / alone.median_us * 1e6

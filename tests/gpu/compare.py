@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -83,9 +84,9 @@ class Pair:
     expected: dict[str, Any]
 
     def check_equal(self, *names: str) -> None:
-        """Fail unless these are equal to the bit."""
+        """Fail unless these are equal to the bit; "window.key" is a field of a tuple."""
         for name in names:
-            mine, other = self.actual[name], self.expected[name]
+            mine, other = _named(self.actual, name), _named(self.expected, name)
             if not torch.equal(mine, other):
                 wrong = (mine != other).nonzero()
                 raise AssertionError(
@@ -95,8 +96,14 @@ class Pair:
 
     def check_close(self, name: str, bound: Tensor | float) -> float:
         """Fail unless the error is within the bound everywhere; returns error / bound."""
-        mine, other = self.actual[name].float(), self.expected[name].float()
-        return error_share(name, mine, other, bound)
+        mine, other = _named(self.actual, name), _named(self.expected, name)
+        return error_share(name, mine.float(), other.float(), bound)
+
+
+def _named(arguments: dict[str, Any], name: str) -> Tensor:
+    first, *fields = name.split(".")
+    held: Tensor = reduce(getattr, fields, arguments[first])
+    return held
 
 
 def error_share(name: str, mine: Tensor, other: Tensor, bound: Tensor | float) -> float:
@@ -122,20 +129,27 @@ def on_both(
     pinned: Sequence[str] = (),
     **arguments: Any,
 ) -> Pair:
-    """Call both with copies of the arguments; those named in `pinned` stay host memory."""
-    theirs = {name: _copied(value) for name, value in arguments.items()}
-    mine = {name: _on(card, value, name in pinned) for name, value in arguments.items()}
+    """Call both with copies of the arguments; those named in `pinned` ("host.pieces" for a field of
+    a tuple) stay host memory."""
+    theirs = _each(lambda _, tensor: _copy(tensor, torch.device("cpu")), arguments)
+    mine = _each(lambda name, tensor: _on(card, tensor, name in pinned), arguments)
     expected = reference(**theirs)
     actual = launch(**mine)
     card.synchronize()
-    return Pair(
-        {name: _on_host(value) for name, value in mine.items()} | {"returned": _on_host(actual)},
-        theirs | {"returned": expected},
-    )
+    on_host = _each(lambda _, tensor: tensor.cpu(), mine | {"returned": actual})
+    return Pair(on_host, theirs | {"returned": expected})
 
 
-def _copied(value: Any) -> Any:
-    return _copy(value, torch.device("cpu")) if isinstance(value, Tensor) else value
+def _each(change: Callable[[str, Tensor], Tensor], arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same with another tensor for each, which `change` makes of its name and itself."""
+
+    def changed(name: str, value: Any) -> Any:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            fields = zip(value._fields, value, strict=True)
+            return type(value)(*(changed(f"{name}.{field}", held) for field, held in fields))
+        return change(name, value) if isinstance(value, Tensor) else value
+
+    return {name: changed(name, value) for name, value in arguments.items()}
 
 
 def _copy(tensor: Tensor, device: torch.device) -> Tensor:
@@ -145,17 +159,7 @@ def _copy(tensor: Tensor, device: torch.device) -> Tensor:
     return storage.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
-def _on(card: Card, value: Any, stays: bool) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_on(card, field, stays) for field in value))
-    if not isinstance(value, Tensor):
-        return value
+def _on(card: Card, tensor: Tensor, stays: bool) -> Tensor:
     if not stays:
-        return _copy(value, card.device)
-    return value.clone() if card.rehearsing else value.pin_memory()
-
-
-def _on_host(value: Any) -> Any:
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_on_host, value))
-    return value.cpu() if isinstance(value, Tensor) else value
+        return _copy(tensor, card.device)
+    return tensor.clone() if card.rehearsing else tensor.pin_memory()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from arkcache.formats import PRESETS, PageLayout
 from arkcache.kernels import reference_attention
+from arkcache.kernels.arguments import Counts, PageSet, Window
 from arkcache.kernels.torch_pages import PagePacker
 from tests.gpu.card import Card
 from tests.gpu.compare import Case, bound_of, error_share, on_both, run_cases, some
@@ -71,21 +72,25 @@ def _attention(
         randn(1, *shape, dims[0], dtype=dtype), randn(2, *shape, dims[1], dtype=dtype)
     )
     lengths = [s * page_size + min(r, window) for s, r in zip(sealed, recent, strict=True)]
+    pages = PageSet(
+        slots,
+        torch.stack([torch.randperm(places)[:4] for _ in range(rows)]).int(),
+        int32(0, 0, 2, 4, 3, 0),
+        torch.stack([torch.randperm(8)[:places] + 1 for _ in range(rows)]).int(),
+    )
     arguments: dict[str, Any] = {
         "query": randn(3, group, rows, dims[0], dtype=dtype).transpose(0, 1),
-        "slots": slots,
-        "chosen": torch.stack([torch.randperm(places)[:4] for _ in range(rows)]).int(),
-        "num_chosen": int32(0, 0, 2, 4, 3, 0),
-        "page_of": torch.stack([torch.randperm(8)[:places] + 1 for _ in range(rows)]).int(),
-        "window_key": randn(4, rows, window, dims[0], dtype=dtype),
-        "window_value": randn(5, rows, window, dims[1], dtype=dtype),
-        "lengths": int32(*lengths),
-        "sealed": int32(*sealed),
+        "pages": pages,
+        "window": Window(
+            randn(4, rows, window, dims[0], dtype=dtype),
+            randn(5, rows, window, dims[1], dtype=dtype),
+        ),
+        "counts": Counts(int32(*lengths), int32(*sealed)),
         "layout": layout,
         "num_sink_pages": num_sink_pages,
         "scale": dims[0] ** -0.5,
     }
-    arguments |= _extra(extra, rows, group, max(lengths) + 1)
+    arguments |= _extra(extra, pages, group, max(lengths) + 1)
     pair = on_both(
         card, triton_attention.paged_attention, reference_attention.paged_attention, **arguments
     )
@@ -94,7 +99,8 @@ def _attention(
     return error_share("output", pair.actual["returned"].float(), exact, bound_of(plain, exact))
 
 
-def _extra(extra: str, rows: int, group: int, tokens: int) -> dict[str, Any]:
+def _extra(extra: str, pages: PageSet, group: int, tokens: int) -> dict[str, Any]:
+    rows = len(pages.slots)
     if extra == "softcap":
         return {"softcap": 2.0}
     if extra == "sinks":
@@ -103,38 +109,28 @@ def _extra(extra: str, rows: int, group: int, tokens: int) -> dict[str, Any]:
         bias = randn(7, rows, 1, tokens)
         return {"bias": bias.masked_fill(bias > 1.5, -math.inf).expand(-1, group, -1)}
     if extra == "everything":
-        return {"chosen": None, "num_chosen": None, "page_of": None, "num_sink_pages": 0}
+        return {"pages": PageSet(pages.slots), "num_sink_pages": 0}
     if extra == "window":  # a layer whose window is the whole context
         return {
-            "slots": None,
-            "chosen": None,
-            "num_chosen": None,
-            "page_of": None,
+            "pages": None,
             "num_sink_pages": 0,
-            "sealed": torch.zeros(rows, dtype=torch.int32),
-            "lengths": int32(0, 1, 2, 3, 5, 7),
+            "counts": Counts(int32(0, 1, 2, 3, 5, 7), torch.zeros(rows, dtype=torch.int32)),
         }
     return {}
 
 
 def _plain_row(row: int, packer: PagePacker, given: dict[str, Any]) -> Tensor:
     """A row as plain torch attends it [group, value_dim], each step rounded to the dtype."""
-    size, slots, window = packer.layout.page_size, given["slots"], given["window_key"].shape[1]
-    attended = []
-    if slots is not None:
-        how = (
-            given[name] for name in ("chosen", "num_chosen", "page_of", "sealed", "num_sink_pages")
-        )
-        attended = reference_attention._attended(row, *how)
-    length, first = int(given["lengths"][row]), int(given["sealed"][row]) * size
+    size, held, attended = packer.layout.page_size, given["pages"], []
+    window, counts = given["window"], given["counts"]
+    if held is not None:
+        attended = reference_attention._attended(row, held, counts.sealed, given["num_sink_pages"])
+    length, first = int(counts.lengths[row]), int(counts.sealed[row]) * size
     recent = torch.arange(first, length)
     tokens = [torch.arange(page * size, page * size + size) for _, page in attended]
-    key, value = (
-        given["window_key"][row, recent % window],
-        given["window_value"][row, recent % window],
-    )
+    key, value = (plane[row, recent % plane.shape[1]] for plane in window)
     if attended:
-        pages = packer.unpack(slots[row, [slot for slot, _ in attended]])
+        pages = packer.unpack(held.slots[row, [slot for slot, _ in attended]])
         key = torch.cat((pages[0].flatten(0, 1), key))
         value = torch.cat((pages[1].flatten(0, 1), value))
     logits = given["query"][row] @ key.T * given["scale"]

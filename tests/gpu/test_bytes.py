@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels import reference_copy, reference_seal
+from arkcache.kernels.arguments import Counts, HostPages, Places, Selection, Summaries, Window
 from tests.gpu.card import Card
 from tests.gpu.compare import Case, Pair, on_both, run_cases, some
 from tests.gpu.draws import BF16, FP16, FP32, NAMES, int32, randn, random_bytes
@@ -49,14 +50,18 @@ def _append(
         reference_seal.append,
         key=randn(1, heads, batch, head_dim, dtype=dtype).transpose(0, 1),
         value=randn(2, batch, heads, value_dim, dtype=dtype),
-        window_key=randn(3, rows, window, head_dim, dtype=dtype),
-        window_value=randn(4, rows, window, value_dim, dtype=dtype),
-        lengths=int32(0, 1, window - 1, window, 3 * window + 2, 10_000_000),
-        sealed=torch.zeros(rows, dtype=torch.int32),
+        window=Window(
+            randn(3, rows, window, head_dim, dtype=dtype),
+            randn(4, rows, window, value_dim, dtype=dtype),
+        ),
+        counts=Counts(
+            int32(0, 1, window - 1, window, 3 * window + 2, 10_000_000),
+            torch.zeros(rows, dtype=torch.int32),
+        ),
         recent=max(1, window - page_size),
         page_size=page_size,
     )
-    pair.check_equal("window_key", "window_value", "lengths", "sealed")
+    pair.check_equal("window.key", "window.value", "counts.lengths", "counts.sealed")
 
 
 # -- seal ---------------------------------------------------------------------------------------
@@ -113,12 +118,12 @@ def _digests(
 
 def _check_digests(pair: Pair, dtype: torch.dtype, index: str) -> None:
     if index == "tokens":
-        pair.check_equal("digests")
+        pair.check_equal("summaries.digests")
         return
-    expected = pair.expected["digests"].float()
+    expected = pair.expected["summaries"].digests.float()
     # Sums in fp32 in another order, rounded once: at most to the next number of the dtype.
     bound = torch.finfo(dtype).eps * expected.abs() + 32 * torch.finfo(FP32).eps
-    pair.check_close("digests", bound)
+    pair.check_close("summaries.digests", bound)
 
 
 def _seal_pages(
@@ -143,7 +148,7 @@ def _seal_pages(
         value=randn(2, rows, page_size, pages, dims[1], dtype=dtype).transpose(1, 2),
         digest_key=key.roll(1, dims=3),
         packed=random_bytes(3, pages, rows, layout.nbytes).transpose(0, 1),
-        digests=_digests(rows, first + pages + 1, dtype, layout, index, index_bits),
+        summaries=Summaries(_digests(rows, first + pages + 1, dtype, layout, index, index_bits)),
         first=first,
         layout=layout,
         index=index,
@@ -171,22 +176,21 @@ def _seal_newest(
     rows, recent, window = len(sealed), 2 * page_size, 3 * page_size
     lengths = [count * page_size + recent + extra for count, extra in zip(sealed, off, strict=True)]
     key = randn(1, rows, window, dims[0], dtype=dtype)
+    page_of = torch.full((rows, num_places), -1, dtype=torch.int32)
+    digests = None if dense else _digests(rows, 8, dtype, layout, index, index_bits)
     if page_size == 1:  # one token more completes another page
         sealed = [length - recent for length in lengths]
     pair = on_both(
         card,
         triton_seal.seal_newest,
         reference_seal.seal_newest,
-        window_key=key,
-        window_value=randn(2, rows, window, dims[1], dtype=dtype),
+        window=Window(key, randn(2, rows, window, dims[1], dtype=dtype)),
         digest_window=key.roll(1, dims=2),
-        lengths=int32(*lengths),
-        sealed=int32(*sealed),
+        counts=Counts(int32(*lengths), int32(*sealed)),
         slots=random_bytes(3, rows, 8 if dense else num_sink_pages + num_places, layout.nbytes),
-        page_of=None if dense else torch.full((rows, num_places), -1, dtype=torch.int32),
-        num_places=None if dense else int32(4, 4, 4, 2, 4),
         packed=random_bytes(4, rows, layout.nbytes),
-        digests=None if dense else _digests(rows, 8, dtype, layout, index, index_bits),
+        places=None if dense else Places(page_of, int32(4, 4, 4, 2, 4)),
+        summaries=Summaries(digests),
         recent=recent,
         num_sink_pages=0 if dense else num_sink_pages,
         layout=layout,
@@ -195,7 +199,7 @@ def _seal_newest(
     )
     pair.check_equal("packed", "slots")
     if not dense:
-        pair.check_equal("page_of")
+        pair.check_equal("places.page_of")
         _check_digests(pair, dtype, index)
 
 
@@ -228,16 +232,15 @@ def _gather(card: Card, nbytes: int, num_sink_pages: int) -> None:
 
     rows, capacity, max_selected = 4, 12, 7
     order = torch.stack([torch.randperm(max_selected) for _ in range(rows)]).int()
+    pages = _lines(rows, capacity, 3).argsort(dim=1)[:, :max_selected].int().contiguous()
+    counts = int32(0, 1, 4, max_selected)
     pair = on_both(
         card,
         triton_copy.gather,
         reference_copy.gather,
-        ("pieces",),
-        pieces=random_bytes(1, rows * capacity, nbytes),
-        located=_lines(rows, capacity, 2),
-        pages=_lines(rows, capacity, 3).argsort(dim=1)[:, :max_selected].int().contiguous(),
-        places=order,
-        counts=int32(0, 1, 4, max_selected),
+        ("host.pieces",),
+        host=HostPages(random_bytes(1, rows * capacity, nbytes), _lines(rows, capacity, 2)),
+        selection=Selection(pages, order, counts, order, counts),
         slots=random_bytes(5, rows, num_sink_pages + max_selected, nbytes),
         num_sink_pages=num_sink_pages,
     )
@@ -251,14 +254,13 @@ def _scatter(card: Card, nbytes: int) -> None:
         card,
         triton_copy.scatter,
         reference_copy.scatter,
-        ("pieces",),
+        ("host.pieces",),
         packed=random_bytes(1, 5, nbytes),
         lines=torch.tensor([7, -1, 0, 11, -1]),
-        pieces=random_bytes(2, 12, nbytes),
-        located=torch.full((5, 6), -1, dtype=torch.int64),
+        host=HostPages(random_bytes(2, 12, nbytes), torch.full((5, 6), -1, dtype=torch.int64)),
         sealed=int32(1, 2, 3, 6, 4),
     )
-    pair.check_equal("pieces", "located")
+    pair.check_equal("host.pieces", "host.located")
 
 
 def _gather_lines(card: Card, nbytes: int) -> None:

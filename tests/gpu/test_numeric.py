@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arkcache.kernels import reference, reference_paged
+from arkcache.kernels.arguments import Places
 from arkcache.kernels.torch_tokens import TokenIndex
 from tests.gpu.card import Card
 from tests.gpu.compare import Case, bound_of, error_share, on_both, run_cases, some
@@ -208,9 +209,8 @@ def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -
         reference_paged.select,
         scores=scores,
         sealed=sealed,
-        page_of=held,
+        places=Places(held, int32(*(limit[1] for limit in limits))),
         num_selected=selected,
-        num_places=int32(*(limit[1] for limit in limits)),
         speculated=(randn(5, rows, places) > 0).to(torch.int8) * (held >= 0),
         counters=torch.arange(rows * 5).view(rows, 5),
         num_sink_pages=num_sink_pages,
@@ -218,7 +218,7 @@ def _select(card: Card, pages: int, group: int, reduction: str, guesses: bool) -
         reduction=reduction,
         speculative=guesses,
     )
-    pair.check_equal("page_of", "speculated", "counters")
+    pair.check_equal("places.page_of", "speculated", "counters")
     mine, other = pair.actual["returned"], pair.expected["returned"]
     assert torch.equal(mine.num_missing, other.num_missing)
     assert torch.equal(mine.num_chosen, other.num_chosen)

@@ -15,6 +15,7 @@ from triton.runtime import interpreter
 from arkcache.errors import InputError
 from arkcache.formats import BITS, PageFormat, PageLayout
 from arkcache.kernels import reference, reference_attention, triton_attention
+from arkcache.kernels.arguments import Counts, Estimates, PageSet, Window
 from arkcache.kernels.torch_pages import PagePacker
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,6 +27,7 @@ NAMES = (
 )
 
 Inputs = dict[str, Any]
+"""What `paged_attention` is called with, tensor by tensor."""
 
 
 def ints(*numbers: int) -> Tensor:
@@ -115,8 +117,7 @@ def run(given: Inputs) -> Tensor:
         name: value.to(DEVICE) if isinstance(value, Tensor) else value
         for name, value in given.items()
     }
-    positional = [moved.pop(name) for name in NAMES]
-    output = triton_attention.paged_attention(*positional, **moved)
+    output = triton_attention.paged_attention(**arguments_of(moved))
     assert output.dtype == given["query"].dtype
     assert output.is_contiguous()
     return output.cpu()
@@ -124,8 +125,22 @@ def run(given: Inputs) -> Tensor:
 
 def expected_of(given: Inputs) -> Tensor:
     how = {name: value for name, value in given.items() if name not in ("tickets", "log_mass")}
-    positional = [how.pop(name) for name in NAMES]
-    return reference_attention.paged_attention(*positional, **how)
+    return reference_attention.paged_attention(**arguments_of(how))
+
+
+def arguments_of(given: Inputs) -> Inputs:
+    """The tensors as launchers take them, those that belong together in one tuple."""
+    rest = dict(given)
+    query, *pages = (rest.pop(name) for name in NAMES[:5])
+    key, value, *counts = (rest.pop(name) for name in NAMES[5:])
+    means, *estimates = (rest.pop(name, None) for name in ("means", "estimated", "page_bias"))
+    return rest | {
+        "query": query,
+        "pages": None if pages[0] is None else PageSet(*pages),
+        "window": Window(key, value),
+        "counts": Counts(*counts),
+        "estimates": None if means is None else Estimates(means, *estimates),
+    }
 
 
 def plain(
@@ -477,9 +492,7 @@ def test_log_mass(with_tickets: bool) -> None:
         output = run(each | tickets)
         held = own.to(DEVICE)
         assert torch.equal(run(each | tickets | {"log_mass": held}), output)
-        positional = [each[name] for name in NAMES]
-        how = {name: value for name, value in each.items() if name not in NAMES}
-        reference_attention.paged_attention(*positional, **how, log_mass=expected)
+        reference_attention.paged_attention(**arguments_of(each), log_mass=expected)
         torch.testing.assert_close(held.cpu(), expected, rtol=1e-5, atol=1e-5)
         nothing = (
             torch.full((3,), -math.inf) if each["sink_logits"] is None else each["sink_logits"][2]
@@ -494,6 +507,7 @@ REFUSED: dict[str, Inputs] = {
     "signed slots": {"slots": torch.zeros(3, 7, 800, dtype=torch.int8)},
     "chosen": {"chosen": torch.zeros(3, 6, dtype=torch.int64)},
     "half chosen": {"num_chosen": None},
+    "half a list": {"chosen": None},
     "page_of": {"page_of": torch.zeros(2, 6, dtype=torch.int32)},
     "keys": {"window_key": torch.zeros(3, 24, 40).transpose(1, 2)},
     "values": {"window_value": torch.zeros(3, 40, 16, dtype=torch.float16)},
@@ -513,8 +527,11 @@ REFUSED: dict[str, Inputs] = {
         "means": torch.zeros(3, 9, 40),
         "estimated": torch.zeros(3, 9, dtype=torch.int32),
     },
-    "half estimated": {"means": torch.zeros(3, 9, 40)},
-    "page_bias": {"page_bias": torch.zeros(3, 1, 9)},
+    "page_bias": {
+        "means": torch.zeros(3, 9, 40),
+        "estimated": torch.zeros(3, 8, dtype=torch.int32),
+        "page_bias": torch.zeros(3, 1, 9),
+    },
     "log_mass": {"log_mass": torch.zeros(3)},
 }
 

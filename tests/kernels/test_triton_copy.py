@@ -1,6 +1,7 @@
 """Copies between the tiers: byte for byte the reference's, and nothing else is touched."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from arkcache.errors import InputError
 from arkcache.kernels import reference_copy
+from arkcache.kernels.arguments import HostPages, Selection
 
 pytest.importorskip("triton")
 from arkcache.kernels import triton_copy
@@ -29,7 +31,10 @@ def host(tensor: Tensor) -> Tensor:
 
 @dataclass
 class Recall:
-    """What `gather` is called with: `counts` pages for every row, out of `capacity`."""
+    """What `gather` is called with: `counts` pages for every row, out of `capacity`.
+
+    What is chosen, of which `gather` reads nothing, is None.
+    """
 
     counts: list[int]
     nbytes: int
@@ -52,23 +57,24 @@ class Recall:
         self.num_missing = torch.tensor(self.counts, dtype=torch.int32, device=DEVICE)
         self.slots = random_bytes(rows, NUM_SINKS + self.num_places, self.nbytes).to(DEVICE)
 
-    def arguments(self, **changed: Tensor) -> dict[str, Tensor]:
+    def arguments(self, **changed: Tensor) -> dict[str, Any]:
+        """Of `gather`; `changed` by the names of tensors."""
+        given = vars(self) | {"slots": self.slots.clone()} | changed
+        host = HostPages(given["pieces"], given["located"])
+        missing = (given["pages"], given["places"], given["num_missing"])
         return {
-            "pieces": self.pieces,
-            "located": self.located,
-            "pages": self.pages,
-            "places": self.places,
-            "counts": self.num_missing,
-            "slots": self.slots.clone(),
-        } | changed
+            "host": host,
+            "selection": Selection(*missing, None, None),
+            "slots": given["slots"],
+            "num_sink_pages": NUM_SINKS,
+        }
 
 
 def assert_gathers_as_the_reference(recall: Recall) -> None:
     actual, expected = recall.arguments(), recall.arguments()
-    triton_copy.gather(**actual, num_sink_pages=NUM_SINKS)
-    reference_copy.gather(**expected, num_sink_pages=NUM_SINKS)
-    for name, tensor in expected.items():
-        assert torch.equal(actual[name], tensor), name
+    triton_copy.gather(**actual)
+    reference_copy.gather(**expected)
+    assert torch.equal(actual["slots"], expected["slots"])
 
 
 @pytest.mark.parametrize("nbytes", NBYTES)
@@ -79,14 +85,14 @@ def test_gather(nbytes: int) -> None:
 def test_gather_of_nothing_changes_nothing() -> None:
     recall = Recall([0, 0], 24)
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
+    triton_copy.gather(**arguments)
     assert torch.equal(arguments["slots"], recall.slots)
 
 
 def test_gather_writes_only_the_places_it_was_given() -> None:
     recall = Recall([3, 1], 24)
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
+    triton_copy.gather(**arguments)
     for row, count in enumerate(recall.counts):
         written = {NUM_SINKS + place for place in recall.places[row, :count].tolist()}
         for slot in {*range(recall.slots.shape[1])} - written:
@@ -138,39 +144,38 @@ def test_pages_in_a_buffer_that_starts_anywhere(offset: int) -> None:
 def test_nothing_to_copy_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for kernel in ("gather_kernel", "scatter_kernel", "gather_lines_kernel"):
         monkeypatch.setattr(triton_copy, kernel, None)
-    recall, pieces = Recall([1], 24), host(random_bytes(3, 24))
-    none = {name: tensor[:0] for name, tensor in recall.arguments().items() if name != "pieces"}
-    triton_copy.gather(**recall.arguments(**none), num_sink_pages=NUM_SINKS)
-    triton_copy.gather(**Recall([0, 0], 24, max_selected=0).arguments(), num_sink_pages=NUM_SINKS)
-    lines, located, sealed, slots = (
-        none[name] for name in ("counts", "located", "counts", "slots")
-    )
-    triton_copy.scatter(slots[:, 0], lines.long(), pieces, located, sealed)
-    triton_copy.gather_lines(pieces, lines.long(), slots[:, 0])
+    recall = Recall([1], 24)
+    names = ("located", "pages", "places", "num_missing", "slots")
+    none = {name: getattr(recall, name)[:0] for name in names}
+    triton_copy.gather(**recall.arguments(**none))
+    triton_copy.gather(**Recall([0, 0], 24, max_selected=0).arguments())
+    lines, slots = none["num_missing"], none["slots"]
+    pages = HostPages(recall.pieces, none["located"])
+    triton_copy.scatter(slots[:, 0], lines.long(), pages, lines)
+    triton_copy.gather_lines(recall.pieces, lines.long(), slots[:, 0])
 
 
 @pytest.mark.parametrize("nbytes", NBYTES)
 @pytest.mark.parametrize("lines", [[3, -1, 0], [-1, -1, -1], [5, 1, 2]])
 def test_scatter(nbytes: int, lines: list[int]) -> None:
-    def arguments() -> list[Tensor]:
-        return [
-            packed,
-            torch.tensor(lines, device=DEVICE),
-            host(pieces.clone()),
-            located.clone(),
-            torch.tensor([1, 0, 4], dtype=torch.int32, device=DEVICE),
-        ]
+    def arguments() -> dict[str, Any]:
+        return {
+            "packed": packed,
+            "lines": torch.tensor(lines, device=DEVICE),
+            "host": HostPages(host(pieces.clone()), located.clone()),
+            "sealed": torch.tensor([1, 0, 4], dtype=torch.int32, device=DEVICE),
+        }
 
     packed, pieces = random_bytes(3, nbytes).to(DEVICE), random_bytes(6, nbytes)
     located = torch.full((3, 4), -7, device=DEVICE)
     if lines[1] >= 0:  # a row that sealed nothing yet has no page to back up
         lines = [lines[0], -1, lines[2]]
     actual, expected = arguments(), arguments()
-    triton_copy.scatter(*actual)
+    triton_copy.scatter(**actual)
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    reference_copy.scatter(*expected)
-    for copied, wanted in zip(actual, expected, strict=True):
+    reference_copy.scatter(**expected)
+    for copied, wanted in zip(actual["host"], expected["host"], strict=True):
         assert torch.equal(copied, wanted)
 
 
@@ -179,10 +184,10 @@ def test_scatter_then_gather_is_the_same_page() -> None:
     packed = random_bytes(2, recall.nbytes).to(DEVICE)
     sealed = torch.tensor([4, 9], dtype=torch.int32, device=DEVICE)
     lines = torch.tensor([17, 3], device=DEVICE)
-    triton_copy.scatter(packed, lines, recall.pieces, recall.located, sealed)
+    triton_copy.scatter(packed, lines, HostPages(recall.pieces, recall.located), sealed)
     recall.pages[:, 0] = sealed - 1
     arguments = recall.arguments()
-    triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
+    triton_copy.gather(**arguments)
     for row, place in enumerate(recall.places[:, 0].tolist()):
         assert torch.equal(arguments["slots"][row, NUM_SINKS + place], packed[row])
 
@@ -206,27 +211,30 @@ def test_gather_lines(nbytes: int, lines: list[int]) -> None:
         ("located", torch.zeros(2, 9, dtype=torch.int32)),
         ("pages", torch.zeros(2, 5, dtype=torch.int64)),
         ("places", torch.zeros(2, 4, dtype=torch.int32)),
-        ("counts", torch.zeros(3, dtype=torch.int32)),
+        ("num_missing", torch.zeros(3, dtype=torch.int32)),
         ("slots", torch.zeros(2, 24, dtype=torch.uint8)),
     ],
 )
 def test_gather_refuses_what_does_not_fit(name: str, wrong: Tensor) -> None:
     arguments = Recall([1, 1], 24).arguments(**{name: wrong.to(DEVICE)})
-    with pytest.raises(InputError, match=rf"{name} is .*expected contiguous"):
-        triton_copy.gather(**arguments, num_sink_pages=NUM_SINKS)
+    with pytest.raises(InputError, match=rf"{name} is .*expected .*, contiguous"):
+        triton_copy.gather(**arguments)
 
 
 def test_gather_refuses_more_sinks_than_slots() -> None:
     with pytest.raises(InputError, match="num_sink_pages=9: expected 0 to 8"):
-        triton_copy.gather(**Recall([1], 24).arguments(), num_sink_pages=9)
+        triton_copy.gather(**Recall([1], 24).arguments() | {"num_sink_pages": 9})
 
 
 def test_scatter_and_gather_lines_refuse_what_does_not_fit() -> None:
     packed, pieces = torch.zeros(2, 24).byte(), torch.zeros(4, 24).byte()
     located, sealed = torch.zeros(2, 3).long(), torch.ones(2).int()
+    host, other = HostPages(pieces, located), HostPages(pieces, located.repeat(2, 1))
     with pytest.raises(InputError, match=r"lines is torch\.int32"):
-        triton_copy.scatter(packed, torch.zeros(2).int(), pieces, located, sealed)
+        triton_copy.scatter(packed, torch.zeros(2).int(), host, sealed)
     with pytest.raises(InputError, match=r"sealed is torch\.int64"):
-        triton_copy.scatter(packed, torch.zeros(2).long(), pieces, located, sealed.long())
-    with pytest.raises(InputError, match=r"expected contiguous torch\.int64 \[2\]"):
+        triton_copy.scatter(packed, torch.zeros(2).long(), host, sealed.long())
+    with pytest.raises(InputError, match=r"host\.located is .*expected torch\.int64 \[2, any\]"):
+        triton_copy.scatter(packed, torch.zeros(2).long(), other, sealed)
+    with pytest.raises(InputError, match=r"expected torch\.int64 \[2\], contiguous"):
         triton_copy.gather_lines(pieces, torch.zeros(3).long(), packed)

@@ -10,10 +10,11 @@ from torch import Tensor
 from arkcache.config import INDEXES
 from arkcache.errors import InputError
 from arkcache.kernels import reference_paged, triton_score
+from arkcache.kernels.arguments import Scores
 from arkcache.kernels.reference import volume_score
 from arkcache.kernels.torch_digest import BoundingVolumes
 from arkcache.kernels.torch_tokens import TokenIndex
-from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores
+from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -317,8 +318,8 @@ def test_inputs_that_do_not_fit() -> None:
     for change, message in (
         ({"kind": "tokens"}, "kind='tokens'"),
         ({"kind": "cube"}, "kind='cube'"),
-        ({"kind": "sphere-max"}, "expected 33 features"),
-        ({"digests": digests.half()}, "features"),
+        ({"kind": "sphere-max"}, r"digests is .*expected torch.float32 \[2, any, 33\]"),
+        ({"digests": digests.half()}, "digests is torch.float16"),
         ({"digests": digests[:1]}, "digests"),
         ({"digests": digests.mT}, "digests"),
         ({"query": query[0]}, "query"),
@@ -335,8 +336,8 @@ def test_inputs_that_do_not_fit() -> None:
     for change, message in (
         ({"bits": 3}, "bits=3"),
         ({"page_size": 0}, "page_size=0"),
-        ({"page_size": 5}, "expected 168 bytes"),
-        ({"digests": packed.to(torch.int8)}, "bytes"),
+        ({"page_size": 5}, r"expected torch.uint8 \[2, any, 168\]"),
+        ({"digests": packed.to(torch.int8)}, "digests is torch.int8"),
     ):
         with pytest.raises(InputError, match=message):
             triton_score.score_tokens(**(index | change))

@@ -6,6 +6,7 @@ Digests of volumes are rounded once: they err by at most twice what plain torch 
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from arkcache.config import INDEXES
 from arkcache.errors import InputError
 from arkcache.formats import BITS, PageFormat, PageLayout
 from arkcache.kernels import reference, reference_seal
+from arkcache.kernels.arguments import Counts, Places, Summaries, Window
 from arkcache.kernels.torch_digest import BoundingVolumes
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.kernels.torch_tokens import TokenIndex
@@ -54,7 +56,7 @@ def empty_bytes(*shape: int) -> Tensor:
 
 def packed_by_kernel(key: Tensor, value: Tensor, layout: PageLayout) -> Tensor:
     packed = empty_bytes(*key.shape[:2], layout.nbytes)
-    seal_pages(key, value, key, packed, None, first=0, layout=layout, index="centroid")
+    seal_pages(key, value, key, packed, first=0, layout=layout, index="centroid")
     return packed.cpu()
 
 
@@ -194,7 +196,7 @@ def test_strides_and_borders(dtype: torch.dtype, key_bits: int, value_bits: int)
         strided_value,
         strided_key,
         buffer[:, 1:, 16 : 16 + layout.nbytes],
-        digests[:, :, 1:41],
+        Summaries(digests[:, :, 1:41]),
         first=4,
         layout=layout,
         index="cuboid-max",
@@ -224,7 +226,8 @@ def assert_volumes(kind: str, dtype: torch.dtype, page_size: int, head_dim: int)
     truth = BoundingVolumes(kind).digest(digest_key[:, None].cpu().double())
     digests = torch.full((2, 4, truth.shape[-2]), math.nan, dtype=dtype, device=DEVICE)
     packed = empty_bytes(2, 1, layout.nbytes)
-    seal_pages(key, value, digest_key, packed, digests, first=2, layout=layout, index=kind)
+    summaries = Summaries(digests)
+    seal_pages(key, value, digest_key, packed, summaries, first=2, layout=layout, index=kind)
     assert digests[:, [0, 1, 3]].isnan().all()
     plain = BoundingVolumes(kind).digest(digest_key[:, None].cpu())
     allowed = 2 * (plain.double() - truth).abs().max()
@@ -260,7 +263,7 @@ def test_token_digests(bits: int, dtype: torch.dtype, page_size: int, head_dim: 
         value,
         key,
         empty_bytes(1, 2, layout.nbytes),
-        digests,
+        Summaries(digests),
         first=1,
         layout=layout,
         index="tokens",
@@ -281,7 +284,7 @@ def test_means(dtype: torch.dtype, page_size: int, shape: tuple[int, int, int]) 
     means = torch.full((2, 6, shape[0] + shape[1] + 3), math.nan, dtype=dtype, device=DEVICE)
     own, packed = means[:, :, 1:-2], empty_bytes(2, 3, layout.nbytes)
     how = {"first": 2, "layout": layout, "index": "centroid"}
-    seal_pages(key, value, key + 1, packed, None, own, **how)
+    seal_pages(key, value, key + 1, packed, Summaries(None, own), **how)
     truth = torch.cat((key.double().mean(dim=2), value.double().mean(dim=2)), dim=-1)
     eps = torch.finfo(dtype).eps
     bound = truth.abs() * eps + torch.finfo(torch.float32).eps * float(truth.abs().max())
@@ -292,38 +295,49 @@ def test_means(dtype: torch.dtype, page_size: int, shape: tuple[int, int, int]) 
 
 @dataclass
 class State:
-    """What `seal_newest` reads and writes, in the order of its arguments."""
+    """What `seal_newest` reads and writes."""
 
-    window_key: Tensor
-    window_value: Tensor
+    window: Window
     digest_window: Tensor
-    lengths: Tensor
-    sealed: Tensor
+    counts: Counts
     slots: Tensor
-    page_of: Tensor | None
-    num_places: Tensor | None
     packed: Tensor
-    digests: Tensor | None
-    means: Tensor | None
+    places: Places | None
+    summaries: Summaries
 
     def clone(self) -> "State":
-        values = vars(self).items()
-        return State(**{name: None if held is None else held.clone() for name, held in values})
+        return State(*map(cloned, vars(self).values()))
 
     def assert_equal(self, other: "State") -> None:
         for name, held in vars(self).items():
-            expected = vars(other)[name]
-            if held is not None:
+            pairs = zip(tensors_of(held), tensors_of(vars(other)[name]), strict=True)
+            for number, (own, expected) in enumerate(pairs):
                 # As bytes: NaN marks what nobody has written.
-                assert torch.equal(held.view(torch.uint8), expected.view(torch.uint8)), name
+                same = torch.equal(own.view(torch.uint8), expected.view(torch.uint8))
+                assert same, (name, number)
+
+
+def cloned(value: Any) -> Any:
+    """A tensor, a tuple of such, or None."""
+    if isinstance(value, tuple):
+        return type(value)(*map(cloned, value))
+    return None if value is None else value.clone()
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Those of a tensor, of a tuple of such, or of None."""
+    fields = value if isinstance(value, tuple) else (value,)
+    return [field for field in fields if field is not None]
 
 
 def compare_means(state: State, expected: State) -> None:
     """To rounding: the order of a sum is its own affair. What was not written is NaN in both."""
-    assert state.means is not None
-    eps = 4 * torch.finfo(state.means.dtype).eps
-    torch.testing.assert_close(state.means, expected.means, rtol=eps, atol=eps, equal_nan=True)
-    state.means = expected.means = None
+    own, truth = state.summaries.means, expected.summaries.means
+    assert own is not None
+    eps = 4 * torch.finfo(own.dtype).eps
+    torch.testing.assert_close(own, truth, rtol=eps, atol=eps, equal_nan=True)
+    for each in (state, expected):
+        each.summaries = Summaries(each.summaries.digests)
 
 
 def ints(*numbers: int) -> Tensor:
@@ -344,23 +358,17 @@ def state_of(layout: PageLayout, dtype: torch.dtype, index: str, lengths: Tensor
         digests = empty_bytes(rows, CAPACITY, features)
     else:
         digests = torch.full((rows, CAPACITY, features), math.nan, dtype=dtype, device=DEVICE)
+    dims = layout.head_dim + layout.value_dim
+    means = torch.full((rows, CAPACITY, dims), math.nan, dtype=dtype, device=DEVICE)
+    page_of = torch.full((rows, PLACES), -1, dtype=torch.int32, device=DEVICE)
     return State(
-        key,
-        torch.randn(rows, window, layout.value_dim).to(DEVICE, dtype),
+        Window(key, torch.randn(rows, window, layout.value_dim).to(DEVICE, dtype)),
         key * 2,
-        lengths,
-        sealed,
+        Counts(lengths, sealed),
         empty_bytes(rows, SINKS + PLACES, layout.nbytes),
-        torch.full((rows, PLACES), -1, dtype=torch.int32, device=DEVICE),
-        ints(*[PLACES] * (rows - 1), 1),
         empty_bytes(rows, layout.nbytes),
-        digests,
-        torch.full(
-            (rows, CAPACITY, layout.head_dim + layout.value_dim),
-            math.nan,
-            dtype=dtype,
-            device=DEVICE,
-        ),
+        Places(page_of, ints(*[PLACES] * (rows - 1), 1)),
+        Summaries(digests, means),
     )
 
 
@@ -398,7 +406,7 @@ def test_seal_newest_of_what_attends_everything(bits: tuple[int, int]) -> None:
     layout = layout_of(*bits, torch.bfloat16, (20, 12, 4), page_size=5)
     state = state_of(layout, torch.bfloat16, "cuboid-max", ints(6, 11, 16, 51, 52))
     state.slots = empty_bytes(5, CAPACITY, layout.nbytes)
-    state.page_of = state.num_places = state.digests = state.means = None
+    state.places, state.summaries = None, Summaries(None)
     expected = state.clone()
     arguments = {"recent": RECENT, "num_sink_pages": 0, "layout": layout, "index": "cuboid-max"}
     seal_newest(*vars(state).values(), **arguments)
@@ -412,71 +420,76 @@ def test_token_by_token_is_the_prompt(index: str) -> None:
     """Appended and sealed one by one, pages and digests are those of `seal_pages`, bit for bit."""
     layout = layout_of(4, 2, torch.bfloat16, (20, 12, 4), page_size=5)
     state = state_of(layout, torch.bfloat16, index, ints(0, 0))
-    state.num_places = ints(PLACES, PLACES)
+    state.places = state.places._replace(num_places=ints(PLACES, PLACES))
     key, value = random_pages(layout, torch.bfloat16, 2, 5)
-    state.digest_window = state.window_key
+    state.digest_window = state.window.key
     for token in range(25):
         append(
             key.flatten(1, 2)[None, :, token],
             value.flatten(1, 2)[None, :, token],
-            state.window_key,
-            state.window_value,
-            state.lengths,
-            state.sealed,
+            state.window,
+            state.counts,
             recent=RECENT,
             page_size=5,
         )
         arguments = {"recent": RECENT, "num_sink_pages": SINKS, "layout": layout, "index": index}
         seal_newest(*vars(state).values(), **arguments)
-    assert state.lengths.tolist() == [25, 25]
-    assert state.sealed.tolist() == [3, 3]
-    packed, digests = empty_bytes(2, 5, layout.nbytes), torch.empty_like(state.digests)
-    means = torch.empty_like(state.means)
-    seal_pages(key, value, key, packed, digests, means, first=0, layout=layout, index=index)
+    assert state.counts.lengths.tolist() == [25, 25]
+    assert state.counts.sealed.tolist() == [3, 3]
+    packed = empty_bytes(2, 5, layout.nbytes)
+    summaries = Summaries(*map(torch.empty_like, state.summaries))
+    seal_pages(key, value, key, packed, summaries, first=0, layout=layout, index=index)
     assert torch.equal(state.slots[:, :3], packed[:, :3])
     assert torch.equal(state.packed, packed[:, 2])
-    assert torch.equal(state.digests[:, :3], digests[:, :3])
-    assert torch.equal(state.means[:, :3], means[:, :3])
-    assert state.page_of.tolist() == [[1, 2, -1]] * 2
+    for own, expected in zip(state.summaries, summaries, strict=True):
+        assert torch.equal(own[:, :3], expected[:, :3])
+    assert state.places.page_of.tolist() == [[1, 2, -1]] * 2
 
 
 @pytest.mark.parametrize(("dims", "window"), [((1, 1), 1), ((80, 33), 6), ((256, 64), 7)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append(dtype: torch.dtype, dims: tuple[int, int], window: int) -> None:
     """Three tokens, to rows of different lengths, heads and channels of which lie apart."""
-    window_key, window_value = (torch.randn(6, window, dim).to(DEVICE, dtype) for dim in dims)
     lengths = ints(0, 1, window - 1, window, 9 * window + 3, 2_000_000_000)
-    state = [window_key, window_value, lengths, torch.full_like(lengths, -7)]
-    expected = [tensor.clone() for tensor in state]
+    state = (
+        Window(*(torch.randn(6, window, dim).to(DEVICE, dtype) for dim in dims)),
+        Counts(lengths, torch.full_like(lengths, -7)),
+    )
+    expected = cloned(state[0]), cloned(state[1])
     for _ in range(3):
         key = torch.randn(3, 2 * dims[0] + 1, 2).to(DEVICE, dtype).transpose(1, 2)
         key = key.contiguous()[:, :, 1 : dims[0] + 1]
         value = torch.randn(2, 3, dims[1]).to(DEVICE, dtype).transpose(0, 1)
         append(key, value, *state, recent=4, page_size=3)
         reference_seal.append(key, value, *expected, recent=4, page_size=3)
-        for held, truth in zip(state, expected, strict=True):
+        for held, truth in zip((*state[0], *state[1]), (*expected[0], *expected[1]), strict=True):
             assert torch.equal(held, truth)
 
 
 def test_append_says_what_does_not_fit() -> None:
     key, value = torch.zeros(2, 3, 8), torch.zeros(2, 3, 4)
-    windows = torch.zeros(6, 5, 8), torch.zeros(6, 5, 4)
-    counts, wide = torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+    window = Window(torch.zeros(6, 5, 8), torch.zeros(6, 5, 4))
+    short = window.value[:, :4].clone()
+    numbers, wide = torch.zeros(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int64)
+    counts, none = Counts(numbers, numbers), Window(*(plane[:, :0].clone() for plane in window))
     wrong = [
-        ((key[:1], value, *windows, counts, counts), "key of shape"),
-        ((key, value[:, :, :3], *windows, counts, counts), "value of shape"),
-        ((key.half(), value, *windows, counts, counts), "float16"),
-        ((key[..., ::2], value[..., ::2], *windows, counts, counts), "last stride 1"),
-        ((key, value, windows[0][:, :4], windows[1], counts, counts), "contiguous"),
-        ((key, value, windows[0], windows[1][:, :4].clone(), counts, counts), "the same"),
-        ((key, value, *windows, wide, counts), "lengths of torch.int64"),
-        ((key, value, *windows, counts, counts[:5]), "sealed of"),
+        ((key[0], value, window, counts), "key is .*expected .*any, any, any"),
+        ((key[:1], value[:1], window, counts), "window.key is .*expected .*3, any, 8"),
+        ((key[:1], value, window._replace(key=window.key[:3]), counts), "value is .*1, 3, any"),
+        ((key, value[:, :, :3], window, counts), "window.value is .*expected .*6, 5, 3"),
+        ((key.half(), value, window, counts), "key is torch.float16"),
+        ((key[..., ::2], value, window, counts), "key is .*last stride 1"),
+        ((key, value, window._replace(key=window.key.mT.contiguous().mT), counts), "contiguous"),
+        ((key, value, window._replace(value=short), counts), "window.value is .*6, 5, 4"),
+        ((key, value, none, counts), "0 tokens"),
+        ((key, value, window, Counts(wide, numbers)), "counts.lengths is torch.int64"),
+        ((key, value, window, Counts(numbers, numbers[:5])), "counts.sealed is .*expected .*6"),
     ]
     for arguments, message in wrong:
         with pytest.raises(InputError, match=message):
             append(*arguments, recent=4, page_size=3)
     with pytest.raises(InputError, match="page_size=0"):
-        append(key, value, *windows, counts, counts, recent=4, page_size=0)
+        append(key, value, window, counts, recent=4, page_size=0)
 
 
 def test_seal_pages_says_what_does_not_fit() -> None:
@@ -484,47 +497,53 @@ def test_seal_pages_says_what_does_not_fit() -> None:
     key, value = random_pages(layout, torch.float32, 2, 3)
     packed = empty_bytes(2, 3, layout.nbytes)
     digests = torch.zeros(2, 6, 16, device=DEVICE)
-    buffer = empty_bytes(2, 3, layout.nbytes + 1)
+    buffer, summaries = empty_bytes(2, 3, layout.nbytes + 1), Summaries(digests)
+    means = [Summaries(None, each) for each in (digests, digests[..., :12], digests.half())]
     wrong = [
-        ((key.double(), value, key, packed, digests), 0, "cuboid-max", "float64"),
-        ((key.half(), value, key, packed, digests), 0, "cuboid-max", "4 bytes per element"),
-        ((key, value.half(), key, packed, digests), 0, "cuboid-max", "float16"),
-        ((key, value[:, :2], key, packed, digests), 0, "cuboid-max", "expected \\[2, 3, 5, 4"),
-        ((key, value, key[..., :4], packed, digests), 0, "cuboid-max", "expected \\[2, 3, 5, 8"),
-        ((key, value, key, packed[:, :2], digests), 0, "cuboid-max", "packed pages of"),
-        ((key, value, key, packed.int(), digests), 0, "cuboid-max", "expected uint8"),
-        ((key, value, key, buffer[:, :, 1:], digests), 0, "cuboid-max", "multiples of the 4"),
-        ((key, value, key, packed, digests), 4, "cuboid-max", "expected room"),
-        ((key, value, key, packed, digests), -1, "cuboid-max", "expected room"),
-        ((key, value, key, packed, digests), 0, "sphere-max", "expected torch.float32 \\[2, 6, 9"),
-        ((key, value, key, packed, digests), 0, "tokens", "expected torch.uint8 \\[2, 6, 42"),
-        ((key, value, key, packed, digests), 0, "cubes", "one of cuboid-mean"),
-        ((key, value, key, packed, None, digests), 0, "", "means of .* expected .*2, 6, 12"),
-        ((key, value, key, packed, None, digests[..., :12].half()), 0, "", "expected torch.float"),
-        ((key, value, key, packed, None, digests[..., :12]), 4, "", "means of 6 pages"),
+        ((key.double(), value, key, packed, summaries), 0, "cuboid-max", "key is torch.float64"),
+        ((key.half(), value, key, packed, summaries), 0, "cuboid-max", "expected torch.float32"),
+        ((key, value.half(), key, packed, summaries), 0, "cuboid-max", "value is torch.float16"),
+        ((key, value[:, :2], key, packed, summaries), 0, "cuboid-max", "expected .*2, 3, 5, 4"),
+        ((key, value, key[..., :4], packed, summaries), 0, "cuboid-max", "expected .*2, 3, 5, 8"),
+        ((key, value, key, packed[:, :2], summaries), 0, "cuboid-max", "packed is"),
+        ((key, value, key, packed.int(), summaries), 0, "cuboid-max", "expected torch.uint8"),
+        ((key, value, key, buffer[:, :, 1:], summaries), 0, "cuboid-max", "multiples of the 4"),
+        ((key, value, key, packed, summaries), 4, "cuboid-max", "expected room"),
+        ((key, value, key, packed, summaries), -1, "cuboid-max", "expected room"),
+        ((key, value, key, packed, summaries), 0, "sphere-max", "expected .*2, any, 9"),
+        ((key, value, key, packed, summaries), 0, "tokens", "expected torch.uint8 .*2, any, 42"),
+        ((key, value, key, packed, summaries), 0, "cubes", "one of cuboid-mean"),
+        ((key, value, key, packed, means[0]), 0, "", "means is .* expected .*2, any, 12"),
+        ((key, value, key, packed, means[2]), 0, "", "expected torch.float32"),
+        ((key, value, key, packed, means[1]), 4, "", "means of 6 pages"),
     ]
     for arguments, first, index, message in wrong:
         with pytest.raises(InputError, match=message):
             seal_pages(*arguments, first=first, layout=layout, index=index)
+    wide = layout_of(16, 16, torch.float64, (8, 4, 2), page_size=5)
+    with pytest.raises(InputError, match="8 bytes per element"):
+        seal_pages(
+            key.double(), value.double(), key.double(), packed, first=0, layout=wide, index=""
+        )
     assert (packed == 255).all()
 
 
 def test_seal_newest_says_what_does_not_fit() -> None:
     layout = layout_of(4, 4, torch.float32, (8, 4, 2), page_size=5)
     state = state_of(layout, torch.float32, "cuboid-max", ints(11, 16))
-    window, places = state.window_key, state.num_places
+    window, counts, places, summaries = state.window, state.counts, state.places, state.summaries
+    short = window.key[:, :19]
     spread = empty_bytes(2, 4, layout.nbytes + 4)[:, :, : layout.nbytes]
     wrong = [
-        ({"window_key": window[:, :19]}, "window of 19"),
-        ({"window_value": window}, "expected \\[2, 4, 5, 4"),
-        ({"lengths": state.lengths.long()}, "lengths of torch.int64"),
-        ({"num_places": None}, "both or neither"),
-        ({"page_of": state.page_of[:1]}, "page_of of"),
-        ({"num_places": places[:1]}, "num_places of"),
-        ({"packed": state.packed[:1]}, "packed pages of"),
+        ({"window": Window(*(ring[:, :19] for ring in window)), "digest_window": short}, "of 19"),
+        ({"window": Window(window.key, window.key)}, "window.value is .*expected .*2, 20, 4"),
+        ({"counts": counts._replace(lengths=counts.lengths.long())}, "lengths is torch.int64"),
+        ({"places": places._replace(page_of=places.page_of[:1])}, "places.page_of is"),
+        ({"places": places._replace(num_places=places.num_places[:1])}, "places.num_places is"),
+        ({"packed": state.packed[:1]}, "packed is"),
         ({"slots": spread}, "contiguous slots"),
-        ({"digests": state.digests[:1]}, "digests of"),
-        ({"means": state.means[:, :, 1:]}, "means of"),
+        ({"summaries": summaries._replace(digests=summaries.digests[:1])}, "digests is"),
+        ({"summaries": summaries._replace(means=summaries.means[:, :, 1:])}, "means is"),
     ]
     for changed, message in wrong:
         with pytest.raises(InputError, match=message):

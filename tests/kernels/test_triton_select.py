@@ -13,8 +13,9 @@ from torch import Tensor
 from arkcache.config import GROUP_REDUCTIONS
 from arkcache.errors import InputError
 from arkcache.kernels import reference_paged, triton_select
-from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, Scores, score_volumes
-from arkcache.kernels.triton_select import Selection, select
+from arkcache.kernels.arguments import Places, Scores, Selection
+from arkcache.kernels.triton_score import HIDDEN, PAGES_PER_BLOCK, score_volumes
+from arkcache.kernels.triton_select import select
 from arkcache.kernels.triton_sizes import aligned, cdiv, power_of_two
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -73,9 +74,8 @@ def check(
     own = select(
         Scores(*(tensor.to(device) for tensor in scores)),
         sealed.to(device),
-        mine.page_of,
+        Places(mine.page_of, num_places.to(device)),
         num_selected.to(device),
-        num_places.to(device),
         mine.speculated,
         mine.counters,
         **options,
@@ -83,9 +83,8 @@ def check(
     expected = reference_paged.select(
         scores,
         sealed,
-        theirs.page_of,
+        Places(theirs.page_of, num_places),
         num_selected,
-        num_places,
         theirs.speculated,
         theirs.counters,
         **options,
@@ -123,7 +122,8 @@ def test_what_is_made_lies_apart_and_aligned(rows: int) -> None:
         "reduction": "raw-mean",
     }
     how |= {"num_estimated": None}
-    selection = select(scores, sealed, metadata.page_of, limit, limit, *metadata[1:], **how)
+    places = Places(metadata.page_of, limit)
+    selection = select(scores, sealed, places, limit, *metadata[1:], **how)
     shapes = [(rows, 3, 35), (rows, 3, 2), (rows, 3, 2), *[(rows, max_selected)] * 2, (rows,)]
     shapes += [(rows, max_selected), (rows,), (rows, 35)]
     for tensor, shape in zip((*scores, *selection), shapes, strict=True):
@@ -185,8 +185,8 @@ def aim(
         (reference_paged.select, missed[1], "cpu"),
     ):
         page_of, *rest = metadata.clone(where)
-        on_device = [tensor.to(where) for tensor in (sealed, page_of, limits, limits)]
-        given = Scores(*(tensor.to(where) for tensor in scores))
+        given, limit = Scores(*(tensor.to(where) for tensor in scores)), limits.to(where)
+        on_device = (sealed.to(where), Places(page_of, limit), limit)
         chosen = kernel(given, *on_device, *rest, fixed=fixed.to(where), missed=log, **how)
         assert torch.equal(chosen.num_missing, chosen.num_chosen)
         selections.append(chosen)
@@ -351,6 +351,17 @@ def test_many_pages_and_places(pages: int, places: int) -> None:
         )
 
 
+def test_equal_pages_of_many_heads() -> None:
+    """A share of 1/29 each, which 16 heads add up to what depends on the order: the lowest win."""
+    score = torch.full((1, 16, 174), -400.0)
+    score[:, :, ::6] = 600.0
+    limit = ints(5)
+    how: dict[str, Any] = {"num_sink_pages": 0, "reduction": "softmax-mean"}
+    scores = make_scores(score, [174])
+    _, selection = check(scores, empty_metadata(1, 5), ints(174), limit, limit, **how)
+    assert selection.pages[0].tolist() == [0, 6, 12, 18, 24]
+
+
 @st.composite
 def score_tensors(draw: st.DrawFn, rows: int, group: int, pages: int) -> tuple[Tensor, str]:
     """Scores with ties, all different, or so far apart that shares underflow; some pages hidden."""
@@ -415,9 +426,8 @@ def test_inputs_that_do_not_fit() -> None:
 
     def attempt(scores: Scores, page_of: Tensor, sealed: Tensor, **options: Any) -> None:
         options = {"num_sink_pages": 0, "max_selected": 3, "reduction": "raw-mean"} | options
-        select(
-            scores, sealed, page_of, limit, limit, metadata.speculated, metadata.counters, **options
-        )
+        places = Places(page_of, limit)
+        select(scores, sealed, places, limit, metadata.speculated, metadata.counters, **options)
 
     for change, message in (
         ({"reduction": "max"}, "reduction='max'"),

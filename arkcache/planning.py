@@ -18,11 +18,11 @@ from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages.bookkeeping import Ids
 from arkcache.tiering.device import Geometry, TierPlan
 
-LEAST_STREAMED, MOST_STREAMED = 1024, 8192
+MIN_STREAMED, MAX_STREAMED = 1024, 8192
 """Tokens of a streaming block, unless the settings say how many. On a CPU the least is as fast as
 any; on a GPU longer blocks are fewer launches and longer copies, and take memory."""
 
-MOST_SLOTS = 4.0
+MAX_SLOTS = 4.0
 """The largest automatic pool factor: slots for each page that a step selects."""
 
 SPARE_SHARE = 1 / 16
@@ -85,7 +85,7 @@ class Planner:
         """The largest automatic pool factor of a tier within so many bytes and `device_bytes`."""
         limit = self.config.device_bytes
         room = room if limit is None else min(room, limit)
-        factors = np.arange(MOST_SLOTS, 1.0, -1 / 8).tolist()
+        factors = np.arange(MAX_SLOTS, 1.0, -1 / 8).tolist()
         fits = (
             factor for factor in factors if self.plan(batch, max_selected, factor).nbytes <= room
         )
@@ -126,9 +126,9 @@ class Planner:
         config, page_size = self.config, self.config.page_size
         tokens = config.stream_block_tokens
         if tokens is None:
-            tokens = LEAST_STREAMED
+            tokens = MIN_STREAMED
             if self.device.type != "cpu":
-                tokens = max(tokens, MOST_STREAMED // geometry.batch)
+                tokens = max(tokens, MAX_STREAMED // geometry.batch)
                 if config.device_bytes is not None:
                     per_token = geometry.num_rows * (geometry.head_dim + geometry.value_dim)
                     limit = config.device_bytes // (8 * 2 * per_token * geometry.dtype.itemsize)

@@ -51,7 +51,7 @@ MAX_SHARED_BYTES = {"sm_80": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942"
 """What a block can have; what is compiled for sm_80 also runs on sm_86 and sm_89, the least."""
 
 MUST_NOT_SPILL = ("attention", "score")
-LEAST_BUFFERS = {
+MIN_BUFFERS = {
     "partial_kernel": ((2,), (3, 2), (3, 2, 2)),
     "score_tokens_kernel": ((2,),),
 }
@@ -239,7 +239,7 @@ def unfit(found: list[Figures]) -> list[str]:
         name = f"{each.kernel} ({each.family} {each.variant}) on {each.target}"
         if each.spills and each.family in MUST_NOT_SPILL:
             lines.append(f"{name} spills: {each.spills}")
-        options = () if each.variant in LATE else LEAST_BUFFERS.get(each.kernel, ())
+        options = () if each.variant in LATE else MIN_BUFFERS.get(each.kernel, ())
         counts = [*map(int, each.buffers.split())]
         least = next((one for one in options if len(one) == len(counts)), ())
         if any(count < want for count, want in zip(counts, least, strict=False)):

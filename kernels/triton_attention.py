@@ -31,7 +31,7 @@ MAX_SPLITS = 128
 """Most programs per row for the pages, for the window and for estimates; their runs are longer
 beyond."""
 
-MOST_MERGED = 32
+MAX_MERGED = 32
 """Most splits of a row that its last program merges; more are shared out among programs, one for
 each head, which takes a launch."""
 
@@ -124,7 +124,7 @@ def paged_attention(
     parts = torch.empty(nelements, dtype=torch.float32, device=query.device)
     sink_logits_strides = (0, 0) if sink_logits is None else sink_logits.stride()
     merged: tuple[Tensor | None, ...] = (None, None, None, None)
-    is_small = num_splits <= MOST_MERGED and value_dim <= WIDEST_MERGED and group <= BLOCK_HEADS
+    is_small = num_splits <= MAX_MERGED and value_dim <= WIDEST_MERGED and group <= BLOCK_HEADS
     # On AMD a barrier does not wait for stores: one thread could not vouch for those of others.
     if tickets is not None and is_small and torch.version.hip is None:
         merged = (tickets, sink_logits, output, log_mass)
@@ -184,7 +184,7 @@ def _sizes(layout: PageLayout, dtype: torch.dtype, group: int) -> dict[str, int]
         "PAGES_AHEAD": 1 if is_wide else PAGES_AHEAD,
         "WINDOW_AHEAD": 1 if is_wide else WINDOW_AHEAD,
         "MERGE_HEADS": merge_heads,
-        "MERGE_TILE": max(1, min(MOST_MERGED, MERGE_BLOCK // (merge_heads * merge_value))),
+        "MERGE_TILE": max(1, min(MAX_MERGED, MERGE_BLOCK // (merge_heads * merge_value))),
         "MERGE_VALUE": merge_value,
     }
 

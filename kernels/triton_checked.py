@@ -17,7 +17,7 @@ from arkcache.errors import InputError
 
 Strides = Literal["contiguous", "last stride 1", "any strides"]
 
-MOST_SIGNATURES = 4096
+MAX_SIGNATURES = 4096
 """Beyond, all are forgotten: shapes that grow must not fill the host's memory."""
 
 
@@ -86,6 +86,6 @@ class Checked:
 
     def add(self, key: Hashable) -> None:
         """Remember that what has this signature was checked and is right."""
-        if len(self._passed) >= MOST_SIGNATURES:
+        if len(self._passed) >= MAX_SIGNATURES:
             self._passed.clear()
         self._passed.add(key)

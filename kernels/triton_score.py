@@ -30,7 +30,7 @@ FEWEST_PROGRAMS = 256
 beyond does a program rate several blocks, the next ones on their way meanwhile. 4096 pages of 8 KV
 heads are 256 programs of four blocks."""
 
-MOST_STEPS = 8
+MAX_STEPS = 8
 """Most blocks of a program."""
 
 AHEAD_BYTES = 32768
@@ -82,7 +82,7 @@ def score_volumes(
         return scores
     pages, blocks = scores.score.shape[-1], scores.peak.shape[-1]
     block_bytes = features * digests.element_size() * PAGES_PER_BLOCK
-    num_steps = max(1, min(MOST_STEPS, rows * blocks // FEWEST_PROGRAMS))
+    num_steps = max(1, min(MAX_STEPS, rows * blocks // FEWEST_PROGRAMS))
     score_volumes_kernel[(rows, cdiv(blocks, num_steps))](
         query,
         digests,

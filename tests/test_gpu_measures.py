@@ -38,7 +38,7 @@ def test_a_profile_counts_overlapping_streams_once() -> None:
 
 
 def test_a_profile_keeps_the_longest_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profiling, "MOST_NAMES", 1)
+    monkeypatch.setattr(profiling, "MAX_NAMES", 1)
     found = shares_of([Span("short", 0.0, 1.0), Span("long", 1.0, 5.0)], num_steps=1)
     assert list(found["kernels"]) == ["long"]
     assert found["others_us"] == 1.0
@@ -120,11 +120,11 @@ def test_entries_of_tables_are_turned_one_by_one(launcher: ModuleType) -> None:
 
 SWEPT = {
     "attention": (
-        *("PAGE_SPLIT", "WINDOW_SPLIT", "BLOCK_BYTES", "MOST_MERGED", "MERGE_BLOCK"),
+        *("PAGE_SPLIT", "WINDOW_SPLIT", "BLOCK_BYTES", "MAX_MERGED", "MERGE_BLOCK"),
         *("PAGES_AHEAD", "WINDOW_AHEAD", "num_warps"),
     ),
     "volumes": (
-        *("PAGES_PER_BLOCK", "FEWEST_PROGRAMS", "MOST_STEPS", "AHEAD_BYTES"),
+        *("PAGES_PER_BLOCK", "FEWEST_PROGRAMS", "MAX_STEPS", "AHEAD_BYTES"),
         *("BLOCKS_AHEAD", "num_warps"),
     ),
     "tokens": ("PAGES_PER_BLOCK", "MANY_PROGRAMS", "COLUMNS_AHEAD", "num_warps"),

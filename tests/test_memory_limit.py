@@ -18,7 +18,7 @@ SPARE = 1 << 20
 def _small_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """A system with a megabyte to spare, of which it takes what tiers have touched."""
     monkeypatch.setattr(allowance, "_all", weakref.WeakValueDictionary())
-    monkeypatch.setattr(allowance, "LEAST_GRANT_BYTES", 4096)
+    monkeypatch.setattr(allowance, "MIN_GRANT_BYTES", 4096)
 
     def available() -> int:
         return SPARE - sum(one._touched for one in allowance._all.values())
@@ -76,7 +76,7 @@ def test_groups_of_layers_share_what_there_is() -> None:
 
 def test_few_steps_ask_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(allowance, "LEAST_GRANT_BYTES", 64 << 10)
+    monkeypatch.setattr(allowance, "MIN_GRANT_BYTES", 64 << 10)
     monkeypatch.setattr(allowance, "available_memory_bytes", lambda: asked.append(0) or (1 << 30))
     manager = KVCacheManager(2, 2, 8, CacheConfig(page_size=32, budget_tokens=512))
     for _ in range(600):

@@ -24,7 +24,7 @@ from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
 from tests.marks import needs_interpreter
 from tests.twins import Twins, check_references
 
-NUM_LAYERS, NUM_KV_HEADS, MOST_COLUMNS = 2, 2, 320
+NUM_LAYERS, NUM_KV_HEADS, MAX_COLUMNS = 2, 2, 320
 
 
 @st.composite
@@ -152,7 +152,7 @@ class Conversations(RuleBasedStateMachine):
         )
         self.alive.append(twins)
         if pages:
-            columns = min(MOST_COLUMNS, pages * config.page_size + config.num_recent_tokens)
+            columns = min(MAX_COLUMNS, pages * config.page_size + config.num_recent_tokens)
             twins.append(columns, data.draw(padding(twins.batch, columns)))
         return twins
 
@@ -160,7 +160,7 @@ class Conversations(RuleBasedStateMachine):
     def step(self, twins: Twins, data: st.DataObject, most: int) -> None:
         """What a model does: append and attend the same tokens, layer by layer."""
         new_tokens = data.draw(st.integers(1, most))
-        if twins.oracle.num_columns + new_tokens > MOST_COLUMNS:
+        if twins.oracle.num_columns + new_tokens > MAX_COLUMNS:
             return
         mask = data.draw(padding(twins.batch, new_tokens))
         for layer in range(NUM_LAYERS):
@@ -169,7 +169,7 @@ class Conversations(RuleBasedStateMachine):
 
     @rule(twins=caches, new_tokens=st.integers(1, 100), data=st.data())
     def append(self, twins: Twins, new_tokens: int, data: st.DataObject) -> None:
-        if twins.oracle.num_columns + new_tokens <= MOST_COLUMNS:
+        if twins.oracle.num_columns + new_tokens <= MAX_COLUMNS:
             twins.append(new_tokens, data.draw(padding(twins.batch, new_tokens)))
 
     @rule(

@@ -12,8 +12,8 @@ import weakref
 from arkcache.errors import HostTierFullError
 from arkcache.tiering.system_memory import available_memory_bytes
 
-LEAST_GRANT_BYTES = 1 << 20
-MOST_GRANT_BYTES = 64 << 20
+MIN_GRANT_BYTES = 1 << 20
+MAX_GRANT_BYTES = 64 << 20
 """Between these, and an eighth of what a tier needs, is what it is granted beyond that."""
 
 _all: weakref.WeakValueDictionary[int, Allowance] = weakref.WeakValueDictionary()
@@ -46,7 +46,7 @@ class Allowance:
         most = self._touched + self._to_spare()
         if nbytes > most:
             return False
-        extra = min(max(nbytes // 8, LEAST_GRANT_BYTES), MOST_GRANT_BYTES)
+        extra = min(max(nbytes // 8, MIN_GRANT_BYTES), MAX_GRANT_BYTES)
         self._granted = min(nbytes + extra, most)
         return True
 

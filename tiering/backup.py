@@ -142,11 +142,11 @@ class BackupEngine:
         handles, content = np.array(handles, dtype=np.int64), block.data.view(-1, size)
         main, stream, failure = self.streams.main, self.streams.backup, None
         try:
-            if host.rows_per_chunk is None:
+            if host.pieces_per_chunk is None:
                 main.record().synchronize()
                 host.write(handles, content)
             else:
-                runs = runs_of(host.rows(handles), host.rows_per_chunk)
+                runs = runs_of(host.positions(handles), host.pieces_per_chunk)
                 stream.wait(main.record())
                 stream.run(partial(_copy_runs, host.pieces(), runs, content))
         except _FAILURES as error:

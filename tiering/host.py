@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -31,18 +30,13 @@ from torch import Tensor
 from arkcache.errors import HostTierFullError, InputError, IntegrityError
 from arkcache.tiering.allowance import Allowance
 from arkcache.tiering.mapping import map_anonymous
+from arkcache.tiering.pieces import Ids, Side, Stack, copy_pieces, lengthened, put_pieces
 from arkcache.tiering.pinned import PinnedArena
 from arkcache.tiering.registration import logger
 from arkcache.tiering.system_memory import physical_memory_bytes
 
-Ids = NDArray[np.int64]
-Scalar = TypeVar("Scalar", bound=np.generic)
-
 ALIGNMENT = 16
 """Where the right side starts: kernels read quantised pieces in words of this many bytes."""
-
-MOVE_BYTES = 64 << 20
-"""Pieces are copied in chunks of this size, so that moving many takes little extra memory."""
 
 
 class HostTier:
@@ -104,11 +98,11 @@ class HostTier:
             self._allowance.give_back(0)
         self._mapping: mmap.mmap | None = None
         self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
-        self._sides = [_Side() for _ in self.piece_bytes]
+        self._sides = [Side() for _ in self.piece_bytes]
         self._references: Ids = np.zeros(0, dtype=np.int64)
         self._kind: NDArray[np.int8] = np.zeros(0, dtype=np.int8)
-        self._row: Ids = np.zeros(0, dtype=np.int64)
-        self._free = _Stack()
+        self._position: Ids = np.zeros(0, dtype=np.int64)
+        self._free = Stack()
 
     # -- sizes ------------------------------------------------------------------------------------
 
@@ -195,7 +189,7 @@ class HostTier:
         return self._pinning.why_pageable
 
     @property
-    def rows_per_chunk(self) -> int | None:
+    def pieces_per_chunk(self) -> int | None:
         """Rows of `pieces` between boundaries that no copy may cross; None while pageable."""
         return self._pinning.chunk_bytes // self.piece_bytes[0] if self.pinned else None
 
@@ -214,11 +208,11 @@ class HostTier:
         if max(0, count - len(side.holes)) * self.piece_bytes[kind] > self._gap:
             self._close_holes()
         self._grow(count - len(self._free))
-        handles, rows = self._free.pop(count), side.take(count)
+        handles, positions = self._free.pop(count), side.take(count)
         self._references[handles] = 1
         self._kind[handles] = kind
-        self._row[handles] = rows
-        side.handle_at[rows] = handles
+        self._position[handles] = positions
+        side.handle_at[positions] = handles
         self._touch()
         return handles
 
@@ -228,9 +222,9 @@ class HostTier:
             return
         old = len(self._references)
         size = old + max(missing, old // 2)
-        self._references = _lengthened(self._references, size)
-        self._kind = _lengthened(self._kind, size)
-        self._row = _lengthened(self._row, size)
+        self._references = lengthened(self._references, size)
+        self._kind = lengthened(self._kind, size)
+        self._position = lengthened(self._position, size)
         self._free.push(np.arange(old, size, dtype=np.int64)[::-1])  # the lowest is taken first
 
     def write(self, handles: Ids, packed: Tensor) -> None:
@@ -240,12 +234,12 @@ class HostTier:
         """
         if len(handles):
             pieces = self._pieces[int(self._kind[handles[0]])]
-            _put(pieces, self.rows(handles), packed.to(pieces.device))
+            put_pieces(pieces, self.positions(handles), packed.to(pieces.device))
 
     def pieces(self, kind: int = 0) -> Tensor:
         """The bytes of a kind's pieces, [places, bytes of a piece]: a view of the arena.
 
-        Has no rows while the tier holds no memory. Not every row is a piece: see `rows`.
+        Has none while the tier holds no memory. Not every position is a piece: see `positions`.
         """
         return self._pieces[kind]
 
@@ -253,19 +247,19 @@ class HostTier:
         """The kind of each piece."""
         return self._kind[handles]
 
-    def rows(self, handles: Ids) -> Ids:
+    def positions(self, handles: Ids) -> Ids:
         """Where each piece is in `pieces` of its kind.
 
         Holds until `compact`, and in a tier of two kinds until the next `allocate`.
         """
-        rows = self._row[handles]
+        positions = self._position[handles]
         if len(self.piece_bytes) == 1:
-            return rows
-        return np.where(self._kind[handles] == 0, rows, self._view_rows(1, rows))
+            return positions
+        return np.where(self._kind[handles] == 0, positions, self._view_positions(1, positions))
 
-    def _view_rows(self, kind: int, rows: Ids) -> Ids:
-        """A side's rows, which count from its end of the arena, as rows of `pieces`."""
-        return rows if kind == 0 else self._capacity[1] - 1 - rows
+    def _view_positions(self, kind: int, positions: Ids) -> Ids:
+        """A side's positions, which count from its end of the arena, as positions of `pieces`."""
+        return positions if kind == 0 else self._capacity[1] - 1 - positions
 
     def retain(self, handles: Ids) -> None:
         """Add one reference per listed piece (a piece may be listed several times)."""
@@ -279,7 +273,7 @@ class HostTier:
         np.add.at(self._references, handles, -1)
         freed = np.unique(handles[self._references[handles] == 0])
         for kind, side in enumerate(self._sides):
-            side.holes.push(self._row[freed[self._kind[freed] == kind]])
+            side.holes.push(self._position[freed[self._kind[freed] == kind]])
         self._free.push(freed)
         if len(freed) and self.num_pieces == 0:
             self._forget()
@@ -319,8 +313,13 @@ class HostTier:
             pieces = self._pieces[kind]
             if len(sources):
                 self._pinning.synchronize()
-            _copy(pieces, self._view_rows(kind, targets), pieces, self._view_rows(kind, sources))
-            self._row[side.handle_at[sources]] = targets
+            copy_pieces(
+                pieces,
+                self._view_positions(kind, targets),
+                pieces,
+                self._view_positions(kind, sources),
+            )
+            self._position[side.handle_at[sources]] = targets
             side.move(sources, targets)
 
     # -- copies -----------------------------------------------------------------------------------
@@ -340,7 +339,12 @@ class HostTier:
             own = tier.allocate(len(listed), kind)
             tier._extracted[listed] = own
             tier._references[own] = listings[listed]
-            _copy(tier._pieces[kind], tier.rows(own), pieces, self.rows(tier._origin[listed]))
+            copy_pieces(
+                tier._pieces[kind],
+                tier.positions(own),
+                pieces,
+                self.positions(tier._origin[listed]),
+            )
         return tier
 
     def extracted(self, handles: Ids) -> Ids:
@@ -366,7 +370,7 @@ class HostTier:
                 self._pieces[kind][self._used(kind)] = pieces
 
     def _used(self, kind: int) -> slice:
-        """The rows of `pieces` between the kind's end of the arena and its last piece."""
+        """The positions of `pieces` between the kind's end of the arena and its last piece."""
         extent = self._sides[kind].extent
         if kind == 0:
             return slice(0, extent)
@@ -385,7 +389,7 @@ class HostTier:
             raise IntegrityError("the host tier's free handles are not those without a reference")
         held = np.flatnonzero(expected)
         for kind, side in enumerate(self._sides):
-            side.check(held[self._kind[held] == kind], self._row)
+            side.check(held[self._kind[held] == kind], self._position)
         if self.num_pieces != len(held):
             raise IntegrityError("the host tier holds pieces of a kind that it does not have")
         if self._gap < 0:
@@ -412,122 +416,3 @@ class HostTier:
         if self._allowance is not None:
             most += " while the system has memory to spare"
         logger.info("host tier: %s, %s", most, how)
-
-
-class _Stack:
-    """Ids that are free: the last pushed are popped first."""
-
-    def __init__(self) -> None:
-        self._items: Ids = np.zeros(0, dtype=np.int64)
-        self._size = 0
-
-    def __len__(self) -> int:
-        return self._size
-
-    @property
-    def ids(self) -> Ids:
-        """What is free, in no particular order."""
-        return self._items[: self._size]
-
-    def push(self, ids: Ids) -> None:
-        """Add ids."""
-        size = self._size + len(ids)
-        self._items = _with_room(self._items, size)
-        self._items[self._size : size] = ids
-        self._size = size
-
-    def pop(self, count: int) -> Ids:
-        """Take the last `count` ids."""
-        self._size -= count
-        return self._items[self._size : self._size + count][::-1].copy()
-
-
-class _Side:
-    """The places of one kind: rows 0, 1, 2 ... from the side's end of the arena to its last piece.
-
-    Attributes:
-        extent: rows up to the last piece, holes included.
-        holes: rows below the extent that hold nothing.
-        handle_at: the handle of the piece in each row, by which a piece that moves is found.
-    """
-
-    def __init__(self) -> None:
-        self.extent = 0
-        self.holes = _Stack()
-        self.handle_at: Ids = np.zeros(0, dtype=np.int64)
-
-    @property
-    def count(self) -> int:
-        """Pieces held."""
-        return self.extent - len(self.holes)
-
-    def take(self, count: int) -> Ids:
-        """Rows for so many pieces, holes first."""
-        reused = self.holes.pop(min(count, len(self.holes)))
-        first, self.extent = self.extent, self.extent + count - len(reused)
-        self.handle_at = _with_room(self.handle_at, self.extent)
-        return np.concatenate((reused, np.arange(first, self.extent, dtype=np.int64)))
-
-    def moves(self) -> tuple[Ids, Ids]:
-        """The rows whose pieces must move for the side to have no holes, and where to."""
-        count, holes = self.count, self.holes.ids
-        targets = np.sort(holes[holes < count])
-        is_piece = np.ones(self.extent - count, dtype=np.bool_)
-        is_piece[holes[holes >= count] - count] = False
-        return count + np.flatnonzero(is_piece), targets
-
-    def move(self, sources: Ids, targets: Ids) -> None:
-        """Note that these pieces, all that `moves` lists, have moved."""
-        self.handle_at[targets] = self.handle_at[sources]
-        self.extent, self.holes = self.count, _Stack()
-
-    def check(self, handles: Ids, row: Ids) -> None:
-        """Raise `IntegrityError` unless the pieces and the holes are all rows, each once."""
-        rows = row[handles]
-        if np.any((rows < 0) | (rows >= self.extent)):
-            raise IntegrityError("a piece of the host tier lies outside its side")
-        if len(np.unique(rows)) != len(rows):
-            raise IntegrityError("two pieces of the host tier share a place")
-        if not np.array_equal(self.handle_at[rows], handles):
-            raise IntegrityError("a place of the host tier names another piece than it holds")
-        every = np.sort(np.concatenate((rows, self.holes.ids)))
-        if not np.array_equal(every, np.arange(self.extent)):
-            raise IntegrityError("the host tier's free places are not those without a piece")
-
-
-def _lengthened(values: NDArray[Scalar], size: int) -> NDArray[Scalar]:
-    longer = np.zeros(size, dtype=values.dtype)
-    longer[: len(values)] = values
-    return longer
-
-
-def _with_room(ids: Ids, size: int) -> Ids:
-    """`ids`, or a longer copy with at least `size` entries, so that appending is cheap."""
-    return ids if size <= len(ids) else _lengthened(ids, max(size, len(ids) * 3 // 2))
-
-
-def _copy(target: Tensor, target_rows: Ids, source: Tensor, source_rows: Ids) -> None:
-    """Copy pieces to other rows; no row is both read and written."""
-    step = max(1, MOVE_BYTES // source.shape[1])
-    word = _word(source)
-    for start in range(0, len(source_rows), step):
-        read = torch.from_numpy(source_rows[start : start + step])
-        written = torch.from_numpy(target_rows[start : start + step])
-        target.view(word)[written] = source.view(word)[read]
-
-
-def _put(pieces: Tensor, rows: Ids, content: Tensor) -> None:
-    """Copy bytes into rows of `pieces`."""
-    content = content.flatten()
-    word = torch.uint8 if content.storage_offset() % 8 else _word(pieces)
-    pieces.view(word)[torch.from_numpy(rows)] = content.view(word).view(len(rows), -1)
-
-
-def take(pieces: Tensor, rows: Ids) -> Tensor:
-    """Some rows of bytes, copied in words where they divide: four times as fast as byte by byte."""
-    return pieces.view(_word(pieces)).index_select(0, torch.from_numpy(rows)).view(torch.uint8)
-
-
-def _word(pieces: Tensor) -> torch.dtype:
-    """The widest elements that whole rows divide into: byte by byte, a copy takes twice as long."""
-    return torch.uint8 if pieces.shape[1] % 8 else torch.int64

@@ -39,13 +39,13 @@ from arkcache.tiering.streams import numbered
 CHUNK_BYTES = 256 << 20
 """Memory is pinned in multiples of about this: what is pinned but unused is wasted."""
 
-MOST_CHUNK_BYTES = 2 << 30
+MAX_CHUNK_BYTES = 2 << 30
 """More than this in one registration is refused by some drivers."""
 
-MOST_AT_ONCE_BYTES = 1 << 30
+MAX_AT_ONCE_BYTES = 1 << 30
 """The most that one registration of several chunks takes."""
 
-MOST_AHEAD_BYTES = 1 << 30
+MAX_AHEAD_BYTES = 1 << 30
 """The thread pins at most so much beyond what is needed."""
 
 NO_DEVICE = "there is no CUDA device to pin it for"
@@ -62,14 +62,14 @@ class Run(NamedTuple):
     num_rows: int
 
 
-def runs_of(rows: NDArray[np.int64], rows_per_chunk: int) -> list[Run]:
+def runs_of(rows: NDArray[np.int64], pieces_per_chunk: int) -> list[Run]:
     """`rows` [n] as runs of adjacent ones, none of which crosses from one chunk into the next.
 
     A copy must not cross: to the driver the chunks are two registrations, however close they lie.
     """
     if len(rows) == 0:
         return []
-    is_start = (np.diff(rows) != 1) | (np.diff(rows // rows_per_chunk) != 0)
+    is_start = (np.diff(rows) != 1) | (np.diff(rows // pieces_per_chunk) != 0)
     bounds = np.concatenate(([0], np.flatnonzero(is_start) + 1, [len(rows)]))
     starts, counts = bounds[:-1], np.diff(bounds)
     triples = zip(rows[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
@@ -213,9 +213,9 @@ class PinnedArena:
 
     def _pin(self, nbytes: int) -> None:
         """Pin up to `nbytes`, in whole chunks. Raises why not; the caller unpins what was done."""
-        if self.chunk_bytes > MOST_CHUNK_BYTES:
+        if self.chunk_bytes > MAX_CHUNK_BYTES:
             raise RuntimeError(
-                f"no whole number of pieces ends with a page within {MOST_CHUNK_BYTES} bytes"
+                f"no whole number of pieces ends with a page within {MAX_CHUNK_BYTES} bytes"
             )
         assert self._device is not None
         while self.nbytes < nbytes:
@@ -229,7 +229,7 @@ class PinnedArena:
 
     def _next_span(self, nbytes: int) -> Span:
         """What to register next on the way to `nbytes`."""
-        most = max(1, MOST_AT_ONCE_BYTES // self.chunk_bytes) * self.chunk_bytes
+        most = max(1, MAX_AT_ONCE_BYTES // self.chunk_bytes) * self.chunk_bytes
         size = min(self.reach(nbytes) - self.nbytes, most, self._size - self.nbytes)
         return Span(self._address + self.nbytes, size)
 
@@ -258,7 +258,7 @@ class PinnedArena:
             return
         step, self._asked_bytes = nbytes - self._asked_bytes, nbytes
         least = step if 2 * step <= nbytes else 0
-        lead = min(max(least, nbytes // 4), MOST_AHEAD_BYTES)
+        lead = min(max(least, nbytes // 4), MAX_AHEAD_BYTES)
         target = min(nbytes + lead, self._size)
         is_enough = self.nbytes >= min(nbytes + max(least, lead // 2), target)
         if is_enough or self._ahead is not None or not self._may_look_ahead:

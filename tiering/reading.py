@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from arkcache.tiering.host import HostTier, take
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.pieces import take
 from arkcache.tiering.pinned import Run, runs_of
 from arkcache.tiering.streams import numbered
 from arkcache.tiering.transfer import upload
@@ -46,10 +47,10 @@ def read_lines(
         device: where to.
     """
     lines = np.ascontiguousarray(lines)
-    if host.rows_per_chunk is None or device.type == "cpu" or len(lines) == 0:
+    if host.pieces_per_chunk is None or device.type == "cpu" or len(lines) == 0:
         return take(pieces, lines).to(device)
     target = torch.empty((len(lines), pieces.shape[1]), dtype=torch.uint8, device=device)
-    lines_per_chunk = host.rows_per_chunk * (host.piece_bytes[0] // pieces.shape[1])
+    lines_per_chunk = host.pieces_per_chunk * (host.piece_bytes[0] // pieces.shape[1])
     copy_path_of(device).read(pieces, lines, target, lines_per_chunk)
     return target
 

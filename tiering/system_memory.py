@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 ROOT = Path("/")
 
-LEAST_MARGIN_BYTES = 256 << 20
-MOST_MARGIN_BYTES = 8 << 30
+MIN_MARGIN_BYTES = 256 << 20
+MAX_MARGIN_BYTES = 8 << 30
 """Between these lies the margin: a sixteenth of the memory, and at most a quarter of it. It is for
 what others take between two looks at it, and for what this process needs beside the host tier."""
 
@@ -46,8 +46,8 @@ def available_memory_bytes(root: Path = ROOT) -> int:
 
 
 def _margin(total: int) -> int:
-    least = max(total // 16, LEAST_MARGIN_BYTES)
-    return min(least, MOST_MARGIN_BYTES, total // 4)
+    least = max(total // 16, MIN_MARGIN_BYTES)
+    return min(least, MAX_MARGIN_BYTES, total // 4)
 
 
 def _bounds(root: Path) -> Iterator[_Bound]:

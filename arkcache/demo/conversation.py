@@ -19,7 +19,7 @@ from arkcache.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_LEAST_CHARS = 200
+_MIN_CHARS = 200
 _FACT_TOKENS = 24  # reserve for a fact in any tokenizer
 _TEXT, _ANSWER, _QUESTION = "<<text>>", "<<answer>>", "<<question>>"
 
@@ -159,10 +159,10 @@ def load_text(path: Path | None) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     if "\0" in text:
         raise InputError(f"{path} holds zero bytes: give a plain text file")
-    if len(text.strip()) < _LEAST_CHARS:
+    if len(text.strip()) < _MIN_CHARS:
         raise InputError(
             f"{path} is too short: {len(text.strip())} characters, expected at least "
-            f"{_LEAST_CHARS}; it is repeated to fill the context"
+            f"{_MIN_CHARS}; it is repeated to fill the context"
         )
     return text
 

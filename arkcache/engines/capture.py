@@ -24,7 +24,7 @@ from arkcache.tiering.host import HostTier
 Bools = NDArray[np.bool_]
 
 
-class Rule(NamedTuple):
+class CountingRule(NamedTuple):
     """What a layer seals and attends, as far as it follows from token counts.
 
     Of several layers its numbers are arrays [layers, 1], and `selected` is [layers, ...].
@@ -45,7 +45,7 @@ class Rule(NamedTuple):
     pieces: Any
 
 
-def attended_tokens(lengths: Ids, sealed: Ids, rule: Rule) -> Ids:
+def attended_tokens(lengths: Ids, sealed: Ids, rule: CountingRule) -> Ids:
     """Tokens that a step attends, summed over sequences, the mean over KV heads.
 
     lengths, sealed: tokens and sealed pages of each sequence [..., batch], of as many layers as the
@@ -79,7 +79,7 @@ class Capturable(ABC):
 
     @property
     @abstractmethod
-    def rule(self) -> Rule:
+    def rule(self) -> CountingRule:
         """When it seals a page and how much it attends."""
 
     @abstractmethod
@@ -154,7 +154,7 @@ class TokenCounts:
         for layer, rows in zip(layers, self._rows, strict=True):
             layer.tokens.lengths, layer.tokens.sealed = rows
         rules = [layer.rule for layer in layers]
-        self._rule = Rule(
+        self._rule = CountingRule(
             recent=np.array([[rule.recent] for rule in rules]),
             page_size=np.array([[rule.page_size] for rule in rules]),
             num_sink_pages=np.array([[rule.num_sink_pages] for rule in rules]),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.engines.capture import Bools, Capturable, Rule
+from arkcache.engines.capture import Bools, Capturable, CountingRule
 from arkcache.engines.device_tokens import DeviceTokens
 from arkcache.engines.engine import Blocks, Engine, PagedParts
 from arkcache.engines.offloaded_pages import OffloadedPages
@@ -80,12 +80,12 @@ class DeviceEngine(Engine, Capturable):
     # -- one new token: append, and seal ----------------------------------------------------------
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> CountingRule:
         """See `Capturable`."""
         config, table = self.parts.config, self.pages.page_table
         selected = table.selected.reshape(self.parts.geometry.batch, -1)
         pieces = self.parts.store.pieces_per_page
-        return Rule(
+        return CountingRule(
             config.num_recent_tokens, config.page_size, config.num_sink_pages, selected, pieces
         )
 

@@ -118,7 +118,7 @@ class OffloadedPages:
             host.release(np.setdiff1d(handles, held))
             raise
         lines = np.full((*seals.shape, heads), -1, dtype=np.int64)
-        lines[seals] = host.rows(handles)[:, None] * heads + np.arange(heads)
+        lines[seals] = host.positions(handles)[:, None] * heads + np.arange(heads)
         on_device = upload(lines.reshape(len(layers), -1), first.geometry.device)
         # One copy, however many layers: they are one, or all of this class, numbered in a row.
         numbers = slice(first.number, layers[-1]._parts.number + 1)

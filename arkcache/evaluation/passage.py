@@ -12,7 +12,7 @@ from typing import Protocol
 
 from arkcache.errors import InputError
 
-_MOST_UNITS = 1 << 24
+_MAX_UNITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Room:
                 f"{self.count(make(least))} for what is hidden in it"
             )
         fits, fails = least, max(1, 2 * least)
-        while fails < _MOST_UNITS and self.fits(make(fails)):
+        while fails < _MAX_UNITS and self.fits(make(fails)):
             fits, fails = fails, 2 * fails
         while fails - fits > 1:
             middle = (fits + fails) // 2

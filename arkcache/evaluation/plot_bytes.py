@@ -14,7 +14,7 @@ from arkcache.evaluation.figures import FULL, Interval, LanguageRow, TaskRow
 from arkcache.evaluation.plot_style import folded, styles
 
 _SHARES = tuple(1 / 2**power for power in range(11))
-_MOST_COLUMNS = 3
+_MAX_COLUMNS = 3
 
 Row = TaskRow | LanguageRow
 Figured = Callable[[Any], Interval]
@@ -34,7 +34,7 @@ def by_bytes(
     panels: dict[str, Any], title: str, figured: Figured, scaled: Callable[[Axes], None]
 ) -> Figure:
     """One panel for each group of rows, and in it a line for each method over its budgets."""
-    columns = min(len(panels), _MOST_COLUMNS)
+    columns = min(len(panels), _MAX_COLUMNS)
     lines = -(-len(panels) // columns)
     rows: list[Row] = [row for own in panels.values() for row in own]
     looks = styles([row.case.method for row in rows])

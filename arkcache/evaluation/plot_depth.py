@@ -13,7 +13,7 @@ from arkcache.evaluation.figures import FULL
 from arkcache.evaluation.plot_style import folded
 from arkcache.evaluation.records import Asked, Case
 
-_QUESTIONS_PER_BIN, _MOST_BINS = 5, 10
+_QUESTIONS_PER_BIN, _MAX_BINS = 5, 10
 
 
 def by_depth(asked: list[Asked], cases: list[Case], title: str) -> Figure | None:
@@ -24,7 +24,7 @@ def by_depth(asked: list[Asked], cases: list[Case], title: str) -> Figure | None
     placed = [one for one in asked if one.depth is not None and one.case in cases]
     if not placed:
         return None
-    num_bins = max(2, min(_MOST_BINS, len(placed) // len(cases) // _QUESTIONS_PER_BIN))
+    num_bins = max(2, min(_MAX_BINS, len(placed) // len(cases) // _QUESTIONS_PER_BIN))
     scores, counts = binned(placed, cases, num_bins)
     labels = [folded(_named(case)) for case in cases]
     widest = max(len(line) for label in labels for line in label.splitlines())

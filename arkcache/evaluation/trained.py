@@ -17,7 +17,7 @@ from arkcache.evaluation.passage import Passage, Question, Room
 
 CODE_VALUES = 4
 """Values of a code."""
-_LEAST_FACTS, _TOKENS_PER_FACT = 16, 32
+_MIN_FACTS, _TOKENS_PER_FACT = 16, 32
 
 
 def render_code(name: str, values: Sequence[str]) -> str:
@@ -90,7 +90,7 @@ class Hops:
 
 def _that_fit(num_questions: int, room: Room) -> int:
     """As many as are asked for, as far as there is room for text between them."""
-    return min(num_questions, max(_LEAST_FACTS, room.num_tokens // _TOKENS_PER_FACT))
+    return min(num_questions, max(_MIN_FACTS, room.num_tokens // _TOKENS_PER_FACT))
 
 
 def _question(text: str, expected: str) -> Question:

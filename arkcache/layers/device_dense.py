@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import NO_LIMIT, CacheConfig
-from arkcache.engines.capture import Bools, Capturable, Rule
+from arkcache.engines.capture import Bools, Capturable, CountingRule
 from arkcache.engines.device_tokens import DeviceTokens
 from arkcache.engines.step import Step
 from arkcache.formats import PageFormat, PageLayout
@@ -71,9 +71,9 @@ class DeviceDenseLayer(DenseLayer, Capturable):
         return self.attend_token(step)
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> CountingRule:
         """No page is ever sealed: all tokens are recent ones."""
-        return Rule(NEVER, 1, 0, everything(self.geometry), 0)
+        return CountingRule(NEVER, 1, 0, everything(self.geometry), 0)
 
     @staticmethod
     def make_ready(layers: Sequence[DeviceDenseLayer], _seals: Bools, tokens: int) -> None:
@@ -163,11 +163,11 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
         return self.attend_token(step)
 
     @property
-    def rule(self) -> Rule:
+    def rule(self) -> CountingRule:
         """When it seals a page; all pages are attended."""
         config = self.config
         selected = everything(self.geometry)
-        return Rule(config.num_recent_tokens, config.page_size, 0, selected, 0)
+        return CountingRule(config.num_recent_tokens, config.page_size, 0, selected, 0)
 
     @staticmethod
     def make_ready(layers: Sequence[DevicePackedDenseLayer], seals: Bools, _tokens: int) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages.bookkeeping import Ids
-from arkcache.tiering.host import HostTier, take
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.pieces import take
 
 DEMOTED_PAGES = 256
 """Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
@@ -101,14 +102,16 @@ class PageStore:
 
     def lines(self, sequence: int, first: int, last: int) -> Ids:
         """Where pages first..last are in `pieces()`, for pages of one format [kv_heads, pages]."""
-        rows = self.host.rows(self._handles[sequence, 0, first:last]) * self.num_kv_heads
+        rows = self.host.positions(self._handles[sequence, 0, first:last]) * self.num_kv_heads
         lines: Ids = rows + np.arange(self.num_kv_heads)[:, None]
         return lines
 
     def locate(self, rows: Ids, pages: Ids) -> Ids:
         """Where pages are in `pieces()`: pages of one format only."""
         sequence, head = np.divmod(rows, self.num_kv_heads)
-        located: Ids = self.host.rows(self._handles[sequence, 0, pages]) * self.num_kv_heads + head
+        located: Ids = (
+            self.host.positions(self._handles[sequence, 0, pages]) * self.num_kv_heads + head
+        )
         return located
 
     def pieces(self) -> Tensor:
@@ -126,7 +129,7 @@ class PageStore:
         for kind, packer in enumerate(self.packers):
             which = np.flatnonzero(kinds == kind)
             if len(which):
-                packed = take(self.host.pieces(kind), self.host.rows(handles[which]))
+                packed = take(self.host.pieces(kind), self.host.positions(handles[which]))
                 yield PackedPages(which, packed, packer)
 
     def read_run(
@@ -174,7 +177,7 @@ class PageStore:
     def _demote(self, handles: Ids, references: Ids) -> Ids:
         """New handles, of the coarse format and with these references, in place of these."""
         fine, coarse = self.packers
-        states = fine.unpack(take(self.host.pieces(0), self.host.rows(handles)))
+        states = fine.unpack(take(self.host.pieces(0), self.host.positions(handles)))
         # Released first: pages make room for themselves, even in a full tier.
         self.host.release(np.repeat(handles, references))
         fresh = self.host.allocate(len(handles), kind=1)

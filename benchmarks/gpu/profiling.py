@@ -21,7 +21,7 @@ from benchmarks.gpu.steps import TINY_SIZES, warm_steps
 from tests.gpu.outcome import Skipped
 
 NUM_STEPS = 5
-MOST_NAMES = 24
+MAX_NAMES = 24
 """Kernels that are kept by name, those that take longest."""
 
 
@@ -97,9 +97,9 @@ def shares_of(spans: Sequence[Span], num_steps: int = NUM_STEPS) -> dict[str, An
             "us": round(totals[name] / num_steps, 2),
             "launches": round(counts[name] / num_steps, 2),
         }
-        for name in longest[:MOST_NAMES]
+        for name in longest[:MAX_NAMES]
     }
-    rest = sum(totals[name] for name in longest[MOST_NAMES:])
+    rest = sum(totals[name] for name in longest[MAX_NAMES:])
     return {
         "step_us": round(step, 1),
         "busy_us": round(step - idle, 1),

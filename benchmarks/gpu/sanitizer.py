@@ -15,7 +15,7 @@ from tests.gpu.card import Card
 from tests.gpu.outcome import Skipped
 
 TOOLS = ("memcheck", "racecheck")
-MOST_SECONDS = {"memcheck": 100, "racecheck": 60}
+MAX_SECONDS = {"memcheck": 100, "racecheck": 60}
 QUICK_SECONDS = 15
 """Racecheck is several times slower: it is run only after a memcheck that took no longer."""
 
@@ -48,10 +48,10 @@ def sanitizer(bench: Card) -> None:
         env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         try:
             done = subprocess.run(
-                command, env=env, capture_output=True, text=True, timeout=MOST_SECONDS[tool]
+                command, env=env, capture_output=True, text=True, timeout=MAX_SECONDS[tool]
             )
         except subprocess.TimeoutExpired:
-            bench.note(**{tool: f"did not end within {MOST_SECONDS[tool]} s"})
+            bench.note(**{tool: f"did not end within {MAX_SECONDS[tool]} s"})
             break
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
         if "Device not supported" in done.stdout:

@@ -33,7 +33,7 @@ LOOK_SECONDS = 0.5
 DUMP_SECONDS = 1.0
 """That a worker gets to say where it hangs."""
 
-MOST_BAD_STARTS = 2
+MAX_BAD_STARTS = 2
 """Workers in a row that end before they did a check."""
 
 Command = Callable[[Sequence[Check], float, int], list[str]]
@@ -124,7 +124,7 @@ class Supervisor:
             while (rest := self._rest()) and self.refusal is None:
                 if self._seconds_left() <= 0:
                     self._finish_rest("skipped", self._over)
-                elif self._num_bad_starts >= MOST_BAD_STARTS:
+                elif self._num_bad_starts >= MAX_BAD_STARTS:
                     self._finish_rest("failed", "worker processes end before they do anything")
                 else:
                     self._employ(rest)

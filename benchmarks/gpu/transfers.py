@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from arkcache.kernels.arguments import HostPages, Selection
-from arkcache.tiering.host import HostTier, Ids
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.pieces import Ids
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.check import Outcome
 from tests.gpu.outcome import Skipped
@@ -61,7 +62,7 @@ def peaks(bench: Bench) -> Outcome:
     total = bench.pick(COPY_BYTES, 1 << 16)
     host, _handles, lines = pinned_lines(bench, 4096, total)
     # No copy may cross from one registration into the next.
-    lines = lines[: host.rows_per_chunk]
+    lines = lines[: host.pieces_per_chunk]
     first, second = (torch.empty_like(lines, device=bench.device) for _ in range(2))
     copies = {
         "host_to_device": (lines.numel(), lambda _: first.copy_(lines, non_blocking=True)),
@@ -244,7 +245,7 @@ def backup(bench: Bench) -> Outcome:
         engine.settle_all()
         bench.synchronize()
         seconds.append(time.perf_counter() - start)
-    last = host.pieces()[host.rows(handles[-1])]
+    last = host.pieces()[host.positions(handles[-1])]
     assert torch.equal(last, content.cpu()), "a page in the host tier differs from what was sealed"
     rate = handles.size * nbytes / statistics.median(seconds)
     share = rate / bench.peak("device_to_host")

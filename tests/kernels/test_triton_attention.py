@@ -416,7 +416,7 @@ def last_program_first(patch: pytest.MonkeyPatch) -> None:
 def test_what_one_program_is_not_to_merge(monkeypatch: pytest.MonkeyPatch, why: str) -> None:
     """Many heads, many splits, wide values: a launch of its own does, and no ticket is drawn."""
     group, value_dim = (17 if why == "group" else 2), (136 if why == "wide" else 8)
-    monkeypatch.setattr(triton_attention, "MOST_MERGED", 2 if why == "splits" else 32)
+    monkeypatch.setattr(triton_attention, "MAX_MERGED", 2 if why == "splits" else 32)
     few: Inputs = {"sealed": (5,), "num_chosen": (3,), "newest": (520,), "ring": 520}
     given = inputs(group=group, dims=(16, value_dim, 8), **few)
     given |= {"tickets": ints(7).to(DEVICE)}

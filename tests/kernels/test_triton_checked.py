@@ -83,7 +83,7 @@ def test_signatures_tell_apart_what_checks_look_at() -> None:
 
 
 def test_signatures_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_checked, "MOST_SIGNATURES", 3)
+    monkeypatch.setattr(triton_checked, "MAX_SIGNATURES", 3)
     checked = Checked()
     for key in range(10):
         checked.add(key)

@@ -183,7 +183,7 @@ def test_several_blocks_per_program(pages: int, monkeypatch: pytest.MonkeyPatch)
     inputs = [tensor.to(device) for tensor in (query, digests, sealed)]
     one = score(*inputs)
     monkeypatch.setattr(triton_score, "FEWEST_PROGRAMS", 1)
-    monkeypatch.setattr(triton_score, "MOST_STEPS", 3)
+    monkeypatch.setattr(triton_score, "MAX_STEPS", 3)
     check_volumes(query, digests, sealed, "cuboid-mean")
     more = score(*inputs)
     assert torch.equal(one.peak, more.peak)

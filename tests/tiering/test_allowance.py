@@ -40,7 +40,7 @@ class System:
 def system(monkeypatch: pytest.MonkeyPatch) -> System:
     made_up = System()
     monkeypatch.setattr(allowance, "available_memory_bytes", made_up.available)
-    monkeypatch.setattr(allowance, "LEAST_GRANT_BYTES", 4 * PIECE)
+    monkeypatch.setattr(allowance, "MIN_GRANT_BYTES", 4 * PIECE)
     monkeypatch.setattr(allowance, "_all", weakref.WeakValueDictionary())
     monkeypatch.setattr(host_module, "physical_memory_bytes", lambda: 10 * SPARE * PIECE)
     return made_up

@@ -96,7 +96,7 @@ class Trace:
             self.choose.randrange(len(self.held)) if number is None else number
         ]
         self.engine.settle(ticket)
-        pieces, rows = self.host.pieces(), torch.from_numpy(self.host.rows(handles))
+        pieces, rows = self.host.pieces(), torch.from_numpy(self.host.positions(handles))
         self.engine.streams.main.run(lambda: self.read.append(pieces[rows]))
         self.expected.append(content)
 
@@ -222,7 +222,7 @@ def test_adjacent_pieces_are_one_copy_up_to_a_boundary(monkeypatch: pytest.Monke
     content = random_bytes(8)
     handles, _ = back_up(engine, host, content)
     world.drain()
-    assert host.rows_per_chunk == 64
+    assert host.pieces_per_chunk == 64
     assert copied == [[(60, 0, 4), (64, 4, 4)]]
     assert torch.equal(read(host, handles), content)
 

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from arkcache import HostTierFullError, IntegrityError
 from arkcache.tiering import host as host_module
+from arkcache.tiering import pieces as pieces_module
 from arkcache.tiering.host import HostTier
 
 FINE, COARSE = 96, 32
@@ -40,7 +41,7 @@ def write(tier: HostTier, handles: np.ndarray) -> torch.Tensor:
 def read(tier: HostTier, handles: np.ndarray) -> torch.Tensor:
     """The content of handles of one kind."""
     kind = int(tier.kinds(handles)[0]) if len(handles) else 0
-    return tier.pieces(kind)[torch.from_numpy(tier.rows(handles))]
+    return tier.pieces(kind)[torch.from_numpy(tier.positions(handles))]
 
 
 def ids(items: list[int]) -> np.ndarray:
@@ -71,7 +72,9 @@ def test_pieces_of_two_kinds() -> None:
     contents = write(tier, fine), write(tier, coarse)
     both = np.concatenate((fine, coarse))
     assert tier.kinds(both).tolist() == [0] * 3 + [1] * 5
-    assert tier.kinds(both.reshape(2, 4)).shape == tier.rows(both.reshape(2, 4)).shape == (2, 4)
+    assert (
+        tier.kinds(both.reshape(2, 4)).shape == tier.positions(both.reshape(2, 4)).shape == (2, 4)
+    )
     assert (tier.count(0), tier.count(1), tier.num_pieces) == (3, 5, 8)
     assert tier.used_bytes == 3 * FINE + 5 * COARSE
     assert tier.bytes_of(np.concatenate((both, fine))) == tier.used_bytes
@@ -197,8 +200,8 @@ def test_one_kind_never_moves_a_piece() -> None:
         for handle in some:
             del held[handle]
         new = tier.allocate(order.randint(0, 50 - len(held)))
-        held |= dict(zip(new.tolist(), tier.rows(new).tolist(), strict=True))
-        assert tier.rows(ids(list(held))).tolist() == list(held.values())
+        held |= dict(zip(new.tolist(), tier.positions(new).tolist(), strict=True))
+        assert tier.positions(ids(list(held))).tolist() == list(held.values())
     tier.check([ids(list(held))])
 
 
@@ -264,7 +267,7 @@ def test_compact_leaves_no_holes_and_keeps_contents() -> None:
 
 
 def test_compact_moves_much_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "MOVE_BYTES", 5 * FINE)
+    monkeypatch.setattr(pieces_module, "MOVE_BYTES", 5 * FINE)
     tier = make()
     handles = tier.allocate(41)
     content = write(tier, handles)
@@ -318,10 +321,10 @@ def test_holes_of_the_other_side_serve_an_allocation(kind: int) -> None:
 def test_holes_of_the_own_side_are_filled_without_moving_anything() -> None:
     tier = make_two(12 * FINE)
     full = tier.allocate(12)
-    rows = tier.rows(full)
+    rows = tier.positions(full)
     tier.release(full[::2])
     tier.check([full[1::2], tier.allocate(6)])
-    assert np.array_equal(tier.rows(full[1::2]), rows[1::2])
+    assert np.array_equal(tier.positions(full[1::2]), rows[1::2])
 
 
 # -- memory ---------------------------------------------------------------------------------------
@@ -334,7 +337,7 @@ def test_memory_is_taken_when_written_and_given_back_when_released() -> None:
     start = resident_bytes()
     handles = tier.allocate(size >> 20)
     assert resident_bytes() - start < size // 4
-    tier.pieces()[torch.from_numpy(tier.rows(handles))] = 1
+    tier.pieces()[torch.from_numpy(tier.positions(handles))] = 1
     assert resident_bytes() - start > size // 2
     tier.release(handles)
     assert tier.used_bytes == 0

@@ -36,8 +36,8 @@ pytestmark = pytest.mark.skipif(mmap.PAGESIZE != 4096, reason="counts pages of 4
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(pinned, "MOST_AT_ONCE_BYTES", CHUNK)
-    monkeypatch.setattr(pinned, "MOST_AHEAD_BYTES", 0)
+    monkeypatch.setattr(pinned, "MAX_AT_ONCE_BYTES", CHUNK)
+    monkeypatch.setattr(pinned, "MAX_AHEAD_BYTES", 0)
 
 
 def make(most: int = 10 * PER_CHUNK) -> HostTier:
@@ -63,7 +63,7 @@ def test_it_is_pinned_chunk_by_chunk(cupy: FakeCupy) -> None:
     handles = tier.allocate(1)
     assert tier.pinned
     assert tier.why_pageable is None
-    assert tier.rows_per_chunk == PER_CHUNK
+    assert tier.pieces_per_chunk == PER_CHUNK
     assert cupy.nbytes == CHUNK
     tier.allocate(PER_CHUNK - 1)
     assert cupy.nbytes == CHUNK
@@ -126,7 +126,7 @@ def test_without_a_gpu_it_is_pageable(device: torch.device | None) -> None:
     tier = HostTier([FINE], 10 * FINE, pin_to=device)
     handles = tier.allocate(3)
     assert not tier.pinned
-    assert tier.rows_per_chunk is None
+    assert tier.pieces_per_chunk is None
     assert "no CUDA device" in str(tier.why_pageable)
     assert torch.equal(write(tier, handles), read(tier, handles))
 
@@ -203,7 +203,7 @@ def test_a_driver_that_does_not_know_the_attribute(cupy: FakeCupy) -> None:
 
 
 def test_pieces_that_fill_no_chunk(cupy: FakeCupy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "MOST_CHUNK_BYTES", CHUNK - 1)
+    monkeypatch.setattr(pinned, "MAX_CHUNK_BYTES", CHUNK - 1)
     tier = make()
     with pytest.warns(UserWarning, match="whole number of pieces"):
         tier.allocate(1)

@@ -12,7 +12,8 @@ import torch
 
 from arkcache import HostTierFullError
 from arkcache.tiering import pinned, registration
-from arkcache.tiering.host import HostTier, Ids
+from arkcache.tiering.host import HostTier
+from arkcache.tiering.pieces import Ids
 from tests.tiering.fake_cupy import GPU, FakeCupy, cupy, run_alone
 from tests.tiering.test_host import read, write
 from tests.tiering.test_pinned import assert_pinned
@@ -26,8 +27,8 @@ CHUNK = PIECE = mmap.PAGESIZE
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinned, "CHUNK_BYTES", CHUNK)
-    monkeypatch.setattr(pinned, "MOST_AT_ONCE_BYTES", 8 * CHUNK)
-    monkeypatch.setattr(pinned, "MOST_AHEAD_BYTES", 100 * CHUNK)
+    monkeypatch.setattr(pinned, "MAX_AT_ONCE_BYTES", 8 * CHUNK)
+    monkeypatch.setattr(pinned, "MAX_AHEAD_BYTES", 100 * CHUNK)
 
 
 @pytest.fixture

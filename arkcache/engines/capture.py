@@ -106,14 +106,20 @@ class Capturable(ABC):
         """Queue the attention of one new token."""
 
     @abstractmethod
-    def undo(self, lengths: Ids, sealed: Ids) -> None:
-        """Go back to these counts, from before a step that did not come to its end."""
+    def counted(self, seqs: slice) -> None:
+        """Tokens and sealed pages of these sequences are others now, and no launch says so."""
 
     def join(self) -> None:  # noqa: B027 - many layers use the main stream alone
         """Have the next kernel wait for what other streams do for this layer."""
 
     def abandon(self) -> None:  # noqa: B027
         """Forget work that was queued on other streams: recording it failed, so it never runs."""
+
+    def undo(self, lengths: Ids, sealed: Ids) -> None:
+        """Go back to these counts, from before a step that did not come to its end."""
+        self.join()
+        self.tokens.lengths[:], self.tokens.sealed[:] = lengths, sealed
+        self.counted(slice(0, len(lengths)))
 
     def append_token(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """Append one token of each sequence, of whatever lengths."""

@@ -232,7 +232,7 @@ class DeviceEngine(Engine, Capturable):
         self.pages.seal(seqs, first, key, value)
 
     def counted(self, seqs: slice) -> None:
-        """See `Engine`."""
+        """See `Capturable`."""
         self._tokens.counted(seqs)
 
     def begin_blocks(self) -> None:
@@ -264,9 +264,7 @@ class DeviceEngine(Engine, Capturable):
 
     def undo(self, lengths: Ids, sealed: Ids) -> None:
         """See `Capturable`."""
-        self.join()
-        self.tokens.lengths[:], self.tokens.sealed[:] = lengths, sealed
-        self._tokens.counted(slice(0, self.parts.geometry.batch))
+        super().undo(lengths, sealed)
         for sequence, first in enumerate(sealed.tolist()):
             self.parts.store.forget_from(sequence, first)
             self.pages.drop_from(sequence, first)

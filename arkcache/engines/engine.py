@@ -134,12 +134,6 @@ class Engine(ABC):
 
     # -- what an engine may have to know; nothing, where it works in step with the host -----------
 
-    def join(self) -> None:  # noqa: B027
-        """Have what follows wait for what other streams do for this layer."""
-
-    def counted(self, seqs: slice) -> None:  # noqa: B027
-        """Tokens and sealed pages of these sequences are others now."""
-
     def begin_blocks(self) -> None:  # noqa: B027
         """Everything will be attended, block by block."""
 

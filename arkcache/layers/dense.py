@@ -29,7 +29,7 @@ class DenseLayer(Layer):
             (*shape, geometry.value_dim), 2, geometry.dtype, geometry.device
         )
 
-    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+    def _append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """See `Layer`."""
         length = int(self.tokens.lengths[seqs.start])
         self._key.write(seqs, length, key)
@@ -63,10 +63,6 @@ class DenseLayer(Layer):
                 self._value.first(longest)[:, :, start:stop],
                 tokens,
             )
-
-    def crop(self, lengths: Ids) -> None:
-        """See `Layer`."""
-        self.tokens.replace(lengths)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
         """See `Layer`."""

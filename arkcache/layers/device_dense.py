@@ -56,14 +56,6 @@ class DeviceDenseLayer(DenseLayer, Capturable):
     def _window(self) -> RingWindow:
         return RingWindow(self._key.data, self._value.data)
 
-    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
-        """See `Layer`."""
-        if key.shape[2] == 1:
-            self.append_token(seqs, key, value)
-            return
-        super().append(seqs, key, value)
-        self._tokens.counted(seqs)
-
     def attend_one(self, step: Step) -> Tensor:
         """See `Layer`."""
         if step.expand is not None:  # latents: the model's own code expands them
@@ -100,15 +92,9 @@ class DeviceDenseLayer(DenseLayer, Capturable):
         key, value = self._window
         return self._tokens.number, key.shape[2], key.data_ptr(), value.data_ptr()
 
-    def undo(self, lengths: Ids, _sealed: Ids) -> None:
+    def counted(self, seqs: slice) -> None:
         """See `Capturable`."""
-        self.tokens.lengths[:] = lengths
-        self._tokens.counted(slice(0, self.geometry.batch))
-
-    def crop(self, lengths: Ids) -> None:
-        """See `Layer`."""
-        super().crop(lengths)
-        self._tokens.counted(slice(0, self.geometry.batch))
+        self._tokens.counted(seqs)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Layer`."""
@@ -149,14 +135,6 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
     def capturable(self) -> Capturable:
         """See `Layer`."""
         return self
-
-    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
-        """See `Layer`."""
-        if key.shape[2] == 1:
-            self.append_token(seqs, key, value)
-            return
-        super().append(seqs, key, value)
-        self._tokens.counted(seqs)
 
     def attend_one(self, step: Step) -> Tensor:
         """See `Layer`."""
@@ -226,15 +204,9 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
         pages = self._pages.data
         return self._tokens.number, pages.shape[2], pages.data_ptr()
 
-    def undo(self, lengths: Ids, sealed: Ids) -> None:
+    def counted(self, seqs: slice) -> None:
         """See `Capturable`."""
-        self.tokens.lengths[:], self.tokens.sealed[:] = lengths, sealed
-        self._tokens.counted(slice(0, self.geometry.batch))
-
-    def crop(self, lengths: Ids) -> None:
-        """See `Layer`."""
-        super().crop(lengths)
-        self._tokens.counted(slice(0, self.geometry.batch))
+        self._tokens.counted(seqs)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Layer`."""

@@ -52,10 +52,26 @@ class Layer(ABC):
         """What counts and launches the layer's steps in two halves; None where nothing does."""
         return None
 
-    @abstractmethod
     def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length; one token to any,
         where the layer `takes_ragged`."""
+        launcher = self.capturable
+        if launcher is not None and key.shape[2] == 1:
+            launcher.append_token(seqs, key, value)
+            return
+        self._join()  # before anything moves that other streams read
+        self._append(seqs, key, value)
+        if launcher is not None:
+            launcher.counted(seqs)
+
+    @abstractmethod
+    def _append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+        """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""
+
+    def _join(self) -> None:
+        """Have what follows wait for what other streams do for this layer."""
+        if self.capturable is not None:
+            self.capturable.join()
 
     @abstractmethod
     def attend_one(self, step: Step) -> Tensor:
@@ -65,9 +81,17 @@ class Layer(ABC):
     def blocks(self) -> Blocks:
         """All tokens. A block may be overwritten when the next one is asked for."""
 
-    @abstractmethod
     def crop(self, lengths: Ids) -> None:
-        """Shorten every sequence to `lengths`."""
+        """Shorten every sequence to `lengths`; unsealed pages go back to the window, as they were
+        kept: quantised pages do not regain what quantising took."""
+        self._join()
+        self._crop(lengths)
+        self.tokens.replace(lengths)
+        if self.capturable is not None:
+            self.capturable.counted(slice(0, self.geometry.batch))
+
+    def _crop(self, _lengths: Ids) -> None:  # noqa: B027 - what is counted says what is held
+        """Do what shortening every sequence takes, beside counting."""
 
     @abstractmethod
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:

@@ -54,15 +54,6 @@ class PagedLayer(SealingLayer):
 
     # -- append and attend ------------------------------------------------------------------------
 
-    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
-        """See `Layer`."""
-        if key.shape[2] == 1 and self.capturable is not None:
-            self.capturable.append_token(seqs, key, value)
-            return
-        self.engine.join()  # before anything moves that other streams read
-        super().append(seqs, key, value)
-        self.engine.counted(seqs)
-
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over the sinks, the selected pages and the recent window."""
         return self.engine.attend(step, self.blocks)
@@ -104,19 +95,13 @@ class PagedLayer(SealingLayer):
 
     # -- changes of shape -------------------------------------------------------------------------
 
-    def crop(self, lengths: Ids) -> None:
-        """See `SealingLayer`."""
-        self.engine.join()
-        super().crop(lengths)
-        self.engine.counted(slice(0, self.geometry.batch))
-
     def _unseal(self, sequence: int, first: int, last: int) -> None:
         self.parts.store.forget(sequence, first, last)
         self.engine.unseal(sequence, first)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Layer`; pages are shared, not copied."""
-        self.engine.join()
+        self._join()
         self.parts.store.keep_sequences(index)
         self.tokens.keep_sequences(index)
         self.engine.keep_sequences(index, device_tier, num_selected)
@@ -142,14 +127,14 @@ class PagedLayer(SealingLayer):
 
     def release(self) -> None:
         """Give the layer's pages back to the host tier, once what is copied there has landed."""
-        self.engine.join()
+        self._join()
         self.parts.store.release()
 
     # -- to look at -------------------------------------------------------------------------------
 
     def check(self) -> None:
         """See `Layer`."""
-        self.engine.join()
+        self._join()
         self._check_sealed()
         config, lengths = self.config, self.tokens.lengths
         counts = self.parts.store.counts()

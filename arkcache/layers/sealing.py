@@ -57,7 +57,7 @@ class SealingLayer(Layer):
         """Sealed pages block by block: first and last page, key, value [batch, kv_heads, tokens,
         dim]. Undefined beyond a sequence's last sealed page."""
 
-    def append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
+    def _append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """See `Layer`."""
         length, first = int(self.tokens.lengths[seqs.start]), int(self.tokens.sealed[seqs.start])
         page_size = self.config.page_size
@@ -102,12 +102,10 @@ class SealingLayer(Layer):
         firsts = torch.from_numpy(self.tokens.sealed * page_size)
         yield *self.window.recent(firsts, len(tokens)), numbers
 
-    def crop(self, lengths: Ids) -> None:
-        """Shorten every sequence to `lengths`; unsealed pages go back to the window, as they were
-        kept: quantised pages do not regain what quantising took."""
+    def _crop(self, lengths: Ids) -> None:
+        """See `Layer`."""
         for sequence, length in enumerate(lengths.tolist()):
             self._crop_sequence(sequence, length)
-        self.tokens.replace(lengths)
 
     def _crop_sequence(self, sequence: int, length: int) -> None:
         page_size, sealed = self.config.page_size, int(self.tokens.sealed[sequence])

@@ -287,7 +287,7 @@ def test_a_move_that_fails_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     def fail(*_args: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(host_module, "_copy", fail)
+    monkeypatch.setattr(host_module, "copy_pieces", fail)
     with pytest.raises(MemoryError):
         tier.compact()
     tier.check([handles[5:]])
@@ -501,7 +501,7 @@ def test_check_finds_a_handle_that_is_lost() -> None:
 )
 def test_check_finds_a_misplaced_piece(side: int, row: int, message: str) -> None:
     tier, held = with_holes()
-    tier._row[held[side][0]] = row
+    tier._position[held[side][0]] = row
     with pytest.raises(IntegrityError, match=message):
         tier.check(held)
 
@@ -509,7 +509,7 @@ def test_check_finds_a_misplaced_piece(side: int, row: int, message: str) -> Non
 @pytest.mark.parametrize("side", [0, 1])
 def test_check_finds_swapped_pieces(side: int) -> None:
     tier, held = with_holes()
-    tier._row[held[side][:2]] = tier._row[held[side][1::-1]]
+    tier._position[held[side][:2]] = tier._position[held[side][1::-1]]
     with pytest.raises(IntegrityError, match="names another"):
         tier.check(held)
 
@@ -517,7 +517,7 @@ def test_check_finds_swapped_pieces(side: int) -> None:
 @pytest.mark.parametrize("side", [0, 1])
 def test_check_finds_holes_that_are_pieces_or_lost(side: int) -> None:
     tier, held = with_holes()
-    tier._sides[side].holes.push(tier._row[held[side][:1]])
+    tier._sides[side].holes.push(tier._position[held[side][:1]])
     with pytest.raises(IntegrityError, match="free places"):
         tier.check(held)
     tier._sides[side].holes.pop(2)
@@ -528,7 +528,7 @@ def test_check_finds_holes_that_are_pieces_or_lost(side: int) -> None:
 def test_check_finds_a_piece_of_no_kind() -> None:
     tier, held = with_holes()
     tier._kind[held[0][0]] = 2
-    tier._sides[0].holes.push(tier._row[held[0][:1]])
+    tier._sides[0].holes.push(tier._position[held[0][:1]])
     with pytest.raises(IntegrityError, match="of a kind"):
         tier.check(held)
 

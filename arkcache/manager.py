@@ -464,6 +464,8 @@ class KVCacheManager:
             for layer in clone._layers:
                 layer.move_pieces(own)
             clone._host = own
+            if clone.steps is not None:
+                clone.steps.host = own
         state = dict(vars(clone))
         clone._layers = []
         return state
@@ -526,12 +528,13 @@ class KVCacheManager:
     def _grow_log(self, num_columns: int, mask: Tensor | None) -> None:
         """Log new columns, if all layers can store them."""
         before, log = self._log.num_columns, self._log
-        log.extend(num_columns, None if mask is None else mask.cpu().numpy().astype(np.bool_))
-        if self._host is None:
-            return
-        lengths = log.lengths(log.num_columns)
+        real = None if mask is None else mask.cpu().numpy().astype(np.bool_)
         try:
-            self._host.check_room([sum(state.pieces_needed(lengths) for state in self._layers)])
+            log.extend(num_columns, real)
+            if self._host is not None:
+                lengths = log.lengths(log.num_columns)
+                needed = sum(state.pieces_needed(lengths) for state in self._layers)
+                self._host.check_room([needed])
         except BaseException:  # interrupted, too
             log.crop(before)
             raise

@@ -481,6 +481,33 @@ def test_an_interrupted_booking_is_taken_back(monkeypatch: pytest.MonkeyPatch) -
     twins.check()
 
 
+def test_steps_go_with_their_manager_into_copies_and_pickles() -> None:
+    """They count on its log, and ask its own host tier for room."""
+    twins = make(on_kernels())
+    twins.append(50)
+    copied = copy.deepcopy(twins.manager)
+    pickled = [pickle.loads(pickle.dumps(manager)) for manager in (twins.manager, copied)]
+    for manager in (copied, *pickled):
+        assert manager.steps is not None
+        assert manager.steps.host is manager._host
+        assert manager.steps._log is manager._log
+        manager.steps.plan().undo()
+        manager.check_integrity()
+
+
+def test_a_step_that_is_undone_was_never_counted() -> None:
+    """Not even what it would have backed up and attended."""
+    twins = make(on_kernels(num_dense_layers=1), num_layers=2)
+    twins.append(51)
+    twins.attend()
+    before = twins.manager.stats()
+    planned = twins.steps.plan()
+    assert planned.seals
+    planned.undo()
+    assert twins.manager.stats() == before
+    twins.check()
+
+
 def test_the_launches_of_a_step_read_nothing_of_the_hosts_metadata() -> None:
     """Recorded once and replayed, they must not depend on what the host counts."""
     twins = make(on_kernels(estimate_pages=None, **TARGET))

@@ -20,6 +20,7 @@ from arkcache import (
     UnsupportedModelError,
 )
 from arkcache.layers import sealing
+from arkcache.pages.bookkeeping import TokenLog
 from arkcache.tiering import host as host_module
 from tests.twins import Twins, small_config
 
@@ -276,6 +277,27 @@ def test_a_full_host_tier_refuses_at_the_first_layer() -> None:
     twins.crop(30)  # and giving pages back makes room
     assert pages(twins) < held
     twins.append(10)
+    assert_goes_on(twins)
+
+
+def test_an_append_that_is_interrupted_while_it_logs_padding_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its padding must not become that of the columns that come instead."""
+    twins, extend = filled(), TokenLog.extend
+
+    def interrupted(log: TokenLog, *columns: Any) -> None:
+        extend(log, *columns)
+        log.num_columns -= 4  # as between the two things that it does
+        raise KeyboardInterrupt
+
+    padding = torch.tensor([[False, True, True, True]] * 2)
+    step = new(2, HEADS, 4, DIM)
+    monkeypatch.setattr(TokenLog, "extend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        twins.manager.append(0, step, step, padding)
+    monkeypatch.undo()
+    twins.append(4)
     assert_goes_on(twins)
 
 

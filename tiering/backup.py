@@ -210,9 +210,9 @@ class BackupEngine:
 
 def _copy_runs(pieces: Tensor, runs: list[Run], content: Tensor) -> None:
     """One copy per run, which the host does not wait for."""
-    for row, position, num_rows in runs:
-        source = content[position : position + num_rows]
-        pieces[row : row + num_rows].copy_(source, non_blocking=True)
+    for first, entry, length in runs:
+        source = content[entry : entry + length]
+        pieces[first : first + length].copy_(source, non_blocking=True)
 
 
 def backup_engine_of(device: torch.device) -> BackupEngine:

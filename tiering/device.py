@@ -47,6 +47,10 @@ class Geometry:
         """Rows of a layer: sequences times KV heads."""
         return self.batch * self.num_kv_heads
 
+    def rows_of(self, seqs: slice) -> slice:
+        """The rows, (sequence, KV head) pairs, of these sequences."""
+        return slice(seqs.start * self.num_kv_heads, seqs.stop * self.num_kv_heads)
+
 
 def unpacked_pages(geometry: Geometry, page_size: int) -> int:
     """Packed pages of every row to unpack at a time."""

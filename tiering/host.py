@@ -190,7 +190,7 @@ class HostTier:
 
     @property
     def pieces_per_chunk(self) -> int | None:
-        """Rows of `pieces` between boundaries that no copy may cross; None while pageable."""
+        """Positions between boundaries that no copy may cross; None while pageable."""
         return self._pinning.chunk_bytes // self.piece_bytes[0] if self.pinned else None
 
     # -- pieces -----------------------------------------------------------------------------------

@@ -55,24 +55,25 @@ _has_warned = False
 
 
 class Run(NamedTuple):
-    """Adjacent rows: `num_rows` entries of a list from `position` on are `row` and following."""
+    """Adjacent places of an arena: `length` entries of a list from `entry` on are `first` and those
+    that follow it."""
 
-    row: int
-    position: int
-    num_rows: int
+    first: int
+    entry: int
+    length: int
 
 
-def runs_of(rows: NDArray[np.int64], pieces_per_chunk: int) -> list[Run]:
-    """`rows` [n] as runs of adjacent ones, none of which crosses from one chunk into the next.
+def runs_of(places: NDArray[np.int64], per_chunk: int) -> list[Run]:
+    """`places` [n] as runs of adjacent ones, none of which crosses from one chunk into the next.
 
     A copy must not cross: to the driver the chunks are two registrations, however close they lie.
     """
-    if len(rows) == 0:
+    if len(places) == 0:
         return []
-    is_start = (np.diff(rows) != 1) | (np.diff(rows // pieces_per_chunk) != 0)
-    bounds = np.concatenate(([0], np.flatnonzero(is_start) + 1, [len(rows)]))
+    is_start = (np.diff(places) != 1) | (np.diff(places // per_chunk) != 0)
+    bounds = np.concatenate(([0], np.flatnonzero(is_start) + 1, [len(places)]))
     starts, counts = bounds[:-1], np.diff(bounds)
-    triples = zip(rows[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
+    triples = zip(places[starts].tolist(), starts.tolist(), counts.tolist(), strict=True)
     return [Run(*triple) for triple in triples]
 
 

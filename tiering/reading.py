@@ -117,9 +117,9 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 def _copy_runs(pieces: Tensor, runs: list[Run], target: Tensor) -> None:
-    for row, position, num_rows in runs:
-        source = pieces[row : row + num_rows]
-        target[position : position + num_rows].copy_(source, non_blocking=True)
+    for first, entry, length in runs:
+        source = pieces[first : first + length]
+        target[entry : entry + length].copy_(source, non_blocking=True)
 
 
 def _gather(pieces: Tensor, lines: NDArray[np.int64], target: Tensor) -> None:

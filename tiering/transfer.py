@@ -15,6 +15,6 @@ def upload(table: NDArray[Any], device: torch.device) -> Tensor:
     From pinned memory: a copy from any other would wait. torch keeps it until the copy is done.
     """
     source = torch.from_numpy(table)
-    if device.type == "cpu":
-        return source.clone()
+    if device.type != "cuda":
+        return source.to(device, copy=True)
     return source.pin_memory().to(device, non_blocking=True)

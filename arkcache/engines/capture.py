@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -208,9 +209,9 @@ class CapturableSteps:
     Args:
         layers: all of them.
         log: the manager's columns.
-        host: its host tier; None where no layer uses it.
 
     Attributes:
+        host: the manager's host tier; None where no layer uses it.
         running: the planned step that is being launched; None otherwise. Meanwhile a manager's
             `append` and `attend` launch, and count nothing.
         saw_mask: whether a step was attended with a mask, which a recording would keep as it was.
@@ -222,7 +223,7 @@ class CapturableSteps:
         self.running: PlannedStep | None = None
         self.saw_mask = False
         self.recordings: object = None
-        self._log, self._host = log, host
+        self._log, self.host = log, host
         self._cached_counts: TokenCounts | None = None
         numbers: dict[type[Capturable], list[int]] = {}
         for number, layer in enumerate(layers):
@@ -250,8 +251,8 @@ class CapturableSteps:
         """
         for layer in self.layers:
             layer.reserve(tokens)
-        if self._host is not None:
-            self._host.check_room([max(1, self._counts.pieces_until(tokens))])
+        if self.host is not None:
+            self.host.check_room([max(1, self._counts.pieces_until(tokens))])
 
     def seals_next(self) -> bool:
         """Whether a step of one token of every sequence seals pages."""
@@ -266,8 +267,8 @@ class CapturableSteps:
         counts = self._counts
         seals, tokens = counts.sealing(), int(counts.lengths.max()) + 1
         needed = counts.pieces(seals)
-        if needed and self._host is not None:
-            self._host.check_room([needed])
+        if needed and self.host is not None:
+            self.host.check_room([needed])
         planned = PlannedStep(self, bool(seals.any()))
         try:
             self.join()  # a graph cannot wait for what was asked for outside it
@@ -285,15 +286,23 @@ class CapturableSteps:
 
     def undo(self, before: Before) -> None:
         """Go back to what was counted before a step that did not come to its end."""
-        for layer, columns, lengths, sealed in zip(self.layers, *before[1:], strict=True):
-            layer.undo(lengths, sealed)
+        self.running = None
+        for layer, columns, counters, *held in zip(self.layers, *before[1:], strict=True):
+            layer.undo(*held)
             layer.tokens.columns = columns
+            vars(layer.counters).update(vars(counters))
         self._log.crop(before.num_columns)
 
     def before(self) -> Before:
         """What is counted now, for `undo`."""
-        columns, counts = [layer.tokens.columns for layer in self.layers], self._counts
-        return Before(self._log.num_columns, columns, counts.lengths.copy(), counts.sealed.copy())
+        counts = self._counts
+        return Before(
+            num_columns=self._log.num_columns,
+            columns=[layer.tokens.columns for layer in self.layers],
+            counters=[replace(layer.counters) for layer in self.layers],
+            lengths=counts.lengths.copy(),
+            sealed=counts.sealed.copy(),
+        )
 
     def join(self) -> None:
         """Have the next kernels wait for what other streams do for any layer."""
@@ -307,11 +316,12 @@ class CapturableSteps:
 
 
 class Before(NamedTuple):
-    """Counts from before a step: columns of the manager and of each layer, tokens and sealed pages
-    [layers, batch]."""
+    """Counts from before a step: columns of the manager and of each layer, what each layer did,
+    tokens and sealed pages [layers, batch]."""
 
     num_columns: int
     columns: list[int]
+    counters: list[Counters]
     lengths: Ids
     sealed: Ids
 

@@ -62,14 +62,9 @@ class DeviceTokens:
         """Copy what is counted of these sequences to the device."""
         both = np.stack((self._tokens.lengths[seqs], self._tokens.sealed[seqs]))
         rows = both.astype(np.int32).repeat(self.geometry.num_kv_heads, axis=1)
-        held = self.counts_of(self.rows_of(seqs))
+        held = self.counts_of(self.geometry.rows_of(seqs))
         for mine, counted in zip(held, upload(rows, self.geometry.device), strict=True):
             mine.copy_(counted)
-
-    def rows_of(self, seqs: slice) -> slice:
-        """The rows, (sequence, KV head) pairs, of these sequences."""
-        heads = self.geometry.num_kv_heads
-        return slice(seqs.start * heads, seqs.stop * heads)
 
     def counts_of(self, rows: slice) -> Counts:
         """Of some rows."""
@@ -77,7 +72,7 @@ class DeviceTokens:
 
     def append(self, seqs: slice, key: Tensor, value: Tensor, window: RingWindow) -> None:
         """Queue the storing of one token [seqs, kv_heads, 1, dim] of each sequence."""
-        rows = self.rows_of(seqs)
+        rows = self.geometry.rows_of(seqs)
         append(
             key[:, :, 0],
             value[:, :, 0],

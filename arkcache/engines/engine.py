@@ -67,11 +67,6 @@ class PagedParts:
         """Of the pages as they are sealed."""
         return self.store.packers[0]
 
-    def rows_of(self, seqs: slice) -> slice:
-        """The rows, (sequence, KV head) pairs, of these sequences."""
-        heads = self.geometry.num_kv_heads
-        return slice(seqs.start * heads, seqs.stop * heads)
-
     def rows_from(self, index: Ids) -> Ids:
         """The rows that become rows 0, 1, ... when sequence i becomes what `index[i]` was."""
         heads = self.geometry.num_kv_heads

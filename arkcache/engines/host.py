@@ -73,7 +73,7 @@ class HostEngine(Engine):
         parts.store.append(seqs, first, packed.cpu())
         parts.counters.bytes_backed_up += packed.numel()
         if self._importance is not None:
-            self._importance.seal(parts.rows_of(seqs), first, first + key.shape[2])
+            self._importance.seal(parts.geometry.rows_of(seqs), first, first + key.shape[2])
         self.places.fill(seqs, first, packed)
         self._may_demote = True
 
@@ -315,7 +315,7 @@ class HostEngine(Engine):
 
     def unseal(self, sequence: int, first: int) -> None:
         """See `Engine`."""
-        rows = self.parts.rows_of(slice(sequence, sequence + 1))
+        rows = self.parts.geometry.rows_of(slice(sequence, sequence + 1))
         if self._importance is not None:
             self._importance.unseal(rows, first)
         self.places.drop_from(rows, first)

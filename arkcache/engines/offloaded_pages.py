@@ -138,7 +138,8 @@ class OffloadedPages:
 
     def launch_seal(self, seqs: slice, tokens: DeviceTokens, window: RingWindow) -> None:
         """Queue the sealing of the newest page of those rows whose last token completed one."""
-        config, rows, means = self._parts.config, self._parts.rows_of(seqs), self.directory.means
+        config, rows = self._parts.config, self._parts.geometry.rows_of(seqs)
+        means = self.directory.means
         key, value = (plane[rows] for plane in window.by_row())
         counts, table = tokens.counts_of(rows), self.page_table
         seal_newest(
@@ -199,7 +200,7 @@ class OffloadedPages:
         last = min(first + packed.shape[2], working_set.num_slots)
         if last > first:
             working_set.slots[seqs, :, first:last] = packed[:, :, : last - first]
-            self.page_table.place(self._parts.rows_of(seqs), first, last)
+            self.page_table.place(self._parts.geometry.rows_of(seqs), first, last)
 
     # -- pages return -----------------------------------------------------------------------------
 
@@ -226,7 +227,7 @@ class OffloadedPages:
 
     def drop_from(self, sequence: int, first: int) -> None:
         """Forget the pages of a sequence from `first` on, on the device."""
-        rows = self._parts.rows_of(slice(sequence, sequence + 1))
+        rows = self._parts.geometry.rows_of(slice(sequence, sequence + 1))
         self.page_table.drop_from(rows, first)
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:

@@ -85,7 +85,7 @@ class Places:
 
     def fill(self, seqs: slice, first: int, packed: Tensor) -> None:
         """Put new pages [seqs, kv_heads, pages, nbytes] from number `first` on where room is."""
-        working_set, rows = self._parts.working_set, self._parts.rows_of(seqs)
+        working_set, rows = self._parts.working_set, self._parts.geometry.rows_of(seqs)
         room = min(first + packed.shape[2], working_set.num_slots) - first
         if room <= 0:
             return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from arkcache.engines.engine import Blocks
@@ -14,6 +13,7 @@ from arkcache.pages.bookkeeping import Ids
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
+from arkcache.tiering.transfer import upload
 
 
 class DenseLayer(Layer):
@@ -67,7 +67,7 @@ class DenseLayer(Layer):
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
         """See `Layer`."""
         self.geometry = geometry = device_tier.geometry
-        on_device = torch.from_numpy(index).to(geometry.device)
+        on_device = upload(index, geometry.device)
         self._key.keep_sequences(on_device)
         self._value.keep_sequences(on_device)
         self.tokens.keep_sequences(index)

@@ -158,7 +158,7 @@ class DevicePackedDenseLayer(PackedDenseLayer, Capturable):
         """See `Capturable`."""
         self._tokens.append(seqs, key, value, self._window)
         if seals:
-            self._launch_seal(self._tokens.rows_of(seqs))
+            self._launch_seal(self.geometry.rows_of(seqs))
 
     def _launch_seal(self, rows: slice) -> None:
         """Queue the sealing of the newest page of those rows whose last token completed one."""

@@ -21,6 +21,7 @@ from arkcache.pages.windows import RingWindow, ShiftedWindow
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, Geometry, unpacked_pages
 from arkcache.tiering.growing import ChunkedTensor, GrowingTensor
+from arkcache.tiering.transfer import upload
 
 CHUNK_PAGES = 32
 """Pages that the layer grows by: what it holds is never copied, and little is held in advance."""
@@ -67,7 +68,7 @@ class PackedDenseLayer(SealingLayer):
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
         """See `Layer`."""
         self.geometry = device_tier.geometry
-        on_device = torch.from_numpy(index).to(self.geometry.device)
+        on_device = upload(index, self.geometry.device)
         self._pages.keep_sequences(on_device)
         with torch.inference_mode(False):
             self._window = type(self._window)(*(plane[on_device] for plane in self._window))

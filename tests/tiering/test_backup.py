@@ -295,7 +295,7 @@ def test_a_copy_that_fails_again_is_an_error_and_loses_nothing() -> None:
 
 def test_half_a_copy_is_written_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail_halfway(pieces: Tensor, runs: list[pinned.Run], content: Tensor) -> None:
-        pieces[runs[0].row] = content[0]
+        pieces[runs[0].first] = content[0]
         raise RuntimeError(REFUSED)
 
     engine, host, content = BackupEngine(streams_of(CPU), CPU, SIZE), make_host(), random_bytes(6)

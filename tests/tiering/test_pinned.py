@@ -411,7 +411,7 @@ def test_runs_are_adjacent_and_cross_no_boundary(rows: list[int], per_chunk: int
     listed = [row + i for row, _, num_rows in runs for i in range(num_rows)]
     assert listed == rows
     assert [position for _, position, _ in runs] == np.cumsum(
-        [0, *(run.num_rows for run in runs)]
+        [0, *(run.length for run in runs)]
     ).tolist()[: len(runs)]
     assert all(row // per_chunk == (row + n - 1) // per_chunk for row, _, n in runs)
 

@@ -11,6 +11,8 @@ import torch
 from arkcache import CacheConfig, KVCacheManager
 from arkcache.config import NO_LIMIT
 from arkcache.kernels.torch_pages import PagePacker
+from arkcache.memory import CacheShape, plan_memory
+from arkcache.tiering.growing import GROWTH
 from benchmarks.gpu.bench import Bench
 from tests.gpu.decoder import captured
 from tests.gpu.outcome import Skipped
@@ -93,9 +95,12 @@ def tier_bytes(
     pages = -(-context // manager.planner.config.page_size) * heads * batch
     dense = config.num_dense_layers * pages * packer.layout.nbytes
     paged = sizes["num_hidden_layers"] - config.num_dense_layers
-    digests = paged * pages * (2 * head_dim * 2 + 8)
+    cache = CacheShape(sizes["num_hidden_layers"], heads, head_dim, head_dim, DTYPE)
+    plan = plan_memory(config, cache, context, batch, device=bench.device.type)
+    addresses = 8 * paged * pages
     slots = manager.planner.plan(batch, NO_LIMIT).nbytes
-    return slots + dense + digests, paged * pages * packer.layout.nbytes
+    index = int(GROWTH * (plan.digest_bytes + addresses))
+    return slots + dense + index, paged * pages * packer.layout.nbytes
 
 
 @contextmanager

@@ -231,6 +231,11 @@ class KVCacheManager:
         if self.steps is not None and query.shape[2] == 1:
             self.steps.saw_mask |= mask is not None
         state = self._layers[layer]
+        if expand is not None and state.capturable is not None and not state.attends_everything:
+            raise InputError(
+                "expand: the kernels attend what is stored; make the manager with latent=True, "
+                "whose decode steps run on plain torch"
+            )
         new_tokens, rotates = query.shape[2], expand is None and self.config.rotates_keys
         step = Step(
             query=rotate(query) if rotates else query,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from arkcache import CacheConfig, ConfigError, HostTierFullError, KVCacheManager
+from arkcache import CacheConfig, ConfigError, HostTierFullError, InputError, KVCacheManager
 from arkcache.backend import SERVED, choose_backend
 from arkcache.engines.device import DeviceEngine
 from arkcache.errors import IntegrityError
@@ -604,6 +604,15 @@ def test_what_the_kernels_do_not_serve_says_so(monkeypatch: pytest.MonkeyPatch) 
     assert "TRITON_INTERPRET" in reason()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "not installed" in reason(device="cuda")
+
+
+def test_expanding_needs_latents() -> None:
+    """Pages would be attended as they are stored, and the answer be wrong without a word."""
+    twins = make(on_kernels())
+    twins.append(50)
+    with pytest.raises(InputError, match="latent=True"):
+        twins.manager.attend(0, twins.query(), expand=lambda key, value: (key, value))
+    stepped(twins, 1)
 
 
 def test_without_triton_a_gpu_runs_plain_torch_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,7 +52,7 @@ class PageDirectory:
     @property
     def num_pages(self) -> int:
         """Pages of a sequence that there is room for."""
-        return self._located.data.shape[2]
+        return self._located.capacity
 
     @property
     def addresses(self) -> tuple[int, ...]:

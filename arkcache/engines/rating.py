@@ -112,8 +112,8 @@ class PageRatings:
     def _inputs(self, step: Step, max_selectable: int) -> tuple[Tensor, Tensor]:
         """Queries [rows, group, dim] and digests of the first pages behind the sinks."""
         assert self.digests is not None
-        digests = self.digests.first(self._config.num_sink_pages + max_selectable)
-        digests = digests.narrow(self.digests.dim, self._config.num_sink_pages, max_selectable)
+        first = self._config.num_sink_pages
+        digests = self.digests.read(first, first + max_selectable)
         _, heads, _, dim = step.index_query.shape
         group = heads // self._geometry.num_kv_heads
         query = step.index_query.reshape(self._geometry.num_rows, group, dim)

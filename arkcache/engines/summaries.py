@@ -104,9 +104,7 @@ class PageSummaries:
         if not left_out.any():
             return None
         first, num_pages = self._config.num_sink_pages, left_out.shape[1]
-        key, value = (
-            plane.first(first + num_pages)[:, :, first:] for plane in (self._key, self._value)
-        )
+        key, value = (plane.read(first, first + num_pages) for plane in (self._key, self._value))
         pages, limit = None, self._config.estimate_pages
         if limit is not None and limit < num_pages:
             assert rating is not None

@@ -59,8 +59,8 @@ class DenseLayer(Layer):
             tokens = np.broadcast_to(np.arange(start, stop), (self.geometry.batch, stop - start))
             tokens = np.where(tokens < self.tokens.lengths[:, None], tokens, -1)
             yield (
-                self._key.first(longest)[:, :, start:stop],
-                self._value.first(longest)[:, :, start:stop],
+                self._key.read(start, stop),
+                self._value.read(start, stop),
                 tokens,
             )
 

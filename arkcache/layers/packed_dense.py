@@ -76,7 +76,7 @@ class PackedDenseLayer(SealingLayer):
 
     def check(self) -> None:
         """See `Layer`."""
-        self._check_sealed()
+        self._check_sealed(self.tokens.sealed)
         if int(self.tokens.sealed.max()) > self._pages.capacity:
             raise IntegrityError("a packed layer counts more pages than it has room for")
 

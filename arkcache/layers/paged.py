@@ -17,7 +17,7 @@ from arkcache.engines.engine import Engine, PagedParts
 from arkcache.engines.missed import MissedLog
 from arkcache.engines.step import Step
 from arkcache.layers.sealing import SealingLayer
-from arkcache.pages.bookkeeping import Ids, check_sealed, sealed_counts
+from arkcache.pages.bookkeeping import Ids, sealed_counts
 from arkcache.pages.index import PageIndex
 from arkcache.pages.windows import Window
 from arkcache.stats import CacheStats
@@ -135,10 +135,8 @@ class PagedLayer(SealingLayer):
     def check(self) -> None:
         """See `Layer`."""
         self._join()
-        self._check_sealed()
-        config, lengths = self.config, self.tokens.lengths
-        counts = self.parts.store.counts()
-        check_sealed(counts, lengths, config.num_recent_tokens, config.page_size)
+        self._check_sealed(self.tokens.sealed)
+        self._check_sealed(self.parts.store.counts())
         self.engine.check()
 
     def stats(self) -> CacheStats:

@@ -83,10 +83,10 @@ class SealingLayer(Layer):
             self.window.write(seqs, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
         self.tokens.set(seqs, length + new_tokens)
 
-    def _check_sealed(self) -> None:
-        """Raise `IntegrityError` unless as many pages are sealed as follows from the lengths."""
-        config, tokens = self.config, self.tokens
-        check_sealed(tokens.sealed, tokens.lengths, config.num_recent_tokens, config.page_size)
+    def _check_sealed(self, counts: Ids) -> None:
+        """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
+        config, lengths = self.config, self.tokens.lengths
+        check_sealed(counts, lengths, config.num_recent_tokens, config.page_size)
 
     def blocks(self) -> Blocks:
         """See `Layer`."""

@@ -1,7 +1,7 @@
-"""What a manager's decode steps run on: Triton kernels, or plain torch.
+"""What a manager's decode steps run on: Triton kernels, numba's, or plain torch.
 
-Both keep the same promises. The kernels never wait for the host and can be captured in a CUDA
-graph; plain torch is the path of a CPU, and of what the kernels do not cover.
+All keep the same promises. Triton's kernels never wait for the host and can be captured in a CUDA
+graph; numba's read pages of a CPU where they lie; plain torch is the path of what neither covers.
 """
 
 from __future__ import annotations
@@ -31,6 +31,16 @@ SERVED = {
 """Choices that there are kernels for. What is new among them runs on plain torch until it has one,
 and is listed here then."""
 
+NOT_IN_PLACE = {
+    "estimate_pages": 0,
+    "target_missed_mass": None,
+    "device_bytes": None,
+    "device_pool_factor": None,
+    "packed_slots": None,
+}
+"""Settings that the kernels of a CPU serve only at these values. Those about slots ask for a device
+tier of pages, which exists on plain torch: to see there what a GPU would do."""
+
 Params = ParamSpec("Params")
 Result = TypeVar("Result")
 
@@ -40,22 +50,28 @@ logger = logging.getLogger("arkcache")
 def choose_backend(
     config: CacheConfig, device: torch.device, dtype: torch.dtype, *, latent: bool
 ) -> str:
-    """ "triton" or "torch", for a manager of these settings.
+    """ "triton", "numba" or "torch", for a manager of these settings.
 
-    Raises `ConfigError` where the settings ask for Triton and it cannot serve them.
+    Raises `ConfigError` where the settings ask for kernels that cannot serve them.
     """
-    if config.backend == "torch" or (config.backend == "auto" and device.type != "cuda"):
-        return "torch"
-    settings, machine = why_not_settings(config, dtype, latent), _why_not_here(device)
+    backend = config.backend
+    if backend == "auto":
+        backend = {"cuda": "triton", "cpu": "numba"}.get(device.type, "torch")
+    if backend == "torch":
+        return backend
+    settings = why_not_settings(config, dtype, latent, backend)
+    machine = WHY_NOT_HERE[backend](device)
     reason = settings or machine
     if reason is None:
-        return "triton"
-    if config.backend == "triton":
-        raise ConfigError(f"backend='triton': {reason}; use backend='auto'")
+        return backend
+    if config.backend == backend:
+        raise ConfigError(f"backend={backend!r}: {reason}; use backend='auto'")
     if settings is not None:
         logger.info("decode steps run on plain torch: %s", settings)
-    else:
+    elif backend == "triton":
         _warn_once(reason)
+    else:
+        _log_once(reason)
     return "torch"
 
 
@@ -73,8 +89,10 @@ def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
     return guarded
 
 
-def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> str | None:
-    """Why the kernels do not serve these settings, on any machine; None where they do."""
+def why_not_settings(
+    config: CacheConfig, dtype: torch.dtype, latent: bool, backend: str = "triton"
+) -> str | None:
+    """Why these kernels do not serve these settings, on any machine; None where they do."""
     if config.backend == "torch":
         return "backend='torch' asks for plain torch"
     if dtype not in DTYPES:
@@ -90,15 +108,38 @@ def why_not_settings(config: CacheConfig, dtype: torch.dtype, latent: bool) -> s
         return "audit_every asks for audits, which read all keys beside the step"
     if config.packed_slots is False and not config.format.is_raw:
         return "packed_slots=False asks for unpacked pages on the device"
+    return _why_not_in_place(config) if backend == "numba" else None
+
+
+def _why_not_in_place(config: CacheConfig) -> str | None:
+    """Why pages may not be attended in the host tier; None where they may."""
+    for name, default in NOT_IN_PLACE.items():
+        if getattr(config, name) != default:
+            return f"{name}={getattr(config, name)!r} is not served by the kernels of a CPU"
     return None
 
 
-def _why_not_here(device: torch.device) -> str | None:
+def _why_no_triton(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed (pip install 'arkcache[gpu-cuda13]')"
     if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         return None
     return f"device {device} is no GPU, and Triton's interpreter is off (TRITON_INTERPRET=1)"
+
+
+def _why_no_numba(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"numba compiles for a CPU, and the device is {device}"
+    if importlib.util.find_spec("numba") is None:
+        return (
+            "numba is not installed; with it a step on a CPU takes half as long or less "
+            "(pip install 'arkcache[cpu]')"
+        )
+    return None
+
+
+WHY_NOT_HERE = {"triton": _why_no_triton, "numba": _why_no_numba}
+"""Why kernels do not run on a device of this machine; None where they do."""
 
 
 @functools.cache
@@ -107,3 +148,8 @@ def _warn_once(reason: str) -> None:
         f"decode steps run on plain torch, which waits for the GPU in every layer: {reason}",
         stacklevel=5,
     )
+
+
+@functools.cache
+def _log_once(reason: str) -> None:
+    logger.warning("decode steps run on plain torch: %s", reason)

@@ -34,7 +34,7 @@ SHARE_MEAN = "share-mean"
 ROTATIONS = ("none", "keys", "values", "both")
 """What a Hadamard rotation is applied to before it is quantised."""
 
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", "torch", "triton", "numba")
 """What a decode step may run on."""
 
 TINY_PAGE = 4
@@ -91,9 +91,10 @@ class CacheConfig:
         demote_after: decode steps that a page must have been through before it may be demoted.
         packed_slots: whether quantised pages in the device tier stay packed. None: on a GPU they
             do; on a CPU they are unpacked once, when they are recalled, which is faster.
-        backend: what a decode step runs on, one of `BACKENDS`. "auto": Triton kernels on a GPU
-            where they can serve these settings, plain torch otherwise. "triton" on a CPU needs
-            TRITON_INTERPRET=1, for tests, and refuses settings that the kernels do not serve.
+        backend: what a decode step runs on, one of `BACKENDS`. "auto": Triton kernels on a GPU,
+            numba's on a CPU, where they can serve these settings and are installed, plain torch
+            otherwise. "triton" and "numba" refuse settings that they do not serve; "triton" on a
+            CPU needs TRITON_INTERPRET=1, for tests.
         speculative_recall: on the Triton backend, recall the pages that are rated next into spare
             places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.

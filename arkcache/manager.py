@@ -162,7 +162,7 @@ class KVCacheManager:
                 if new_cache:
                     self._clear()
                 raise
-        if self._host is not None:
+        if self._host is not None and state.may_seal(new_tokens):
             # Again for this layer alone: a copy that shares the host tier may have filled it.
             self._host.check_room([state.pieces_needed(self._log.lengths(stop))])
         self._store(state, key, value, stop)
@@ -378,7 +378,7 @@ class KVCacheManager:
         make: an index, for one layer; what it digests on a layer that is filled it digests anew.
         Raises `InputError` on the Triton backend, which rates by kernels of its own.
         """
-        if self.planner.backend == "triton":
+        if self.planner.backend != "torch":
             raise InputError('another page index: expected backend="torch"')
         for state in self._layers:
             state.rate_with(make)
@@ -537,9 +537,13 @@ class KVCacheManager:
         try:
             log.extend(num_columns, real)
             if self._host is not None:
-                lengths = log.lengths(log.num_columns)
-                needed = sum(state.pieces_needed(lengths) for state in self._layers)
-                self._host.check_room([needed])
+                columns = log.num_columns
+                filling = [
+                    one for one in self._layers if one.may_seal(columns - one.tokens.columns)
+                ]
+                if filling:
+                    lengths = log.lengths(columns)
+                    self._host.check_room([sum(one.pieces_needed(lengths) for one in filling)])
         except BaseException:  # interrupted, too
             log.crop(before)
             raise

@@ -36,7 +36,8 @@ class Planner:
     Args:
         config: the settings.
         num_layers, num_kv_heads, head_dim, value_dim, dtype, device: of the manager.
-        backend: "torch" or "triton", whose slots hold pages as the host tier does.
+        backend: "torch"; "triton", whose slots hold pages as the host tier does; or "numba", which
+            reads them there and has no slots.
     """
 
     config: CacheConfig
@@ -102,7 +103,7 @@ class Planner:
             batch, self.num_kv_heads, self.head_dim, self.value_dim, self.dtype, self.device
         )
         slots = tuple(
-            config.num_sink_pages + int(np.ceil(self.selected(layer, max_selected).max() * factor))
+            self._slots(layer, max_selected, factor)
             for layer in range(self.num_layers)
             if config.budget_of(layer) is not None
         )
@@ -110,6 +111,7 @@ class Planner:
         if packed is None:
             packed = self.device.type != "cpu" and config.coarse_format is None
         packed = (packed and not config.format.is_raw) or self.backend == "triton"
+        packed = packed and self.backend != "numba"
         return TierPlan(
             geometry,
             slots,
@@ -120,6 +122,13 @@ class Planner:
             num_stream_blocks=1 if self.device.type == "cpu" else 2,
             pool_factor=factor,
         )
+
+    def _slots(self, layer: int, max_selected: int, factor: float) -> int:
+        """Slots of a paged layer, for sinks and selected pages."""
+        if self.backend == "numba":
+            return 0
+        selected = self.selected(layer, max_selected).max()
+        return self.config.num_sink_pages + int(np.ceil(selected * factor))
 
     def _stream_block_tokens(self, geometry: Geometry) -> int:
         """Tokens of a streaming block of so many sequences: whole pages, one at least."""

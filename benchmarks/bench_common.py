@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from arkcache.demo.machine import describe_machine, versions
 
 VOCABULARY = 1024
+NUM_LAYERS = 4
 RESULTS = Path(__file__).parent / "results"
 COMPARED_PACKAGES = ("optimum-quanto", "hqq")
 
@@ -31,7 +32,7 @@ def make_model() -> LlamaForCausalLM:
         vocab_size=VOCABULARY,
         hidden_size=512,
         intermediate_size=1408,
-        num_hidden_layers=4,
+        num_hidden_layers=NUM_LAYERS,
         num_attention_heads=8,
         num_key_value_heads=2,
         head_dim=64,

@@ -5,8 +5,9 @@
 The model is random (4 layers, hidden 512, 8 query and 2 KV heads of 64, fp32). Each cache is given
 the same past, which the model's own projections make of random tokens, and then steps through the
 same tokens. Rounds are interleaved; a figure is the median over rounds of the median step. With
-random weights consecutive queries have little in common, so pages are recalled far more often than
-under a trained model: see the hit rate. `ArkCache` has the defaults; `ArkCache boxes` what is fast.
+random weights consecutive queries have little in common, so a step reads far more pages anew than
+under a trained model: see the hit rate. `bare model` has one token to attend: the limit of every
+cache. `ArkCache` has the defaults; the others name what differs.
 
 `--write` appends the result to benchmarks/results/decode.json, the ledger.
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from bench_common import (
+    NUM_LAYERS,
     RESULTS,
     VOCABULARY,
     append_to_ledger,
@@ -38,16 +40,19 @@ from arkcache import ArkCache
 
 LEDGER = RESULTS / "decode.json"
 WARM_UP_STEPS = 4
+BOXES: dict[str, Any] = {"index": "cuboid-mean", "page_size": 32}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A cache to time: how to build it, how many steps a round takes, up to which context."""
+    """A cache to time: how to build it, how many steps a round takes, up to which context, and how
+    much of the past it is given (None is all)."""
 
     name: str
     build: Callable[[LlamaForCausalLM, int], Cache]
     num_steps: int = 40
     longest: int = 1 << 30
+    past_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class Row:
 
 
 def methods(budget: int, num_steps: int) -> list[Method]:
-    """What is compared. `past of 1` is the model with nothing to attend: the floor."""
+    """What is compared."""
 
     def ark(**settings: Any) -> Callable[[LlamaForCausalLM, int], Cache]:
         return lambda model, _: ArkCache(model, budget_tokens=budget, **settings)
@@ -74,11 +79,19 @@ def methods(budget: int, num_steps: int) -> list[Method]:
     def static(model: LlamaForCausalLM, context: int) -> Cache:
         return StaticCache(config=model.config, max_cache_len=context + 128)
 
+    def dynamic(model: LlamaForCausalLM, _context: int) -> Cache:
+        return DynamicCache(config=model.config)
+
     return [
+        Method("bare model", dynamic, num_steps, past_tokens=1),
         Method("StaticCache", static, num_steps // 2),
-        Method("DynamicCache", lambda model, _: DynamicCache(config=model.config), num_steps // 2),
+        Method("DynamicCache", dynamic, num_steps // 2),
         Method("ArkCache", ark(), num_steps),
-        Method("ArkCache boxes", ark(index="cuboid-mean", page_size=32), num_steps),
+        Method("ArkCache boxes", ark(**BOXES), num_steps),
+        Method("ArkCache 2-bit index", ark(index_bits=2, page_size=32), num_steps),
+        Method("ArkCache K4V4", ark(key_bits=4, value_bits=4), num_steps),
+        Method("ArkCache torch", ark(backend="torch"), num_steps // 2),
+        Method("ArkCache torch boxes", ark(backend="torch", **BOXES), num_steps // 2),
         Method(
             "QuantizedCache quanto 4 bit",
             lambda model, _: QuantizedCache("quanto", config=model.config, nbits=4),
@@ -94,7 +107,7 @@ def measure(model: LlamaForCausalLM, context: int, chosen: list[Method], rounds:
     caches: dict[str, Any] = {}
     for method in chosen:
         cache = caches[method.name] = method.build(model, context)
-        fill(cache, past)
+        fill(cache, past, stop=method.past_tokens)
         time_steps(model, cache, [1] * WARM_UP_STEPS)
     del past
     generator = torch.Generator().manual_seed(2)
@@ -124,15 +137,23 @@ def row_of(name: str, context: int, times: list[list[float]], cache: Any) -> Row
 
 
 def report(rows: list[Row]) -> None:
-    """Print the figures and how many times faster than StaticCache each is."""
+    """Print the figures, how many times faster than StaticCache each is, and what it adds to each
+    layer of the bare model."""
     base = {row.context: row.median_ms for row in rows if row.method == "StaticCache"}
-    print(f"{'context':>8} {'cache':<28} {'ms/step':>8} {'worst':>8} {'speed-up':>8} {'hits':>5}")
+    bare = {row.context: row.median_ms for row in rows if row.method == "bare model"}
+    print(
+        f"{'context':>8} {'cache':<28} {'ms/step':>8} {'worst':>8} {'speed-up':>8} {'us/layer':>8} "
+        f"{'hits':>5}"
+    )
     for row in rows:
         speed_up = f"{base[row.context] / row.median_ms:.2f}x" if row.context in base else "-"
+        added = "-"
+        if row.context in bare:
+            added = f"{(row.median_ms - bare[row.context]) / NUM_LAYERS * 1e3:.0f}"
         hits = "-" if row.hit_rate is None else f"{row.hit_rate:.2f}"
         print(
             f"{row.context:>8} {row.method:<28} {row.median_ms:>8.2f} {row.worst_ms:>8.1f} "
-            f"{speed_up:>8} {hits:>5}",
+            f"{speed_up:>8} {added:>8} {hits:>5}",
             flush=True,
         )
 
@@ -152,8 +173,6 @@ def main() -> None:
     model = make_model()
     rows: list[Row] = []
     with torch.inference_mode():
-        floor = Method("past of 1", lambda model, _: DynamicCache(config=model.config))
-        rows += measure(model, 1, [floor], options.rounds)
         for context in map(int, options.contexts.split(",")):
             chosen = [
                 method

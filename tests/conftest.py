@@ -55,6 +55,24 @@ def pytest_runtest_call() -> Generator[None, object, object]:
         pytest.skip(reason)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    marker = metafunc.definition.get_closest_marker("backends")
+    if marker is not None:
+        metafunc.parametrize("_backend", marker.args, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `small_config` ask for the backend of a test that is marked with some."""
+    from tests import twins  # once it is settled whether kernels are interpreted
+
+    backend = getattr(request, "param", None)
+    if backend == "torch":
+        monkeypatch.setitem(twins.SMALL, "backend", "torch")
+    elif backend is not None:
+        pytest.importorskip(backend)  # "auto" takes it then, where it serves the other settings
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

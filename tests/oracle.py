@@ -79,12 +79,14 @@ class Oracle:
         quantised: per layer, pages of each sequence that went through `_seal`.
         coarse: per layer, the pages (sequence, KV head, number) that were demoted.
         latent: pages are rated by key and value side by side.
+        backend: of the manager: numba's kernels keep boxes in bf16.
     """
 
     num_layers: int
     num_kv_heads: int
     config: CacheConfig
     latent: bool = False
+    backend: str = "torch"
     real: Tensor | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -471,6 +473,7 @@ class Oracle:
             score = reference.token_score(query[None], *self._stored_codes(pages))
         else:
             digest = reference.bounding_volume(pages, self.config.index)
+            digest = digest.bfloat16().float() if self.backend == "numba" else digest
             score = reference.volume_score(query[None], digest, self.config.index)
         score = score if visible is None else score[:, :, visible]
         noise = 1e-5 * float(score.abs().max())

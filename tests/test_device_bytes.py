@@ -56,7 +56,7 @@ def test_more_tokens_fit_at_fewer_bits() -> None:
 
 def test_budgets_are_caps() -> None:
     """What fits is attended; a budget that does not is cut to as much as all heads may have."""
-    free = held_by(config_of("K4V4", budget_tokens=32))
+    free = held_by(config_of("K4V4", budget_tokens=32, backend="torch"))
     assert held_by(config_of("K4V4", budget_tokens=32, device_bytes=10**6)) == free
     auto = held_by(config_of("K4V4", **DEVICE, device_bytes=20_000))
     cut = held_by(config_of("K4V4", packed_slots=True, budget_tokens=900, device_bytes=20_000))

@@ -94,7 +94,8 @@ def test_a_page_of_unlike_keys_by_hand() -> None:
 def test_all_selected_is_bit_equal_to_without(name: str, columns: int) -> None:
     outputs = []
     for estimate_pages in (0, None, 2):
-        config = small_config(estimate_pages=estimate_pages, **FORMATS[name])
+        formats = {"backend": "torch"} | FORMATS[name]
+        config = small_config(estimate_pages=estimate_pages, **formats)
         manager = KVCacheManager(1, 2, 8, config)
         torch.manual_seed(1)
         manager.append(0, *torch.randn(2, 2, 2, columns, 8))
@@ -257,7 +258,9 @@ def test_estimates_are_no_pages_to_importance() -> None:
 
 
 def test_means_count_as_digests() -> None:
-    plain, estimating = (Twins(small_config(estimate_pages=n), value_dim=4) for n in (0, None))
+    plain, estimating = (
+        Twins(small_config(estimate_pages=n, backend="torch"), value_dim=4) for n in (0, None)
+    )
     for twins in (plain, estimating):
         twins.append(2000)
     means = estimating.manager.stats().digest_bytes - plain.manager.stats().digest_bytes

@@ -442,7 +442,9 @@ def test_another_index_is_as_if_it_had_been_there(model: PreTrainedModel, readin
     outputs: list[torch.Tensor] = []
     head_dim = model.config.head_dim
     for spec in ("tokens", "cuboid-mean", "cuboid-mean"):
-        method = parse_method(f"ark:index={spec},page_size=16,group_reduction=softmax-mean")
+        method = parse_method(
+            f"ark:index={spec},page_size=16,group_reduction=softmax-mean,backend=torch"
+        )
         with method.cache(model, reading, 256, seed=0) as cache:
             assert isinstance(cache, ArkCache)
             if len(outputs) == 2:

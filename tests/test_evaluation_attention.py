@@ -52,7 +52,7 @@ class Case:
     recorded: Recorded
 
     def seen(self, spec: str, budget: int | None = BUDGET) -> Seen:
-        with parse_method(spec).cache(self.model, self.reading, budget, seed=0) as cache:
+        with parse_method(spec).on_torch().cache(self.model, self.reading, budget, seed=0) as cache:
             return replay(self.recorded, cache)
 
     def selecting(self, spec: str, budget: int | None = BUDGET) -> list[AttendedLayer]:

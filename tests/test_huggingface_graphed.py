@@ -92,7 +92,7 @@ def test_a_budget_gives_what_plain_torch_gives(
     model: LlamaForCausalLM, steps: list[tuple[bool, ...]], index: dict[str, Any]
 ) -> None:
     ids = prompt(60)
-    plain = ArkCache(model, **BOXES | index, budget_tokens=32)
+    plain = ArkCache(model, **BOXES | index, backend="torch", budget_tokens=32)
     expected = continued(model, plain, ids, max_new_tokens=9)
     cache = ArkCache(model, **ON_KERNELS | index, budget_tokens=32)
     assert torch.equal(graphed(model, ids, cache), expected)

@@ -18,6 +18,8 @@ from tests.marks import needs_interpreter
 from tests.oracle import Oracle
 from tests.twins import SMALL, Twins, check_references, small_config
 
+pytestmark = pytest.mark.backends("torch", "numba")
+
 UNLIMITED = small_config(budget_tokens=None)
 LEFT_PADDED = torch.arange(60) >= torch.tensor([[0], [25]])
 HOLES = torch.rand(2, 60, generator=torch.Generator().manual_seed(5)) < 0.5
@@ -560,6 +562,7 @@ def test_other_queries_of_any_group_size_may_follow() -> None:
 # -- counters -------------------------------------------------------------------------------------
 
 
+@pytest.mark.backends("torch")
 def test_counters_say_what_moved() -> None:
     twins = Twins(small_config(), num_layers=2)
     piece_bytes = twins.whole_page_bytes // 2  # one page of one KV head
@@ -597,6 +600,7 @@ def test_a_repeated_query_recalls_nothing() -> None:
     assert after.pages_hit == before.pages_hit + 2 * 2 * 5
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize("index", INDEXES)
 def test_digest_bytes_are_those_of_the_tensors(index: str) -> None:
     """At most a ninth of them, or 16 pages, is room to grow."""
@@ -639,6 +643,7 @@ def damage_blocks(layer: Any) -> None:
     layer.parts.store._handles[0, 0, 3] = -1
 
 
+@pytest.mark.backends("torch")
 @pytest.mark.parametrize(
     "damage",
     [

@@ -158,7 +158,9 @@ def test_a_gpu_keeps_slots_and_the_token_index_packed() -> None:
         "K4V4", index="tokens", num_dense_layers=0, stream_block_tokens=1024
     )
     shape = CacheShape(4, 2, 64, 64, torch.bfloat16)
-    on_gpu, on_cpu = (plan_memory(config, shape, 8192, device=name) for name in ("cuda", "cpu"))
+    on_torch = replace(config, backend="torch")
+    on_gpu = plan_memory(config, shape, 8192, device="cuda")
+    on_cpu = plan_memory(on_torch, shape, 8192, device="cpu")
     assert on_gpu.tier_bytes < on_cpu.tier_bytes
     assert on_gpu.digest_bytes < on_cpu.digest_bytes
     assert on_gpu.host_bytes == on_cpu.host_bytes

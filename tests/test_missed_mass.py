@@ -194,7 +194,7 @@ def test_estimates_hold_on_a_trained_model() -> None:
 def test_layers_take_turns() -> None:
     """One layer in three steps is audited; what it reads is streamed, and nothing else changes."""
     twins = Twins(small_config(audit_every=3), num_layers=4, batch=1)
-    plain = Twins(small_config(), num_layers=4, batch=1)
+    plain = Twins(small_config(backend="torch"), num_layers=4, batch=1)
     for one in (twins, plain):
         one.append(100)
     seen = []

@@ -93,7 +93,7 @@ def test_a_recall_moves_packed_bytes_only(name: str, packed_slots: bool | None) 
 def test_the_device_tier_shrinks_with_its_slots() -> None:
     sizes = {"page_size": 16, "budget_tokens": 320, "num_sink_tokens": 16, "group_size": 32}
     packed, plain, raw = (
-        Twins(config_of(name, packed_slots=slots, **sizes), head_dim=64)
+        Twins(config_of(name, packed_slots=slots, backend="torch", **sizes), head_dim=64)
         for name, slots in (("K4V2", True), ("K4V2", None), ("K16V16", True))
     )
     for twins in (packed, plain, raw):

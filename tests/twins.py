@@ -105,7 +105,8 @@ class Twins:
             value_dim=value_dim,
             dtype=dtype,
         )
-        self.oracle = Oracle(num_layers, num_kv_heads, config)
+        backend = self.manager.planner.backend
+        self.oracle = Oracle(num_layers, num_kv_heads, config, backend=backend)
         self.config, self.num_layers, self.num_kv_heads = config, num_layers, num_kv_heads
         self.head_dim, self.value_dim = head_dim, value_dim or head_dim
         self.start_batch, self.group, self.seed, self.dtype = batch, group, seed, dtype
@@ -269,7 +270,9 @@ class Twins:
             most = max(self.oracle.num_selected(layer, h) for h in range(self.num_kv_heads))
             slots = math.ceil(config.num_sink_tokens / page_size)
             slots += math.ceil(most * (config.device_pool_factor or 1))
+            slots = 0 if self.manager.planner.backend == "numba" else slots
             packed = config.packed_slots and not config.format.is_raw
+            packed = packed and self.manager.planner.backend != "numba"
             if packed or config.backend == "triton":
                 slots_bytes = self.batch * self.num_kv_heads * slots * self.page_bytes()
                 total += _aligned(slots_bytes) + self.states_bytes(window)

@@ -257,6 +257,11 @@ class HostTier:
             return positions
         return np.where(self._kind[handles] == 0, positions, self._view_positions(1, positions))
 
+    @property
+    def position_of(self) -> Ids:
+        """The position of every piece by its handle, in a tier of one kind."""
+        return self._position
+
     def _view_positions(self, kind: int, positions: Ids) -> Ids:
         """A side's positions, which count from its end of the arena, as positions of `pieces`."""
         return positions if kind == 0 else self._capacity[1] - 1 - positions

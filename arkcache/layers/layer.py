@@ -106,6 +106,11 @@ class Layer(ABC):
 
     # -- pieces of the host tier: none, unless a layer keeps its pages there ---------------------
 
+    def may_seal(self, _columns: int) -> bool:
+        """Whether so many more columns may fill a page, of which pieces are needed. Costs nothing,
+        as it is asked in every layer of every step."""
+        return False
+
     def pieces_needed(self, _new_lengths: Ids) -> int:
         """Pieces of the host tier that growing to these lengths takes."""
         return 0

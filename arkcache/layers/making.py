@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from arkcache.config import CacheConfig
 from arkcache.engines.engine import Engine, PagedParts
 from arkcache.engines.host import HostEngine
@@ -23,6 +26,7 @@ def make_layers(
 ) -> list[Layer]:
     """The layers of a manager, empty. `max_selected`: pages that a KV head may select at most."""
     config, geometry = planner.config, tier.geometry
+    make_engine = _engines(planner.backend, latent)
     layers: list[Layer] = []
     num_paged = 0
     for number in range(planner.num_layers):
@@ -34,18 +38,23 @@ def make_layers(
         tokens = LayerTokens(geometry.batch)
         parts = PagedParts(config, tokens, Counters(), store, tier, num_paged)
         selected = planner.selected(number, max_selected)
-        layers.append(PagedLayer(parts, _engine(parts, selected, planner.backend, latent)))
+        layers.append(PagedLayer(parts, make_engine(parts, selected)))
         num_paged += 1
     return layers
 
 
-def _engine(parts: PagedParts, selected: Ids, backend: str, latent: bool) -> Engine:
-    """Who runs the steps of a paged layer; selected: pages, per KV head."""
+def _engines(backend: str, latent: bool) -> Callable[[PagedParts, Ids], Engine]:
+    """Makes who runs the steps of a paged layer, of its parts and pages selected per KV head."""
     if backend == "triton":
         from arkcache.engines.device import DeviceEngine  # it imports Triton
 
-        return DeviceEngine(parts, selected)
-    return HostEngine(parts, selected, latent=latent)
+        return DeviceEngine
+    if backend == "numba":
+        from arkcache.engines.native import NativeEngine  # it imports numba
+        from arkcache.kernels.numba_launch import Scratch
+
+        return partial(NativeEngine, scratch=Scratch())
+    return partial(HostEngine, latent=latent)
 
 
 def _dense(config: CacheConfig, tier: DeviceTier, packer: PagePacker, backend: str) -> Layer:

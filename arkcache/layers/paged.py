@@ -104,10 +104,15 @@ class PagedLayer(SealingLayer):
         self._join()
         self.parts.store.keep_sequences(index)
         self.tokens.keep_sequences(index)
+        self.tokens.until_seal = 0
         self.engine.keep_sequences(index, device_tier, num_selected)
         self.geometry = device_tier.geometry
 
     # -- pieces of the host tier ------------------------------------------------------------------
+
+    def may_seal(self, columns: int) -> bool:
+        """See `Layer`; kernels that count by themselves do not say."""
+        return columns >= self.tokens.until_seal or self.capturable is not None
 
     def pieces_needed(self, new_lengths: Ids) -> int:
         """See `Layer`."""

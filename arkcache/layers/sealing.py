@@ -82,6 +82,15 @@ class SealingLayer(Layer):
             oldest = last * page_size
             self.window.write(seqs, oldest, oldest, key[:, :, cut:], value[:, :, cut:])
         self.tokens.set(seqs, length + new_tokens)
+        self.tokens.until_seal -= new_tokens
+        if self.tokens.until_seal <= 0:
+            self._foresee()
+
+    def _foresee(self) -> None:
+        """Count how many columns may come before the next page is full."""
+        tokens, page_size = self.tokens, self.config.page_size
+        full = (tokens.sealed + 1) * page_size + self.config.num_recent_tokens
+        tokens.until_seal = int((full - tokens.lengths).min())
 
     def _check_sealed(self, counts: Ids) -> None:
         """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
@@ -104,6 +113,7 @@ class SealingLayer(Layer):
 
     def _crop(self, lengths: Ids) -> None:
         """See `Layer`."""
+        self.tokens.until_seal = 0  # counted anew with the next token
         for sequence, length in enumerate(lengths.tolist()):
             self._crop_sequence(sequence, length)
 

@@ -22,6 +22,8 @@ class LayerTokens:
         lengths: tokens of each sequence, without padding [batch].
         sealed: sealed pages of each sequence [batch].
         uniform: whether all sequences were equally long when that was last looked at.
+        until_seal: columns that may come before any sequence's page is full, at least; 0 where
+            nobody keeps count.
     """
 
     def __init__(self, batch: int) -> None:
@@ -29,6 +31,7 @@ class LayerTokens:
         self.lengths: Ids = np.zeros(batch, dtype=np.int64)
         self.sealed: Ids = np.zeros(batch, dtype=np.int64)
         self.uniform = True
+        self.until_seal = 0
 
     @property
     def total(self) -> int:

@@ -100,6 +100,11 @@ class PageStore:
             more = max(num_pages, 2 * width) - width
             self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=-1)
 
+    @property
+    def handles(self) -> Ids:
+        """The piece of each page [batch, pieces_per_page, pages]; -1 where there is none."""
+        return self._handles
+
     def lines(self, sequence: int, first: int, last: int) -> Ids:
         """Where pages first..last are in `pieces()`, for pages of one format [kv_heads, pages]."""
         rows = self.host.positions(self._handles[sequence, 0, first:last]) * self.num_kv_heads

@@ -1,0 +1,263 @@
+"""The engine of a CPU: pages are scored, selected and attended where they lie, by compiled kernels.
+
+On a CPU both tiers are the same memory, so nothing is recalled: what a step reads of a page comes
+from the host tier itself. The decode step is `run` in `kernels/numba_step.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from arkcache.config import MASS_INDEXES
+from arkcache.engines.engine import Blocks, Engine, PagedParts
+from arkcache.engines.native_digests import NativeDigests
+from arkcache.engines.step import Step
+from arkcache.engines.views import hidden_pages
+from arkcache.errors import InputError, IntegrityError
+from arkcache.kernels.numba_launch import (
+    Counts,
+    DecodeStep,
+    Digests,
+    Lists,
+    Query,
+    Scratch,
+)
+from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE
+from arkcache.kernels.numba_step import ATTENDED, EVICTED, HIT, NUM_COUNTERS, RECALLED
+from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.windows import ShiftedWindow
+from arkcache.stats import CacheStats
+from arkcache.tiering.device import DeviceTier, copy_sequences
+
+FIRST_PAGES = 64
+"""Pages that a row's list has room for at first."""
+
+
+class NativeEngine(Engine):
+    """Attends pages in the host tier.
+
+    Args:
+        parts: what it shares with the layer.
+        num_selected: pages that a step selects, per KV head.
+        scratch: of all layers of the cache.
+    """
+
+    def __init__(self, parts: PagedParts, num_selected: Ids, scratch: Scratch) -> None:
+        super().__init__(parts)
+        self._scratch = scratch
+        self._digests = NativeDigests(parts.config, parts.geometry)
+        self._allot(num_selected)
+        rows = parts.geometry.num_rows
+        width = parts.config.num_sink_pages + FIRST_PAGES
+        self._lists = Lists(
+            np.zeros((rows, width), np.int64),
+            np.zeros(rows, np.int64),
+            np.zeros((rows, NUM_COUNTERS), np.int64),
+        )
+        self._steps: dict[int, DecodeStep] = {}
+        self._is_bound = False
+
+    def _allot(self, num_selected: Ids) -> None:
+        self._budgets: Ids = np.tile(num_selected, self.parts.geometry.batch).astype(np.int64)
+
+    @property
+    def window(self) -> ShiftedWindow:
+        """See `Engine`."""
+        return ShiftedWindow(*self.parts.working_set.windows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what points into memory."""
+        return vars(self) | {"_steps": {}}
+
+    # -- seal -------------------------------------------------------------------------------------
+
+    def seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """See `Engine`."""
+        parts = self.parts
+        self._digests.write(seqs, first, key)
+        packed = parts.packer.pack(key, value)
+        parts.store.append(seqs, first, packed)
+        parts.counters.bytes_backed_up += packed.numel()
+        self._make_room(first + key.shape[2])
+        self._is_bound = False
+
+    def _make_room(self, sealed: int) -> None:
+        """Have lists for as many pages as a row may attend of so many."""
+        sinks, pages = self.parts.config.num_sink_pages, self._lists.pages
+        needed = min(sealed, sinks + int(self._budgets.max()))
+        if needed > pages.shape[1]:
+            more = max(needed, 2 * pages.shape[1]) - pages.shape[1]
+            self._lists = self._lists._replace(pages=np.pad(pages, ((0, 0), (0, more))))
+
+    # -- the decode step --------------------------------------------------------------------------
+
+    def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
+        """See `Engine`; nothing is audited."""
+        if step.expand is not None:
+            raise InputError(
+                "expand: the kernels attend what is stored; make the manager with latent=True, "
+                "whose decode steps run on plain torch"
+            )
+        parts, heads = self.parts, self.parts.geometry.num_kv_heads
+        group = step.query.shape[1] // heads
+        runner = self._steps.get(group)
+        if runner is None or not self._is_bound:
+            runner = self._bind(group)
+        output = runner.attend(
+            self._query(step, group), parts.store.host.pieces(), self._counts(self._budgets)
+        )
+        attended = int(self._lists.counters[:, ATTENDED].sum())
+        parts.counters.attended_tokens = round(attended / heads)
+        return output
+
+    def _query(self, step: Step, group: int) -> Query:
+        parts, bias, hidden = self.parts, None, None
+        if step.bias is not None:
+            bias = self._bias(step, group)
+            if parts.config.index not in MASS_INDEXES:
+                count = int(parts.tokens.sealed.max()) - parts.config.num_sink_pages
+                mask = hidden_pages(step, parts.config, parts.geometry, max(count, 0))
+                assert isinstance(mask, Tensor)
+                hidden = mask.to(torch.uint8)
+        sinks = None if step.sink_logits is None else step.sink_logits.float()
+        return Query(step.query, step.index_query, step.scale, step.softcap, sinks, bias, hidden)
+
+    def _counts(self, budgets: Ids) -> Counts:
+        tokens = self.parts.tokens
+        return Counts(tokens.lengths, tokens.sealed, budgets, self.parts.store.host.position_of)
+
+    def _bind(self, group: int) -> DecodeStep:
+        """The steps of queries of so many heads for each KV head, told where everything is."""
+        if group not in self._steps:
+            self._steps[group] = self._make_step(group)
+        for step in self._steps.values():
+            self._bind_to(step, self._lists)
+        self._is_bound = True
+        return self._steps[group]
+
+    def _bind_to(self, step: DecodeStep, lists: Lists) -> None:
+        windows = self.parts.working_set.windows
+        digests = Digests(self._digests.data, self._digests.num_pages)
+        step.bind(windows, digests, self.parts.store.handles[:, 0], lists)
+
+    def _make_step(self, group: int) -> DecodeStep:
+        config, geometry, digests = self.parts.config, self.parts.geometry, self._digests
+        layout = self.parts.packer.layout
+        by_share = group > 1 and config.group_reduction != "raw-mean"
+        return DecodeStep(
+            geometry.dtype,
+            self._scratch,
+            batch=geometry.batch,
+            kv_heads=geometry.num_kv_heads,
+            group=group,
+            lanes=1 if group == 1 else -(-group // 4) * 4,
+            head_dim=geometry.head_dim,
+            value_dim=geometry.value_dim,
+            page_size=config.page_size,
+            num_sink_pages=config.num_sink_pages,
+            key_bits=config.key_bits,
+            value_bits=config.value_bits,
+            group_size=config.group_size,
+            value_offset=layout.key.nbytes,
+            page_bytes=layout.nbytes,
+            piece_bytes=layout.nbytes * geometry.num_kv_heads,
+            index=digests.kind,
+            index_bits=config.packed_index_bits,
+            features=digests.features,
+            reduction=BY_SHARE if by_share else BY_MEAN,
+            needs_fixed=int(by_share and config.orders_by_share(group)),
+        )
+
+    def _bias(self, step: Step, group: int) -> Tensor:
+        """The user's mask by token number, fp32 [rows, lanes, tokens]."""
+        geometry = self.parts.geometry
+        longest = self.parts.tokens.longest
+        tokens = np.broadcast_to(np.arange(longest), (geometry.batch, 1, longest))
+        assert step.bias is not None
+        bias = step.bias(tokens)[:, :, :, 0].float()
+        lanes = 1 if group == 1 else -(-group // 4) * 4
+        whole = bias.new_zeros((geometry.batch, geometry.num_kv_heads, lanes, longest))
+        whole[:, :, :group] = bias
+        return whole.flatten(0, 1)
+
+    # -- several new tokens, and changes of shape -------------------------------------------------
+
+    def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """See `Engine`."""
+        device = self.parts.geometry.device
+        key, value, moved = self.parts.store.read_run(sequence, first, last, device)
+        self.parts.counters.bytes_streamed += moved
+        return key, value
+
+    def unseal(self, sequence: int, first: int) -> None:
+        """See `Engine`; what the sequence read before is not there to be read again."""
+        rows = self.parts.geometry.rows_of(slice(sequence, sequence + 1))
+        self._lists.num_pages[rows] = 0
+        self._is_bound = False
+
+    def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
+        """See `Engine`."""
+        parts, before = self.parts, self.parts.working_set.windows
+        rows = parts.rows_from(index)
+        on_device = torch.from_numpy(index)
+        parts.device_tier = device_tier
+        copy_sequences(before, parts.working_set.windows, on_device)
+        self._digests.keep_sequences(on_device)
+        self._allot(num_selected)
+        self._settle()
+        pages, num_pages, counters = self._lists
+        self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
+        self._steps.clear()
+
+    def moved(self) -> None:
+        """See `Engine`."""
+        self._is_bound = False
+
+    def _settle(self) -> None:
+        """Add what rows have counted to the layer's own counters."""
+        counters, layout = self.parts.counters, self.parts.packer.layout
+        total = self._lists.counters.sum(axis=0).tolist()
+        counters.pages_hit += total[HIT]
+        counters.pages_recalled += total[RECALLED]
+        counters.pages_evicted += total[EVICTED]
+        counters.bytes_recalled += total[RECALLED] * layout.nbytes
+        self._lists.counters[:, HIT:] = 0
+
+    # -- to look at -------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """See `Engine`: pages lie in one tier only."""
+        sealed = self.parts.tokens.sealed
+        if int(sealed.max(initial=0)) > self._digests.num_pages:
+            raise IntegrityError("a layer counts more sealed pages than it has digests of")
+        heads = self.parts.geometry.num_kv_heads
+        for row, (pages, count) in enumerate(zip(*self._lists[:2], strict=True)):
+            read = pages[:count]
+            if count and (read[-1] >= sealed[row // heads] or (np.diff(read) <= 0).any()):
+                raise IntegrityError(f"row {row} read pages twice, or such as do not exist")
+
+    def ratings(self, step: Step) -> Tensor:
+        """See `Layer.ratings`."""
+        parts, geometry = self.parts, self.parts.geometry
+        selectable = np.maximum(parts.tokens.sealed - parts.config.num_sink_pages, 0)
+        count, group = int(selectable.max()), step.query.shape[1] // geometry.num_kv_heads
+        if count == 0:
+            return torch.empty((geometry.num_rows, 0))
+        runner, none = self._make_step(group), np.full_like(self._budgets, -1)
+        self._bind_to(runner, Lists(*(array.copy() for array in self._lists)))
+        pieces = parts.store.host.pieces()
+        rating = runner.ratings(self._query(step, group), pieces, self._counts(none), count)
+        own = torch.from_numpy(np.repeat(selectable, geometry.num_kv_heads))[:, None]
+        return rating.masked_fill(torch.arange(count) >= own, float("-inf"))
+
+    def stats(self) -> CacheStats:
+        """See `Engine`."""
+        self._settle()
+        return self.parts.counters.stats(self.parts.tokens) + CacheStats(
+            digest_bytes=self._digests.nbytes
+        )

@@ -20,6 +20,7 @@ import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def methods(budget: int, num_steps: int) -> list[Method]:
     def dynamic(model: LlamaForCausalLM, _context: int) -> Cache:
         return DynamicCache(config=model.config)
 
-    return [
+    chosen = [
         Method("bare model", dynamic, num_steps, past_tokens=1),
         Method("StaticCache", static, num_steps // 2),
         Method("DynamicCache", dynamic, num_steps // 2),
@@ -92,13 +93,17 @@ def methods(budget: int, num_steps: int) -> list[Method]:
         Method("ArkCache K4V4", ark(key_bits=4, value_bits=4), num_steps),
         Method("ArkCache torch", ark(backend="torch"), num_steps // 2),
         Method("ArkCache torch boxes", ark(backend="torch", **BOXES), num_steps // 2),
-        Method(
-            "QuantizedCache quanto 4 bit",
-            lambda model, _: QuantizedCache("quanto", config=model.config, nbits=4),
-            3,
-            longest=65536,
-        ),
     ]
+    if find_spec("optimum") is None:
+        print("optimum-quanto is not installed (make bench installs it): left out", flush=True)
+        return chosen
+    quanto = Method(
+        "QuantizedCache quanto 4 bit",
+        lambda model, _: QuantizedCache("quanto", config=model.config, nbits=4),
+        3,
+        longest=65536,
+    )
+    return [*chosen, quanto]
 
 
 def measure(model: LlamaForCausalLM, context: int, chosen: list[Method], rounds: int) -> list[Row]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from arkcache.tiering.mapping import ask_for_huge_pages
+
 FIRST_ENTRIES = 64
 """What there is room for at first, where nothing else decides."""
 
@@ -33,7 +35,7 @@ class GrowingTensor:
         self.dim, self._first_capacity = dim, shape[dim]
         # Not an inference tensor: it is written to in and out of inference mode.
         with torch.inference_mode(False):
-            self.data = torch.zeros(shape, dtype=dtype, device=device)
+            self.data = _zeros(shape, dtype, device)
 
     @property
     def nbytes(self) -> int:
@@ -48,7 +50,7 @@ class GrowingTensor:
         shape = list(self.data.shape)
         shape[self.dim] = max(length, grown_capacity(capacity, self._first_capacity))
         with torch.inference_mode(False):
-            grown = torch.zeros(shape, dtype=self.data.dtype, device=self.data.device)
+            grown = _zeros(tuple(shape), self.data.dtype, self.data.device)
         grown.narrow(self.dim, 0, capacity).copy_(self.data)
         self.data = grown
 
@@ -75,6 +77,13 @@ class GrowingTensor:
         """Make sequence i (dimension 0) what sequence `index[i]` was."""
         with torch.inference_mode(False):
             self.data = self.data[index]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    zeros = torch.zeros(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        ask_for_huge_pages(zeros.data_ptr(), zeros.nbytes)
+    return zeros
 
 
 class ChunkedTensor:

@@ -285,7 +285,7 @@ def test_threads_share_the_work(
 @pytest.mark.parametrize("group", [1, 4, 16])
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
 def test_models(head_dim: int, group: int, page_size: int) -> None:
-    sizes = {"page_size": page_size, "num_sink_tokens": 4, "budget_tokens": 160}
+    sizes = {"page_size": page_size, "budget_tokens": 160, "stream_block_tokens": 64}
     twins = Twins(small_config(backend="numba", **sizes), head_dim=head_dim, group=group, batch=1)
     twins.append(400)
     for _ in range(3):
@@ -322,7 +322,7 @@ def make_step() -> tuple[DecodeStep, dict[str, Any]]:
     sizes = dict.fromkeys(("batch", "kv_heads", "group", "lanes", "page_size"), 1)
     sizes |= {"head_dim": 8, "value_dim": 8}
     window = (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
-    lists = Lists(np.zeros((1, 4), np.int64), np.zeros(1, np.int64), np.zeros((1, 5), np.int64))
+    lists = Lists(np.zeros((1, 4), np.int64), np.zeros(1, np.int64), np.zeros((1, 4), np.int64))
     bound = {
         "window": window,
         "digests": Digests(torch.zeros(1, 1, 1, 64), 1),

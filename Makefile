@@ -29,7 +29,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
+.PHONY: help demo test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -39,10 +39,15 @@ demo: $(VENV)/.ready ## a small model answers from far back in a long context
 	$(BIN)/arkcache demo
 
 test: $(VENV)/.ready ## the tests, without the slow ones
+	$(BIN)/python -c "from arkcache.kernels.numba_launch import compile_all; compile_all()"
 	$(IN_WORKERS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.ready ## the slow tests
 	$(IN_WORKERS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m slow $(PYTEST_ARGS)
+
+test-bounds: $(VENV)/.ready ## the tests of the CPU's kernels, with every index checked
+	NUMBA_BOUNDSCHECK=1 $(IN_WORKERS) $(BIN)/python -m pytest $(SIDE_BY_SIDE) -m "not slow" \
+		-k numba $(PYTEST_ARGS) tests/kernels/test_numba.py tests/test_manager.py
 
 test-5.17: $(VENV_OLDEST)/.ready ## the integration tests, with the oldest transformers supported
 	$(IN_WORKERS) $(VENV_OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS) \

@@ -86,16 +86,17 @@ class CacheStats:
     Attributes:
         attended_tokens: attended by each layer's latest step.
         total_tokens: held, in all tiers together.
-        pages_hit: selected and already in the device tier.
-        pages_recalled: selected and copied in from the host tier.
+        pages_hit: selected and already in the device tier. On the kernels of a CPU, which read
+            pages in the host tier: selected, and read by the step before.
+        pages_recalled: selected and copied in from the host tier; on a CPU read anew.
         pages_evicted: dropped from the device tier to make room (the host tier keeps them).
         pages_speculated: recalled by a guess, beside the steps, into spare places.
         speculative_hits: those of `pages_hit` that a guess had brought: recalls that a step was
             spared.
         pages_demoted: rewritten in the coarse format (`coarse_key_bits`, `coarse_value_bits`).
         bytes_recalled: copied from the host tier to the device tier, packed as they are there,
-            streamed blocks excluded. On a CPU a selection of 16-bit pages that is mostly missing is
-            copied whole, hits included.
+            streamed blocks excluded. On plain torch on a CPU a selection of 16-bit pages that is
+            mostly missing is copied whole, hits included; on its kernels, read anew, not copied.
         bytes_streamed: copied to the device tier for steps of several tokens and for audits
             (`audit_every`), block by block.
         bytes_backed_up: copied from the device tier to the host tier.

@@ -56,7 +56,7 @@ MIN_BUFFERS = {
     "score_tokens_kernel": ((2,),),
 }
 """Of the loops of a kernel, by how many it has, whose loads must be under way before they are
-needed: of pages, of the window, of estimates."""
+needed: of pages, of estimates, of the window."""
 LATE = ("K4V2 bf16 d96 g4", "K4V2 bf16 d96 g4, estimates")
 """Variants whose pages are read when they are needed: of a width that is no power of two, channels
 and planes of codes do not lie in the same order."""

@@ -11,6 +11,8 @@ import functools
 import logging
 import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -100,7 +102,16 @@ def _compiled(dtype: torch.dtype) -> Any:
 
 
 def _announce(name: str) -> None:
-    logger.warning("compiling CPU kernels for %s: half a minute, once on this machine", name)
+    logger.warning("compiling CPU kernels for %s: about a minute, once on this machine", name)
+
+
+def compile_all() -> None:
+    """Compile for all dtypes, side by side: before a test run, or into an image of a container.
+
+    python -c "from arkcache.kernels.numba_launch import compile_all; compile_all()"
+    """
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        list(pool.map(task_of, TASKS))
 
 
 @functools.cache

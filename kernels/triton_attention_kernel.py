@@ -75,6 +75,8 @@ def _fold_means(
             bias_ptrs = page_bias_ptr + row * stride_bias_row + head[:, None] * stride_bias_head
         # A bias takes registers: 16 is the least that a matrix instruction takes.
         BLOCK_MEANS: tl.constexpr = BLOCK if page_bias_ptr is None else 16
+        # The row's part once and not in every line: the loop has no register to spare.
+        means_ptr += row * num_means * (HEAD_DIM + VALUE_DIM)
         share = tl.cdiv(sealed - num_sink_pages, num_splits)
         share = tl.maximum(tl.cdiv(share, BLOCK_MEANS) * BLOCK_MEANS, PAGES_PER_SPLIT)
         start = num_sink_pages + split * share
@@ -84,7 +86,7 @@ def _fold_means(
             there = page < stop
             flag = row * (num_means - num_sink_pages) + page - num_sink_pages
             estimated = tl.load(estimated_ptr + flag, there, other=0)
-            line = (row * num_means + page)[:, None] * (HEAD_DIM + VALUE_DIM)
+            line = page.to(tl.int64)[:, None] * (HEAD_DIM + VALUE_DIM)
             key_ptrs = means_ptr + line + channel[None, :]
             key = tl.load(key_ptrs, there[:, None] & in_key[None, :], other=0.0)
             value_ptrs = means_ptr + line + HEAD_DIM + value_channel[None, :]
@@ -247,12 +249,23 @@ def partial_kernel(
     window_splits = tl.num_programs(1) - page_splits
     if means_ptr is not None:
         window_splits -= mean_splits
+    # Before the window: its loop would have to keep all that estimates are found by.
+    peak, mass, total = _fold_means(
+        query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
+        value_channel, in_value, split - page_splits - window_splits, mean_splits,
+        sealed, num_sink_pages, num_means,
+        stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
+        scale, softcap, peak, mass, total,
+        HEAD_DIM, VALUE_DIM, LOG_SIZE, TOKENS_PER_SPLIT, BLOCK_WINDOW, WINDOW_AHEAD,
+    )  # fmt: skip
+
     first = sealed * PAGE_SIZE
     count = tl.load(lengths_ptr + row) - first
     share = tl.cdiv(count, window_splits)
     share = tl.maximum(tl.cdiv(share, BLOCK_WINDOW) * BLOCK_WINDOW, TOKENS_PER_SPLIT)
     start = (split - page_splits) * share
-    stop = tl.where(split < page_splits, start, tl.minimum(start + share, count))
+    # By its start, not by its split: what was compared for pages would be kept until here.
+    stop = tl.where(start < 0, start, tl.minimum(start + share, count))
     for begin in tl.range(start, stop, BLOCK_WINDOW, num_stages=WINDOW_AHEAD + 1):
         index = begin + tl.arange(0, BLOCK_WINDOW)
         valid = index < stop
@@ -266,15 +279,6 @@ def partial_kernel(
             query, key, value, bias_ptrs, stride_bias_token, first + index, valid, valid,
             scale, softcap, peak, mass, total, 0.0,
         )  # fmt: skip
-
-    peak, mass, total = _fold_means(
-        query, means_ptr, estimated_ptr, page_bias_ptr, row, head, channel, in_key,
-        value_channel, in_value, split - page_splits - window_splits, mean_splits,
-        sealed, num_sink_pages, num_means,
-        stride_page_bias_row, stride_page_bias_head, stride_page_bias_page,
-        scale, softcap, peak, mass, total,
-        HEAD_DIM, VALUE_DIM, LOG_SIZE, TOKENS_PER_SPLIT, BLOCK_WINDOW, WINDOW_AHEAD,
-    )  # fmt: skip
 
     num_splits = tl.num_programs(1)
     num_lines = tl.num_programs(0) * group * num_splits

@@ -22,6 +22,11 @@ from typing import Any
 import numba
 from numba import njit
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nobody waits for anybody
+    fcntl = None  # type: ignore[assignment]
+
 FAST_MATH = frozenset(("reassoc", "contract", "arcp", "nsz"))
 """Sums may be taken in any order, which is what vectorises them. Infinities and NaN keep their
 meaning: a mask is made of the one, and a broken model of the other."""
@@ -75,4 +80,34 @@ def kernel(
     with own_cache() as kept:
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "cache": kept}
         options["inline"] = "always" if inline else "never"
-        return njit(fastmath=set(FAST_MATH) if fast else False, **options)(function)
+        compiled = njit(fastmath=set(FAST_MATH) if fast else False, **options)(function)
+    if kept:
+        keep_one_by_one(compiled)
+    return compiled
+
+
+def keep_one_by_one(compiled: Any) -> None:
+    """Have one process at a time keep what it compiled of a function.
+
+    numba writes which file holds which signature, and then that file: of two processes that keep
+    different signatures at once, one would find the other's code under its own.
+    """
+    save = compiled._cache.save_overload
+
+    def save_alone(*args: Any) -> None:
+        with _lock():
+            save(*args)
+
+    compiled._cache.save_overload = save_alone
+
+
+@contextmanager
+def _lock() -> Iterator[None]:
+    """Wait for other processes that hold the lock of the folder."""
+    folder = cache_folder()
+    if folder is None or fcntl is None:
+        yield
+        return
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield

@@ -1,7 +1,11 @@
 """The CPU's compiled kernels against `kernels/reference.py`, torch and numpy, piece by piece."""
 
 import math
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -353,3 +357,32 @@ def test_a_folder_that_cannot_be_written_is_not_used(monkeypatch: pytest.MonkeyP
     """Every process compiles for itself then."""
     monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/no-such-folder")
     assert numba_compile.cache_folder.__wrapped__() is None
+
+
+SUMS = """
+import sys
+import numpy as np
+from arkcache.kernels.numba_compile import kernel
+{functions}
+kinds = [np.dtype(kind) for kind in sys.argv[1].split(",")]
+for function in ({names}):
+    for kind in kinds:
+        assert function(np.arange(5, dtype=kind)).dtype == kind, (function, kind)
+    if len(kinds) > 1:
+        assert sum(function.stats.cache_hits.values()) == len(kinds), function.stats
+"""
+
+
+@pytest.mark.slow
+def test_processes_may_compile_at_once(tmp_path: Path) -> None:
+    """Each finds what it compiled, and what the other did, under the right signature."""
+    names = [f"double{number}" for number in range(6)]
+    functions = "".join(f"@kernel\ndef {name}(x):\n    return x + x\n" for name in names)
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS.format(functions=functions, names=", ".join(names)))
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(script)]
+    kinds = ("float32", "float64", "int64")
+    running = [subprocess.Popen([*command, kind], env=environment) for kind in kinds]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    subprocess.run([*command, ",".join(kinds)], env=environment, check=True, timeout=120)

@@ -67,6 +67,12 @@ class PagedParts:
         """Of the pages as they are sealed."""
         return self.store.packers[0]
 
+    def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """`Engine.read` from the host tier."""
+        key, value, moved = self.store.read_run(sequence, first, last, self.geometry.device)
+        self.counters.bytes_streamed += moved
+        return key, value
+
     def rows_from(self, index: Ids) -> Ids:
         """The rows that become rows 0, 1, ... when sequence i becomes what `index[i]` was."""
         heads = self.geometry.num_kv_heads

@@ -189,10 +189,7 @@ class NativeEngine(Engine):
 
     def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
-        device = self.parts.geometry.device
-        key, value, moved = self.parts.store.read_run(sequence, first, last, device)
-        self.parts.counters.bytes_streamed += moved
-        return key, value
+        return self.parts.read(sequence, first, last)
 
     def unseal(self, sequence: int, first: int) -> None:
         """See `Engine`; what the sequence read before is not there to be read again."""

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from arkcache import CacheConfig, ConfigError, HostTierFullError, InputError, KVCacheManager
+from arkcache import (
+    CacheConfig,
+    ConfigError,
+    HostTierFullError,
+    InputError,
+    KVCacheManager,
+    backend,
+)
 from arkcache.backend import SERVED, choose_backend
 from arkcache.engines.device import DeviceEngine
 from arkcache.errors import IntegrityError
@@ -624,10 +631,46 @@ def test_without_triton_a_gpu_runs_plain_torch_and_warns(monkeypatch: pytest.Mon
     assert choose_backend(CacheConfig(), torch.device("cuda"), torch.half, latent=False) == "torch"
 
 
-def test_a_cpu_runs_plain_torch_by_default() -> None:
+def test_a_cpu_runs_its_own_kernels_by_default() -> None:
+    pytest.importorskip("numba")
     manager = KVCacheManager(1, 2, 8, small_config())
-    assert manager.planner.backend == "torch"
+    assert manager.planner.backend == "numba"
     assert manager.steps is None
+    with pytest.raises(ConfigError, match=r"numba compiles for a CPU, and the device is meta"):
+        KVCacheManager(1, 2, 8, small_config(backend="numba"), device="meta")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_missed_mass": 0.1, "index": "tokens"},
+        {"estimate_pages": None},
+        {"audit_every": 3},
+        {"device_bytes": 10**6},
+        {"device_pool_factor": 2.0},
+        {"packed_slots": True, "key_bits": 8},
+        {"coarse_key_bits": 4},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_of_a_cpu_do_not_serve(settings: dict[str, Any]) -> None:
+    """Runs on plain torch, or is refused where the kernels were asked for."""
+    assert KVCacheManager(1, 2, 8, small_config(**settings)).planner.backend == "torch"
+    with pytest.raises(ConfigError, match=r"backend='numba': .*use backend='auto'"):
+        KVCacheManager(1, 2, 8, small_config(**settings, backend="numba"))
+
+
+def test_without_numba_a_cpu_runs_plain_torch_and_says_what_it_would_bring(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    backend._log_once.cache_clear()
+    for _ in range(2):
+        cpu = torch.device("cpu")
+        assert choose_backend(CacheConfig(), cpu, torch.float32, latent=False) == "torch"
+    (record,) = caplog.records
+    assert "half as long" in record.message
+    assert "pip install 'arkcache[cpu]'" in record.message
 
 
 def test_the_host_counts_no_token_twice() -> None:

@@ -231,7 +231,8 @@ class KVCacheManager:
         if self.steps is not None and query.shape[2] == 1:
             self.steps.saw_mask |= mask is not None
         state = self._layers[layer]
-        if expand is not None and state.capturable is not None and not state.attends_everything:
+        on_kernels = self.planner.backend != "torch" and not state.attends_everything
+        if expand is not None and on_kernels:
             raise InputError(
                 "expand: the kernels attend what is stored; make the manager with latent=True, "
                 "whose decode steps run on plain torch"

@@ -37,6 +37,7 @@ from arkcache.kernels.numba_numbers import (
     widen,
 )
 from arkcache.kernels.numba_score import (
+    BLOCK,
     add_bias,
     cap,
     score_token_codes,
@@ -56,17 +57,16 @@ ATTENDED, HIT, RECALLED, EVICTED, NUM_COUNTERS = range(5)
 it, that it read anew, that it read no more."""
 
 SIZES = (
+    *("batch", "kv_heads", "group", "lanes", "head_dim", "value_dim", "page_size"),
     *(
-        "batch",
-        "kv_heads",
-        "group",
-        "lanes",
-        "head_dim",
-        "value_dim",
-        "page_size",
         "num_sink_pages",
+        "window_tokens",
+        "max_pages",
+        "page_capacity",
+        "token_capacity",
+        "shares",
+        "phase",
     ),
-    *("window_tokens", "max_pages", "page_capacity", "token_capacity", "shares", "phase"),
     *("key_bits", "value_bits", "group_size", "value_offset", "page_bytes", "piece_bytes"),
     *("index", "index_bits", "features", "digest_bytes", "reduction", "needs_fixed"),
     *("handle_stride", "bias_tokens", "hidden_stride"),
@@ -169,8 +169,9 @@ def score_row(step: Any, row: Any, slot: Any, share: Any, shares: Any, like: Any
     sealed = count_sealed(step, row)
     if sealed - step.num_sink_pages <= integers(step.budgets, row + 1)[row]:
         return
-    blocks = (sealed + 63) // 64
-    first, last = blocks * share // shares * 64, min(blocks * (share + 1) // shares * 64, sealed)
+    blocks = (sealed + BLOCK - 1) // BLOCK
+    first = blocks * share // shares * BLOCK
+    last = min(blocks * (share + 1) // shares * BLOCK, sealed)
     if first >= last:
         return
     query, lanes, dim = query_features(step, row, like), step.lanes, step.features
@@ -293,8 +294,7 @@ def choose(
     fixed = np.full(step.lanes, HIDDEN, np.float32)
     if step.needs_fixed:
         fixed = fixed_mass(step, row, slot, like, meta)
-    reduction = step.reduction if step.group > 1 else np.int64(0)
-    rate(score[sinks:], stride, step.group, count, reduction, fixed, rating)
+    rate(score[sinks:], stride, step.group, count, step.reduction, fixed, rating)
     if wanted < 0:
         return 0
     return select(rating, count, wanted, order, chosen)

@@ -194,12 +194,6 @@ def max16(_context: Any, _x: Any, _y: Any) -> Any:
     return _operation(vector(vector, vector), lambda b, args: _larger(b, *args))
 
 
-@intrinsic
-def abs16(_context: Any, _x: Any) -> Any:
-    """|x|."""
-    return _operation(vector(vector), lambda b, args: _call(b, "llvm.fabs.v16f32", _VECTOR, args))
-
-
 def _polynomial(builder: Any, coefficients: Sequence[Any], x: Any) -> Any:
     """Of these coefficients, lowest first."""
     result = _constant(coefficients[-1])

@@ -18,7 +18,7 @@ from arkcache.engines.engine import Blocks, Engine, PagedParts
 from arkcache.engines.native_digests import NativeDigests
 from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages
-from arkcache.errors import InputError, IntegrityError
+from arkcache.errors import IntegrityError
 from arkcache.kernels.numba_launch import (
     Counts,
     DecodeStep,
@@ -98,11 +98,6 @@ class NativeEngine(Engine):
 
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         """See `Engine`; nothing is audited."""
-        if step.expand is not None:
-            raise InputError(
-                "expand: the kernels attend what is stored; make the manager with latent=True, "
-                "whose decode steps run on plain torch"
-            )
         parts, heads = self.parts, self.parts.geometry.num_kv_heads
         group = step.query.shape[1] // heads
         runner = self._steps.get(group)
@@ -155,7 +150,7 @@ class NativeEngine(Engine):
             batch=geometry.batch,
             kv_heads=geometry.num_kv_heads,
             group=group,
-            lanes=1 if group == 1 else -(-group // 4) * 4,
+            lanes=_lanes(group),
             head_dim=geometry.head_dim,
             value_dim=geometry.value_dim,
             page_size=config.page_size,
@@ -180,8 +175,8 @@ class NativeEngine(Engine):
         tokens = np.broadcast_to(np.arange(longest), (geometry.batch, 1, longest))
         assert step.bias is not None
         bias = step.bias(tokens)[:, :, :, 0].float()
-        lanes = 1 if group == 1 else -(-group // 4) * 4
-        whole = bias.new_zeros((geometry.batch, geometry.num_kv_heads, lanes, longest))
+        shape = (geometry.batch, geometry.num_kv_heads, _lanes(group), longest)
+        whole = bias.new_zeros(shape)
         whole[:, :, :group] = bias
         return whole.flatten(0, 1)
 
@@ -258,3 +253,8 @@ class NativeEngine(Engine):
         return self.parts.counters.stats(self.parts.tokens) + CacheStats(
             digest_bytes=self._digests.nbytes
         )
+
+
+def _lanes(group: int) -> int:
+    """Query heads of a KV head as the kernels take them: one, or whole fours."""
+    return 1 if group == 1 else -(-group // 4) * 4

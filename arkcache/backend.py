@@ -76,14 +76,18 @@ def choose_backend(
 
 
 def on_own_device(method: Callable[Params, Result]) -> Callable[Params, Result]:
-    """A method that runs with `self.device` current: Triton launches on torch's current device."""
+    """A method that runs without gradients, with `self.device` current: Triton launches on torch's
+    current device."""
 
     @functools.wraps(method)
     def guarded(*args: Params.args, **kwargs: Params.kwargs) -> Result:
         device: torch.device = vars(args[0])["device"]
-        if device.type != "cuda":
+        if device.type == "cuda":
+            with torch.no_grad(), torch.cuda.device(device):
+                return method(*args, **kwargs)
+        if not torch.is_grad_enabled():  # a mode that is on already is not free to enter
             return method(*args, **kwargs)
-        with torch.cuda.device(device):
+        with torch.no_grad():
             return method(*args, **kwargs)
 
     return guarded

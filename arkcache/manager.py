@@ -129,7 +129,6 @@ class KVCacheManager:
 
     # -- the two calls ----------------------------------------------------------------------------
 
-    @torch.no_grad()
     @on_own_device
     def append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None = None) -> None:
         """Append new tokens to a layer.
@@ -174,6 +173,8 @@ class KVCacheManager:
         key, value = self._rotated(key, value)
         real = self._log.real(state.tokens.columns, stop)
         if real is None:
+            if key.shape[2] == 1 and state.append_next(key, value):
+                return
             alike = key.shape[2] == 1 and state.takes_ragged
             for seqs in [slice(0, self.batch)] if alike else state.tokens.groups():
                 state.append(seqs, key[seqs], value[seqs])
@@ -185,7 +186,6 @@ class KVCacheManager:
                 state.append(seqs, key[seqs].index_select(2, own), value[seqs].index_select(2, own))
         state.tokens.settle()
 
-    @torch.no_grad()
     @on_own_device
     def attend(
         self,
@@ -284,7 +284,6 @@ class KVCacheManager:
 
         return bias
 
-    @torch.no_grad()
     @on_own_device
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding."""
@@ -335,7 +334,6 @@ class KVCacheManager:
         """Columns (tokens and padding) that this layer has received."""
         return self._layers[layer].tokens.columns if self._layers else 0
 
-    @torch.no_grad()
     @on_own_device
     def crop(self, num_columns: int) -> None:
         """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry)."""
@@ -384,7 +382,6 @@ class KVCacheManager:
         for state in self._layers:
             state.rate_with(make)
 
-    @torch.no_grad()
     @on_own_device
     def ratings(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor | None:
         """By what a layer would select pages for one new token: to look at, nothing changes.

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from operator import is_
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -25,17 +26,19 @@ from torch import Tensor
 
 from arkcache.errors import InputError
 from arkcache.kernels.numba_compile import own_cache
-from arkcache.kernels.numba_score import BLOCK
-from arkcache.kernels.numba_step import (
+from arkcache.kernels.numba_record import (
     ATTEND,
     MERGE,
     NUM_COUNTERS,
     SCORE,
+    SEAL,
     SELECT,
     STEP,
     WHOLE_ROWS,
-    run,
+    WRITE,
 )
+from arkcache.kernels.numba_score import BLOCK
+from arkcache.kernels.numba_step import run
 
 logger = logging.getLogger("arkcache")
 
@@ -112,6 +115,10 @@ def compile_all() -> None:
     """
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(task_of, TASKS))
+
+
+_Task = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+"""A task as a function, for what is done sooner than another thread is awake."""
 
 
 @functools.cache
@@ -222,6 +229,7 @@ class DecodeStep:
         self._factors = self._record.view(np.float32)[2 * AT["scale"] :]
         self._address = address_of(self._record)
         self._task, self._parallel_for = task_of(dtype), _parallel_for()
+        self._alone = _Task(self._task)
         self._extra: list[Tensor | None] = [None, None, None]
         self._counts: Counts | None = None
         self._set(**sizes)
@@ -263,6 +271,20 @@ class DecodeStep:
         self._held = (window, digests, handles, lists)  # alive while they are pointed at
         self._counts, self._shared_out = None, (0, 0)
 
+    def write(self, key: Tensor, value: Tensor, counts: Counts) -> None:
+        """Write a token [batch, kv_heads, 1, dim] into the windows, behind those that are counted;
+        it has still to be counted."""
+        record, key, value = self._record, key.contiguous(), value.contiguous()
+        record[AT["new_key"]], record[AT["new_value"]] = key.data_ptr(), value.data_ptr()
+        self._count(counts)
+        self._run_alone(WRITE)
+
+    def seal(self, pieces: Tensor) -> None:
+        """Seal the pages that have become full with the tokens that are counted now: pieces are
+        there for them, with their handles, and digests have room."""
+        self._record[AT["pieces"]] = pieces.data_ptr()
+        self._run_alone(SEAL)
+
     def attend(self, query: Query, pieces: Tensor, counts: Counts) -> Tensor:
         """Run a step: [batch, heads, 1, value_dim]. pieces: uint8, the host tier."""
         batch, heads = self._sizes["batch"], self._sizes["kv_heads"] * self._sizes["group"]
@@ -283,8 +305,7 @@ class DecodeStep:
         extra = [None if tensor is None else tensor.contiguous() for tensor in query[4:]]
         if any(one is not other for one, other in zip(extra, self._extra, strict=True)):
             self._set_extra(*extra)
-        if not _are_same(counts, self._counts):
-            self._set_counts(counts)
+        self._count(counts)
 
     def ratings(self, query: Query, pieces: Tensor, counts: Counts, num_pages: int) -> Tensor:
         """What pages would be chosen by: fp32 [rows, num_pages], counted from the first behind the
@@ -313,7 +334,10 @@ class DecodeStep:
             hidden_stride=0 if hidden is None else hidden.shape[1],
         )
 
-    def _set_counts(self, counts: Counts) -> None:
+    def _count(self, counts: Counts) -> None:
+        """Have these counts, which change in place, or are other arrays now."""
+        if self._counts is not None and all(map(is_, counts, self._counts)):
+            return
         batch, rows = self._sizes["batch"], self._sizes["batch"] * self._sizes["kv_heads"]
         self._set(
             lengths=_address("lengths", counts.lengths, (batch,)),
@@ -331,11 +355,15 @@ class DecodeStep:
         for phase in (WHOLE_ROWS,) if whole_rows else (SCORE, SELECT, ATTEND):
             self._run(phase, threads)
         if not whole_rows:
-            self._run(MERGE, 1)
+            self._run_alone(MERGE)
 
     def _run(self, phase: int, shares: int) -> None:
         self._record[AT["phase"]] = phase
         self._parallel_for(0, shares, 1, self._task, self._address)
+
+    def _run_alone(self, phase: int) -> None:
+        self._record[AT["phase"]] = phase
+        self._alone(0, 1, self._address)
 
     def _share_out(self, rows: int, threads: int, slots: int) -> None:
         """Have scratch for so many threads; `slots` rows are under way at a time."""
@@ -355,11 +383,6 @@ class DecodeStep:
             record[AT[name]] = scratch.at_least(name, size, dtype)
         self._set(token_capacity=tokens, shares=threads)
         self._shared_out = (threads, scratch.generation)
-
-
-def _are_same(one: Counts, other: Counts | None) -> bool:
-    """Whether these are the same arrays, whatever is in them."""
-    return other is not None and all(x is y for x, y in zip(one, other, strict=True))
 
 
 def _require(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

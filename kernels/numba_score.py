@@ -24,6 +24,7 @@ from arkcache.kernels.numba_numbers import (
     F32,
     HIDDEN,
     exp_of_negative,
+    floats,
     log_of_positive,
     pointer,
     widen,
@@ -225,24 +226,29 @@ def score_token_codes(
     step = 1 if lanes == 1 else 4
     plane_dim = (dim * bits + 7) // 8
     page_bytes = 4 * dim + plane_dim * page_size
-    scaled = np.zeros(4 * (plane_dim * 8 // bits), np.float32)
+    padded = plane_dim * 8 // bits
+    scaled, offsets = np.zeros(4 * padded, np.float32), np.zeros(4, np.float32)
     logits = np.empty(4 * page_size, np.float32)
     tokens = 0 if len(bias) == 0 else len(bias) // lanes
     # Logs are taken of all pages together: sixteen at a time.
     count, peaks, masses = last - first, np.empty(4, np.float32), np.empty(4, np.float32)
     mass = np.empty(lanes * count, np.float32)
     for page in range(first, last):
-        digest = digests[page * page_bytes : (page + 1) * page_bytes]
-        ask_for(digest.ctypes.data + 2 * page_bytes, page_bytes)
+        header = digests.ctypes.data + page * page_bytes
+        ask_for(header + 2 * page_bytes, page_bytes)
         for lane in range(0, lanes, step):
-            own = query[lane * dim : (lane + step) * dim]
-            code_logits(own, step, dim, page_size, bits, digest, scaled, logits)
-            for h in range(step):
-                row = logits[h * page_size : (h + 1) * page_size]
-                if softcap > 0:
-                    cap(row, page_size, softcap)
-                for i in range(page_size if tokens > 0 else 0):
-                    add_bias(row, i, bias[(lane + h) * tokens + page * page_size + i])
+            fold(query.ctypes.data + 4 * lane * dim, step, dim, header, padded, scaled, offsets)
+            codes = header + 4 * dim
+            if page_size % RUN == 0:
+                dot_codes(scaled, step, padded, bits, codes, page_size, offsets, logits)
+            else:
+                add_codes(scaled, step, padded, bits, codes, page_size, offsets, logits)
+            if softcap > 0:
+                cap(logits, step * page_size, softcap)
+            for h in range(step if tokens > 0 else 0):
+                for i in range(page_size):
+                    at = (lane + h) * tokens + page * page_size + i
+                    add_bias(logits, h * page_size + i, bias[at])
             log_masses(logits, step, page_size, peaks, masses)
             for h in range(step):
                 score[(lane + h) * stride + page] = peaks[h]
@@ -253,51 +259,33 @@ def score_token_codes(
 
 
 @kernel
-def code_logits(
-    query: Any,
-    heads: Any,
-    dim: Any,
-    page_size: Any,
-    bits: Any,
-    digest: Any,
-    scaled: Any,
-    logits: Any,
+def fold(
+    query: Any, heads: Any, dim: Any, header: Any, padded: Any, weights: Any, offsets: Any
 ) -> None:
-    """Logits [heads, page_size] of a page's tokens by their codes, for one head or four.
+    """weights[h * padded + j] = query * scale of each channel, offsets[h] = query . zero, for one
+    head or four. With key = code * scale + zero, codes are then multiplied as they are.
 
-    query fp32 [heads, dim]; digest: bytes of the page; scaled: room for fp32 [heads, channels in
-    whole bytes], zero behind `dim`.
+    query: address of fp32 [heads, dim]; header: of bf16 scales [dim], zeros [dim].
     """
-    padded, offsets = len(scaled) // 4, np.zeros(4, np.float32)
-    header = carray(pointer(digest.ctypes.data), (2 * dim,), np.uint16)
-    codes = digest[4 * dim :]
-    for h in range(heads):
-        weights = scaled[h * padded : h * padded + dim]
-        offsets[h] = fold(query[h * dim : (h + 1) * dim], header, dim, weights)
-    if page_size % RUN == 0:
-        dot_codes(scaled, heads, padded, bits, codes, page_size, offsets, logits)
-        return
-    for h in range(heads):
-        own = logits[h * page_size : (h + 1) * page_size]
-        own[:] = offsets[h]
-        add_codes(scaled[h * padded :], padded * bits // 8, bits, codes, page_size, own)
-
-
-@kernel
-def fold(query: Any, header: Any, dim: Any, weights: Any) -> Any:
-    """weights = query * scale of each channel; returns query . zero. With key = code * scale +
-    zero, codes are then multiplied as they are."""
-    whole, total = dim // LANES * LANES, zeros16()
-    scales, zeros = header.ctypes.data, header.ctypes.data + 2 * dim
+    whole, row, to, out = dim // LANES * LANES, 4 * dim, weights.ctypes.data, 4 * padded
+    singles, shorts = floats(query, heads * dim), carray(pointer(header), (2 * dim,), np.uint16)
+    second = row if heads > 1 else 0  # of one head four times the same
+    t0, t1, t2, t3 = zeros16(), zeros16(), zeros16(), zeros16()
     for j in range(0, whole, LANES):
-        own = load16(query.ctypes.data + 4 * j, query)
-        store16(weights.ctypes.data + 4 * j, mul16(own, load16(scales + 2 * j, header)))
-        total = fma16(own, load16(zeros + 2 * j, header), total)
-    offset = sum16(total)
-    for j in range(whole, dim):
-        weights[j] = query[j] * widen(header[j])
-        offset += query[j] * widen(header[dim + j])
-    return offset
+        scale, zero = load16(header + 2 * j, shorts), load16(header + 2 * (dim + j), shorts)
+        q0, q1 = load16(query + 4 * j, singles), load16(query + 4 * j + second, singles)
+        q2 = load16(query + 4 * j + 2 * second, singles)
+        q3 = load16(query + 4 * j + 3 * second, singles)
+        t0, t1, t2, t3 = fma16(q0, zero, t0), fma16(q1, zero, t1), fma16(q2, zero, t2), fma16(q3, zero, t3)
+        store16(to + 4 * j, mul16(q0, scale))
+        store16(to + 4 * j + out, mul16(q1, scale))
+        store16(to + 4 * j + 2 * out, mul16(q2, scale))
+        store16(to + 4 * j + 3 * out, mul16(q3, scale))
+    store_sums4(offsets.ctypes.data, t0, t1, t2, t3)
+    for h in range(heads):
+        for j in range(whole, dim):
+            weights[h * padded + j] = singles[h * dim + j] * widen(shorts[j])
+            offsets[h] += singles[h * dim + j] * widen(shorts[dim + j])
 
 
 @kernel
@@ -312,7 +300,8 @@ def dot_codes(
     logits: Any,
 ) -> None:
     """logits[h * page_size + t] = offsets[h] + sum over channels of weights[h * padded + channel] *
-    code, for one head or four and whole runs of tokens; codes [plane_dim, page_size]."""
+    code, for one head or four and whole runs of tokens; codes: address of bytes [plane_dim,
+    page_size]."""
     if bits == 2:
         dot_planes(weights, heads, padded, 2, codes, page_size, offsets, logits)
     elif bits == 4:
@@ -340,7 +329,7 @@ def dot_planes(
         a0, a1 = splat16(offsets[0]), splat16(offsets[1])
         a2, a3 = splat16(offsets[2]), splat16(offsets[3])
         b0, b1, b2, b3 = a0, a1, a2, a3
-        at, weight = codes.ctypes.data + t, weights.ctypes.data
+        at, weight = codes + t, weights.ctypes.data
         for _ in range(plane_dim):
             w = weight
             for plane in range(planes):
@@ -367,16 +356,28 @@ def dot_planes(
 
 @kernel
 def add_codes(
-    weights: Any, plane_dim: Any, bits: Any, codes: Any, page_size: Any, logits: Any
+    weights: Any,
+    heads: Any,
+    padded: Any,
+    bits: Any,
+    codes: Any,
+    page_size: Any,
+    offsets: Any,
+    logits: Any,
 ) -> None:
-    """`dot_codes` for one head and pages of any size, added to logits [page_size]."""
-    mask = np.int32((1 << bits) - 1)
-    for c in range(plane_dim):
-        row = codes[c * page_size : (c + 1) * page_size]
-        for plane in range(8 // bits):
-            weight, shift = weights[plane * plane_dim + c], np.int32(plane * bits)
-            for t in range(page_size):
-                logits[t] += weight * F32((np.int32(row[t]) >> shift) & mask)
+    """`dot_codes` for pages of any size."""
+    mask, plane_dim = np.int32((1 << bits) - 1), padded * bits // 8
+    packed = carray(pointer(codes), (plane_dim * page_size,), np.uint8)
+    for h in range(heads):
+        own = logits[h * page_size : (h + 1) * page_size]
+        own[:] = offsets[h]
+        for c in range(plane_dim):
+            row = packed[c * page_size : (c + 1) * page_size]
+            for plane in range(8 // bits):
+                weight = weights[h * padded + plane * plane_dim + c]
+                shift = np.int32(plane * bits)
+                for t in range(page_size):
+                    own[t] += weight * F32((np.int32(row[t]) >> shift) & mask)
 
 
 @kernel

@@ -5,8 +5,7 @@ head) pairs. Where every thread has rows of its own, one parallel region does it
 pages of a row are shared out, in a region to score, one to select and one to attend, and what the
 threads have summed is merged by log-sum-exp.
 
-What a step is told is one record, `STEP`: sizes, settings and addresses. `numba_launch` fills it
-in and checks it; nothing here looks at a size again.
+`run` is what is compiled, appending tokens included: see `numba_record` for what it is told.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
+from arkcache.kernels.numba_append import seal_row, write_row
 from arkcache.kernels.numba_attend import (
     add_units,
     ask_for,
@@ -36,6 +36,28 @@ from arkcache.kernels.numba_numbers import (
     pointer,
     widen,
 )
+from arkcache.kernels.numba_record import (
+    ATTEND,
+    ATTENDED,
+    CUBOID,
+    EVICTED,
+    HIT,
+    NUM_COUNTERS,
+    RECALLED,
+    SCORE,
+    SEAL,
+    SELECT,
+    SPHERE,
+    TOKEN_CODES,
+    TOKEN_ROWS,
+    WHOLE_ROWS,
+    WRITE,
+    bias_of,
+    count_recent,
+    count_sealed,
+    page_address,
+    states,
+)
 from arkcache.kernels.numba_score import (
     BLOCK,
     add_bias,
@@ -46,88 +68,7 @@ from arkcache.kernels.numba_score import (
 )
 from arkcache.kernels.numba_select import count_common, rate, select
 
-WHOLE_ROWS, SCORE, SELECT, ATTEND, MERGE = range(5)
-"""What a parallel region does: everything for rows of its own, or one part for shares of all."""
-
-CUBOID, SPHERE, CENTROID, TOKEN_ROWS, TOKEN_CODES = range(5)
-"""What digests are."""
-
-ATTENDED, HIT, RECALLED, EVICTED, NUM_COUNTERS = range(5)
-"""Of every row: tokens attended by the latest step; pages so far that it read like the step before
-it, that it read anew, that it read no more."""
-
-SIZES = (
-    *("batch", "kv_heads", "group", "lanes", "head_dim", "value_dim", "page_size"),
-    *(
-        "num_sink_pages",
-        "window_tokens",
-        "max_pages",
-        "page_capacity",
-        "token_capacity",
-        "shares",
-        "phase",
-    ),
-    *("key_bits", "value_bits", "group_size", "value_offset", "page_bytes", "piece_bytes"),
-    *("index", "index_bits", "features", "digest_bytes", "reduction", "needs_fixed"),
-    *("handle_stride", "bias_tokens", "hidden_stride"),
-)
-ADDRESSES = (
-    *("pieces", "handles", "positions", "lengths", "sealed", "budgets"),
-    *("window_key", "window_value", "digests", "query", "index_query", "output"),
-    *("sink_logits", "bias", "hidden"),
-    *("score", "rating", "order", "chosen", "logits", "parts", "pages", "num_pages", "counters"),
-)
-STEP = np.dtype(
-    [(name, np.int64) for name in (*SIZES, *ADDRESSES)]
-    + [("scale", np.float32), ("softcap", np.float32)],
-    align=True,
-)
-"""What a step is told: sizes in elements unless they say bytes, then addresses, 0 for none.
-
-max_pages is the length of a row's list, page_capacity and token_capacity that of its scores and of
-its logits. `needs_fixed` says that what is attended anyhow takes part in the rating.
-"""
-
-
-# -- where things are -----------------------------------------------------------------------------
-
-
-@kernel
-def states(address: Any, size: Any, like: Any) -> Any:
-    """Elements of the type of `like` at an address."""
-    return carray(pointer(address), (size,), like.dtype)
-
-
-@kernel
-def page_address(step: Any, row: Any, page: Any) -> Any:
-    """Where a page of a row lies in the host tier."""
-    sequence, head = row // step.kv_heads, row % step.kv_heads
-    handles = integers(step.handles, step.batch * step.handle_stride)
-    handle = handles[sequence * step.handle_stride + page]
-    position = integers(step.positions, handle + 1)[handle]
-    return step.pieces + position * step.piece_bytes + head * step.page_bytes
-
-
-@kernel
-def count_sealed(step: Any, row: Any) -> Any:
-    """Sealed pages of a row."""
-    return integers(step.sealed, step.batch)[row // step.kv_heads]
-
-
-@kernel
-def count_recent(step: Any, row: Any) -> Any:
-    """Tokens of a row's recent window."""
-    length = integers(step.lengths, step.batch)[row // step.kv_heads]
-    return length - count_sealed(step, row) * step.page_size
-
-
-@kernel
-def bias_of(step: Any, row: Any) -> Any:
-    """The mask of a row, fp32 [lanes * tokens] by token number; empty for none."""
-    if step.bias == 0:
-        return np.empty(0, np.float32)
-    size = step.lanes * step.bias_tokens
-    return floats(step.bias + row * size * 4, size)
+# -- queries --------------------------------------------------------------------------------------
 
 
 @kernel
@@ -538,6 +479,12 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
                 select_row(step, row, row, like, meta)
         elif step.phase == ATTEND:
             attend_share(step, share, parts, part_size, like, meta)
+        elif step.phase == WRITE:
+            for row in range(rows):
+                write_row(step, row, like)
+        elif step.phase == SEAL:
+            for row in range(rows):
+                seal_row(step, row, like)
         else:
             for row in range(rows):
                 size = shares * part_size

@@ -105,6 +105,16 @@ class Engine(ABC):
         """Digest pages [seqs, kv_heads, pages, page_size, dim] from number `first` on, back them up
         and, where there is room, have them at hand."""
 
+    def write_next(self, _key: Tensor, _value: Tensor) -> bool:
+        """Write a token [batch, kv_heads, 1, dim] into the windows of all sequences, which may
+        differ in length; False where the engine has no short way to, and nothing was done."""
+        return False
+
+    def seal_next(self, _key: Tensor, _value: Tensor) -> bool:
+        """The same for a token with which pages are full: it is counted, and they are sealed and
+        counted."""
+        return False
+
     @abstractmethod
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         """Attend one new token over sinks, selected pages and recent window.

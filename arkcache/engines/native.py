@@ -7,6 +7,7 @@ from the host tier itself. The decode step is `run` in `kernels/numba_step.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,15 @@ from arkcache.kernels.numba_launch import (
     Query,
     Scratch,
 )
+from arkcache.kernels.numba_record import (
+    ATTENDED,
+    EVICTED,
+    HIT,
+    NUM_COUNTERS,
+    RECALLED,
+    TOKEN_ROWS,
+)
 from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE
-from arkcache.kernels.numba_step import ATTENDED, EVICTED, HIT, NUM_COUNTERS, RECALLED
 from arkcache.pages.bookkeeping import Ids
 from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
@@ -61,6 +69,8 @@ class NativeEngine(Engine):
         )
         self._steps: dict[int, DecodeStep] = {}
         self._is_bound = False
+        self._seals_itself = self._digests.kind == TOKEN_ROWS and parts.config.format.is_raw
+        self._attended_all = True
 
     def _allot(self, num_selected: Ids) -> None:
         self._budgets: Ids = np.tile(num_selected, self.parts.geometry.batch).astype(np.int64)
@@ -94,6 +104,35 @@ class NativeEngine(Engine):
             more = max(needed, 2 * pages.shape[1]) - pages.shape[1]
             self._lists = self._lists._replace(pages=np.pad(pages, ((0, 0), (0, more))))
 
+    def write_next(self, key: Tensor, value: Tensor) -> bool:
+        """See `Engine`: as soon as a step knows where the windows are."""
+        if not self._is_bound:
+            return False
+        next(iter(self._steps.values())).write(key, value, self._counts(self._budgets))
+        return True
+
+    def seal_next(self, key: Tensor, value: Tensor) -> bool:
+        """See `Engine`: for what the kernels seal."""
+        if not (self._is_bound and self._seals_itself):
+            return False
+        parts, tokens, config = self.parts, self.parts.tokens, self.parts.config
+        full = (tokens.sealed + 1) * config.page_size + config.num_recent_tokens
+        seqs = np.flatnonzero(tokens.lengths + 1 >= full)
+        pages = tokens.sealed[seqs]
+        before = parts.store.handles, self._digests.data, self._lists
+        parts.store.enter(seqs, pages, parts.store.host.allocate(len(seqs)))
+        self._digests.reserve(int(pages.max()) + 1)
+        self._make_room(int(pages.max()) + 1)
+        after = parts.store.handles, self._digests.data, self._lists
+        if not all(map(is_, before, after)):
+            self._bind(next(iter(self._steps)))
+        self.write_next(key, value)
+        tokens.lengths += 1
+        next(iter(self._steps.values())).seal(parts.store.host.pieces())
+        tokens.sealed[seqs] += 1
+        parts.counters.bytes_backed_up += len(seqs) * parts.store.host.piece_bytes[0]
+        return True
+
     # -- the decode step --------------------------------------------------------------------------
 
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
@@ -103,12 +142,9 @@ class NativeEngine(Engine):
         runner = self._steps.get(group)
         if runner is None or not self._is_bound:
             runner = self._bind(group)
-        output = runner.attend(
-            self._query(step, group), parts.store.host.pieces(), self._counts(self._budgets)
-        )
-        attended = int(self._lists.counters[:, ATTENDED].sum())
-        parts.counters.attended_tokens = round(attended / heads)
-        return output
+        self._attended_all = False
+        pieces = parts.store.host.pieces()
+        return runner.attend(self._query(step, group), pieces, self._counts(self._budgets))
 
     def _query(self, step: Step, group: int) -> Query:
         parts, bias, hidden = self.parts, None, None
@@ -155,6 +191,7 @@ class NativeEngine(Engine):
             value_dim=geometry.value_dim,
             page_size=config.page_size,
             num_sink_pages=config.num_sink_pages,
+            num_recent_tokens=config.num_recent_tokens,
             key_bits=config.key_bits,
             value_bits=config.value_bits,
             group_size=config.group_size,
@@ -181,6 +218,10 @@ class NativeEngine(Engine):
         return whole.flatten(0, 1)
 
     # -- several new tokens, and changes of shape -------------------------------------------------
+
+    def begin_blocks(self) -> None:
+        """See `Engine`; the layer counts what it attends."""
+        self._attended_all = True
 
     def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """See `Engine`."""
@@ -211,8 +252,11 @@ class NativeEngine(Engine):
         self._is_bound = False
 
     def _settle(self) -> None:
-        """Add what rows have counted to the layer's own counters."""
+        """Bring what rows have counted to the layer's own counters."""
         counters, layout = self.parts.counters, self.parts.packer.layout
+        if not self._attended_all:
+            attended = int(self._lists.counters[:, ATTENDED].sum())
+            counters.attended_tokens = round(attended / self.parts.geometry.num_kv_heads)
         total = self._lists.counters.sum(axis=0).tolist()
         counters.pages_hit += total[HIT]
         counters.pages_recalled += total[RECALLED]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.kernels.numba_record import CENTROID, CUBOID, SPHERE, TOKEN_CODES, TOKEN_ROWS
 from arkcache.kernels.numba_score import BLOCK
-from arkcache.kernels.numba_step import CENTROID, CUBOID, SPHERE, TOKEN_CODES, TOKEN_ROWS
 from arkcache.kernels.torch_digest import BoundingVolumes, num_features
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_token_rows import TokenRows
@@ -73,6 +73,10 @@ class NativeDigests:
         """Bytes of the digests."""
         return self._data.nbytes
 
+    def reserve(self, num_pages: int) -> None:
+        """Make room for so many pages of every row."""
+        self._data.reserve(-(-num_pages // self._pages_per_entry))
+
     def write(self, seqs: slice, first: int, key: Tensor) -> None:
         """Digest pages of keys [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
         # Boxes fit keys better as the model made them: a rotation evens out their channels.
@@ -81,7 +85,7 @@ class NativeDigests:
             self._data.write(seqs, first, digest)
             return
         last, page_dim = first + key.shape[2], self._index.page_dim
-        self._data.reserve(-(-last // BLOCK))
+        self.reserve(last)
         for block in range(first // BLOCK, -(-last // BLOCK)):
             start, stop = max(first, block * BLOCK), min(last, (block + 1) * BLOCK)
             own = digest.narrow(page_dim, start - first, stop - start)

@@ -64,6 +64,11 @@ class Layer(ABC):
         if launcher is not None:
             launcher.counted(seqs)
 
+    def append_next(self, _key: Tensor, _value: Tensor) -> bool:
+        """Append a token [batch, kv_heads, 1, dim] to every sequence where writing it is all there
+        is to do; False where there is more, and nothing was done."""
+        return False
+
     @abstractmethod
     def _append(self, seqs: slice, key: Tensor, value: Tensor) -> None:
         """Append tokens [seqs, kv_heads, new, dim] to sequences of equal length."""

@@ -54,6 +54,18 @@ class PagedLayer(SealingLayer):
 
     # -- append and attend ------------------------------------------------------------------------
 
+    def append_next(self, key: Tensor, value: Tensor) -> bool:
+        """See `Layer`."""
+        tokens = self.tokens
+        if tokens.until_seal == 1 and self.engine.seal_next(key, value):
+            self._foresee()
+            return True
+        if tokens.until_seal <= 1 or not self.engine.write_next(key, value):
+            return False
+        tokens.lengths += 1
+        tokens.until_seal -= 1
+        return True
+
     def attend_one(self, step: Step) -> Tensor:
         """Attend one new token over the sinks, the selected pages and the recent window."""
         return self.engine.attend(step, self.blocks)

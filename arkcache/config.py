@@ -99,8 +99,8 @@ class CacheConfig:
             places (a pool factor above 1) while later layers run.
         index: how pages are rated, one of `INDEXES`.
         index_bits: bits per key element of the token index (`index="tokens"`): 2, 4 or 8, packed,
-            with scales of 32 bits per channel and page. None: 2 on a GPU; on a CPU, where codes
-            are slow to unpack, 8 with a scale of 32 bits per token.
+            with scales of 32 bits per channel and page. None: 2 on a GPU; on a CPU, whose pages are
+            smaller, 4 of rotated keys with a scale of 32 bits per token.
         group_reduction: how the query heads of a KV head agree on pages: `SHARE_MEAN`, the mean
             share of all their attention, so that a head which attends the sinks or the window
             leaves the choice to the others; or one of `GROUP_REDUCTIONS`. An index that rates no

@@ -548,7 +548,8 @@ class KVCacheManager:
 
     def _check_append(self, layer: int, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
         check_layer(layer, self.num_layers)
-        batch, new_tokens = (key.shape[0], key.shape[2]) if key.ndim == 4 else (0, 0)
+        given = key.shape
+        batch, new_tokens = (given[0], given[2]) if len(given) == 4 else (0, 0)
         shape = (self.batch if self._layers else batch, self.num_kv_heads, new_tokens)
         check_new_tokens("key", key, (*shape, self.head_dim), self._like)
         check_new_tokens("value", value, (*shape, self.value_dim), self._like)

@@ -56,7 +56,7 @@ def check_new_tokens(name: str, tensor: Tensor, expected: tuple[int, ...], like:
 
     expected: [batch, num_kv_heads, new_tokens, dim]; batch and new_tokens are those of the key.
     """
-    if tuple(tensor.shape) != expected or 0 in expected:
+    if tensor.shape != expected or 0 in expected:
         raise InputError(
             f"{name} of shape {list(tensor.shape)}: expected [batch, num_kv_heads, new_tokens, "
             f"dim] = {list(expected)}, with at least one sequence and one new token"

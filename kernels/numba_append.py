@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray
 
 from arkcache.kernels.numba_compile import kernel
-from arkcache.kernels.numba_numbers import F32, pointer, widen
+from arkcache.kernels.numba_numbers import F32, floats, integers, pointer, rotate, widen
 from arkcache.kernels.numba_record import (
     count_recent,
     count_sealed,
@@ -20,7 +20,7 @@ from arkcache.kernels.numba_record import (
     states,
 )
 from arkcache.kernels.numba_score import BLOCK
-from arkcache.kernels.torch_token_rows import LEVELS
+from arkcache.kernels.torch_token_rows import LEVELS, OFFSET
 
 
 @kernel
@@ -35,15 +35,34 @@ def write_row(step: Any, row: Any, like: Any) -> None:
 def copy_states(source: Any, number: Any, target: Any, token: Any, dim: Any, like: Any) -> None:
     """Copy vector `number` at one address to be vector `token` at another."""
     size = dim * like.itemsize
-    given, kept = states(source + number * size, dim, like), states(target + token * size, dim, like)
+    given, kept = (
+        states(source + number * size, dim, like),
+        states(target + token * size, dim, like),
+    )
     for d in range(dim):
         kept[d] = given[d]
+
+
+@kernel
+def is_full(step: Any, row: Any) -> Any:
+    """Whether the oldest tokens of a row's window are a page."""
+    return count_recent(step, row) >= step.num_recent_tokens + step.page_size
+
+
+@kernel
+def count_sealing(step: Any) -> None:
+    """Count the pages that have been sealed."""
+    sealed = integers(step.sealed, step.batch)
+    for sequence in range(step.batch):
+        if is_full(step, sequence * step.kv_heads):
+            sealed[sequence] += 1
+
 
 @kernel
 def seal_row(step: Any, row: Any, like: Any) -> None:
     """Seal the oldest page of a row's window, if it is full: its piece is there to be written."""
     size, recent = step.page_size, count_recent(step, row)
-    if recent < step.num_recent_tokens + size:
+    if not is_full(step, row):
         return
     page, first = count_sealed(step, row), row * step.window_tokens
     address = page_address(step, row, page)
@@ -64,20 +83,28 @@ def seal_row(step: Any, row: Any, like: Any) -> None:
 @kernel(fast=False)
 def digest_tokens(step: Any, row: Any, page: Any, keys: Any) -> None:
     """Write a page's keys [page_size, head_dim] as `TOKEN_ROWS` (`torch_token_rows`)."""
-    size, dim = step.page_size, step.head_dim
-    codes_size, column = size * dim * BLOCK, page % BLOCK
-    block_bytes = codes_size + 4 * size * BLOCK
-    block = step.digests + row * step.digest_bytes + page // BLOCK * block_bytes
-    codes = carray(pointer(block), (codes_size,), np.int8)
-    scales = carray(pointer(block + codes_size), (size * BLOCK,), np.float32)
+    size, dim, half = step.page_size, step.head_dim, step.features // 2
+    codes_size, column = size * half * BLOCK, page % BLOCK
+    block = step.digests + row * step.digest_bytes + page // BLOCK * (codes_size + 4 * size * BLOCK)
+    codes = carray(pointer(block), (codes_size,), np.uint8)
+    scales = floats(block + codes_size, size * BLOCK)
+    key = np.zeros(2 * half, np.float32)
     for t in range(size):
+        for d in range(dim):
+            key[d] = widen(keys[t * dim + d])
+        rotate(key, dim)
         peak = F32(0)
         for d in range(dim):
-            peak = max(peak, abs(widen(keys[t * dim + d])))
+            peak = max(peak, abs(key[d]))
         scale = peak / F32(LEVELS)
-        divisor = scale if scale > 0 else F32(1)
-        for d in range(dim):
-            code = np.rint(widen(keys[t * dim + d]) / divisor)
-            bounded = min(max(code, F32(-LEVELS)), F32(LEVELS))
-            codes[(t * dim + d) * BLOCK + column] = np.int8(bounded)
+        for j in range(half):
+            low, high = code_of(key[j], scale), code_of(key[half + j], scale)
+            codes[(t * half + j) * BLOCK + column] = np.uint8(low | (high << 4))
         scales[t * BLOCK + column] = scale
+
+
+@kernel(fast=False)
+def code_of(number: Any, scale: Any) -> Any:
+    """The code of an element, which is not to be rounded another way than torch does it."""
+    code = np.rint(number / (scale if scale > 0 else F32(1)))
+    return np.int64(min(max(code, F32(-LEVELS)), F32(LEVELS))) + OFFSET

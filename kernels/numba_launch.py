@@ -15,6 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from operator import is_
 from pathlib import Path
+from struct import Struct
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -134,8 +135,11 @@ def _parallel_for() -> Any:
 # -- the record -----------------------------------------------------------------------------------
 
 
-AT = {name: number for number, name in enumerate(STEP.names or ())}
-"""Which of the words of a record is which entry; the last, scale and softcap, are half words."""
+AT = {name: field[1] // 8 for name, field in (STEP.fields or {}).items()}
+"""Which of the words of a record is which entry; scale and softcap are half words."""
+
+PACK_STEP = Struct("=5q2f").pack_into
+"""Writes `PER_STEP`: at once, because a step's own memory has left the caches since the last."""
 
 
 class Scratch:
@@ -226,11 +230,11 @@ class DecodeStep:
         self._dtype, self._scratch, self._sizes = dtype, scratch, sizes
         # Entry by entry, which costs a tenth of the fields of a record.
         self._record = np.zeros(STEP.itemsize // 8, np.int64)
-        self._factors = self._record.view(np.float32)[2 * AT["scale"] :]
+        self._buffer = self._record.data
         self._address = address_of(self._record)
         self._task, self._parallel_for = task_of(dtype), _parallel_for()
         self._alone = _Task(self._task)
-        self._extra: list[Tensor | None] = [None, None, None]
+        self._extra: tuple[Tensor | None, ...] | None = None
         self._counts: Counts | None = None
         self._set(**sizes)
 
@@ -272,16 +276,16 @@ class DecodeStep:
         self._counts, self._shared_out = None, (0, 0)
 
     def write(self, key: Tensor, value: Tensor, counts: Counts) -> None:
-        """Write a token [batch, kv_heads, 1, dim] into the windows, behind those that are counted;
-        it has still to be counted."""
+        """Write a token [batch, kv_heads, 1, dim] into the windows, behind those that are counted,
+        and count it."""
         record, key, value = self._record, key.contiguous(), value.contiguous()
         record[AT["new_key"]], record[AT["new_value"]] = key.data_ptr(), value.data_ptr()
         self._count(counts)
         self._run_alone(WRITE)
 
     def seal(self, pieces: Tensor) -> None:
-        """Seal the pages that have become full with the tokens that are counted now: pieces are
-        there for them, with their handles, and digests have room."""
+        """Seal the pages that have become full with the tokens that are counted now, and count
+        them: pieces are there for them, with their handles, and digests have room."""
         self._record[AT["pieces"]] = pieces.data_ptr()
         self._run_alone(SEAL)
 
@@ -289,22 +293,21 @@ class DecodeStep:
         """Run a step: [batch, heads, 1, value_dim]. pieces: uint8, the host tier."""
         batch, heads = self._sizes["batch"], self._sizes["kv_heads"] * self._sizes["group"]
         output = query.query.new_empty((batch, heads, 1, self._sizes["value_dim"]))
-        self._record[AT["output"]] = output.data_ptr()
-        self._fill(query, pieces, counts)
+        self._fill(query, pieces, counts, output.data_ptr())
         self._launch(batch * self._sizes["kv_heads"])
         return output
 
-    def _fill(self, query: Query, pieces: Tensor, counts: Counts) -> None:
-        """Tell the step what it attends."""
-        record = self._record
-        states, index = query.query.contiguous(), query.index_query.contiguous()
-        record[AT["query"]], record[AT["index_query"]] = states.data_ptr(), index.data_ptr()
-        record[AT["pieces"]] = pieces.data_ptr()
+    def _fill(self, query: Query, pieces: Tensor, counts: Counts, output: int) -> None:
+        """Tell the step what it attends, and where its output is to go."""
+        states = index = query.query.contiguous()
+        if query.index_query is not query.query:
+            index = query.index_query.contiguous()
         self._inputs = (states, index)  # alive until the step is over
-        self._factors[0], self._factors[1] = query.scale, query.softcap or 0.0
-        extra = [None if tensor is None else tensor.contiguous() for tensor in query[4:]]
-        if any(one is not other for one, other in zip(extra, self._extra, strict=True)):
-            self._set_extra(*extra)
+        addresses = (output, states.data_ptr(), index.data_ptr(), pieces.data_ptr())
+        PACK_STEP(self._buffer, 0, WHOLE_ROWS, *addresses, query.scale, query.softcap or 0.0)
+        is_plain = query.sink_logits is None and query.bias is None and query.hidden is None
+        if not is_plain or self._extra is not None:
+            self._set_extra(query.sink_logits, query.bias, query.hidden)
         self._count(counts)
 
     def ratings(self, query: Query, pieces: Tensor, counts: Counts, num_pages: int) -> Tensor:
@@ -314,7 +317,7 @@ class DecodeStep:
         counts.budgets is to be -1. The lists that the step is bound to change.
         """
         rows = self._sizes["batch"] * self._sizes["kv_heads"]
-        self._fill(query, pieces, counts)
+        self._fill(query, pieces, counts, 0)
         threads = torch.get_num_threads()
         self._share_out(rows, threads, max(rows, threads))
         for phase in (SCORE, SELECT):
@@ -325,7 +328,13 @@ class DecodeStep:
     def _set_extra(
         self, sink_logits: Tensor | None, bias: Tensor | None, hidden: Tensor | None
     ) -> None:
-        self._extra = [sink_logits, bias, hidden]
+        sink_logits, bias, hidden = (
+            None if tensor is None else tensor.contiguous()
+            for tensor in (sink_logits, bias, hidden)
+        )
+        self._extra = (sink_logits, bias, hidden)  # alive until the next step
+        if not any(tensor is not None for tensor in self._extra):
+            self._extra = None
         self._set(
             sink_logits=0 if sink_logits is None else sink_logits.data_ptr(),
             bias=0 if bias is None else bias.data_ptr(),

@@ -171,3 +171,18 @@ def log_of_positive(x: Any) -> Any:
     for i in range(len(OF_LOG) - 2, -1, -1):
         slope = slope * mantissa + OF_LOG[i]
     return F32(whole) * LN2 + above * slope
+
+
+@kernel
+def rotate(vector: Any, dim: Any) -> None:
+    """`torch_hadamard.rotate`, of the first `dim` numbers of a vector in place."""
+    block, width = dim & -dim, 1
+    factor = F32(1) / np.sqrt(F32(block))
+    for d in range(dim):
+        vector[d] *= factor
+    while width < block:
+        for first in range(0, dim, 2 * width):
+            for d in range(first, first + width):
+                low, high = vector[d], vector[d + width]
+                vector[d], vector[d + width] = low + high, low - high
+        width *= 2

@@ -26,6 +26,9 @@ ATTENDED, HIT, RECALLED, EVICTED, NUM_COUNTERS = range(5)
 """Of every row: tokens attended by the latest step; pages so far that it read like the step before
 it, that it read anew, that it read no more."""
 
+PER_STEP = ("phase", "output", "query", "index_query", "pieces", "scale", "softcap")
+"""What changes from step to step, in front of everything else: see `STEP`."""
+
 SIZES = (
     *("batch", "kv_heads", "group", "lanes", "head_dim", "value_dim", "page_size"),
     *(
@@ -36,22 +39,21 @@ SIZES = (
         "page_capacity",
         "token_capacity",
         "shares",
-        "phase",
     ),
     *("key_bits", "value_bits", "group_size", "value_offset", "page_bytes", "piece_bytes"),
     *("index", "index_bits", "features", "digest_bytes", "reduction", "needs_fixed"),
     *("handle_stride", "bias_tokens", "hidden_stride"),
 )
 ADDRESSES = (
-    *("pieces", "handles", "positions", "lengths", "sealed", "budgets"),
-    *("window_key", "window_value", "digests", "query", "index_query", "output"),
-    *("new_key", "new_value"),
+    *("handles", "positions", "lengths", "sealed", "budgets"),
+    *("window_key", "window_value", "digests", "new_key", "new_value"),
     *("sink_logits", "bias", "hidden"),
     *("score", "rating", "order", "chosen", "logits", "parts", "pages", "num_pages", "counters"),
 )
 STEP = np.dtype(
-    [(name, np.int64) for name in (*SIZES, *ADDRESSES)]
-    + [("scale", np.float32), ("softcap", np.float32)],
+    [(name, np.int64) for name in PER_STEP[:-2]]
+    + [(name, np.float32) for name in PER_STEP[-2:]]
+    + [(name, np.int64) for name in (*SIZES, *ADDRESSES)],
     align=True,
 )
 """What a step is told: sizes in elements unless they say bytes, then addresses, 0 for none.

@@ -6,7 +6,7 @@ own. Query heads go four at a time, which read every digest once; their features
 zeros to whole fours (`lanes`).
 
     volumes       bf16 [blocks, features, BLOCK]
-    token rows    int8 codes [blocks, page_size, head_dim, BLOCK], behind them in each block the
+    token rows    uint8 codes [blocks, page_size, half, BLOCK], behind them in each block the
                   scales, fp32 [page_size, BLOCK] (`torch_token_rows`, laid out anew)
     token codes   uint8 [pages, bytes], as `torch_tokens` packs them
 """
@@ -48,12 +48,17 @@ from arkcache.kernels.numba_vectors import (
     sum16,
     zeros16,
 )
+from arkcache.kernels.torch_token_rows import OFFSET
 
 BLOCK = 64
 """Pages of a block."""
 
 RUN = 32
 """Pages or tokens that are summed up at a time."""
+
+AHEAD_BYTES = 16384
+"""How far ahead of what is read digests are asked for: by itself a processor has them come at half
+the speed of its memory."""
 
 
 @kernel
@@ -119,6 +124,7 @@ def score_volumes(
     step = 1 if lanes == 1 else 4
     for at in range(first, last, BLOCK):
         block = digests[at * dim : (at + BLOCK) * dim]
+        ask_for(block.ctypes.data + AHEAD_BYTES, block.nbytes)
         width = _width(last - at)
         for lane in range(0, lanes, step):
             dot_block(query, lanes, lane, dim, block, width, sums)
@@ -137,7 +143,7 @@ def _width(pages: Any) -> Any:
 def score_token_rows(
     query: Any,
     lanes: Any,
-    dim: Any,
+    half: Any,
     page_size: Any,
     digests: Any,
     first: Any,
@@ -149,37 +155,79 @@ def score_token_rows(
 ) -> None:
     """Score pages first..last (`first` a multiple of `BLOCK`): the log of their softmax mass.
 
-    query fp32 [lanes, dim]; digests int8, blocks of the row; bias fp32 [lanes, tokens] or empty,
-    from the token of page 0 on; score fp32 [lanes, stride]. softcap 0 is none.
+    query fp32 [lanes, 2 * half], rotated, zeros behind the channels; digests uint8, blocks of the
+    row; bias fp32 [lanes, tokens] or empty, from the token of page 0 on; score fp32 [lanes,
+    stride]. softcap 0 is none.
     """
     step = 1 if lanes == 1 else 4
-    sums = np.empty(4 * BLOCK, np.float32)
+    offsets, sums = np.zeros(max(lanes, 4), np.float32), np.empty(4 * BLOCK, np.float32)
+    for lane in range(lanes):
+        for d in range(2 * half):
+            offsets[lane] -= F32(OFFSET) * query[lane * 2 * half + d]
     logits = np.empty(step * page_size * BLOCK, np.float32)
-    codes_size = page_size * dim * BLOCK
+    codes_size = page_size * half * BLOCK
     block_bytes = codes_size + 4 * page_size * BLOCK
     tokens = 0 if len(bias) == 0 else len(bias) // lanes
     for at in range(first, last, BLOCK):
-        block = digests[at // BLOCK * block_bytes : (at // BLOCK + 1) * block_bytes]
-        scales = carray(pointer(block.ctypes.data + codes_size), (page_size * BLOCK,), np.float32)
+        block = digests.ctypes.data + at // BLOCK * block_bytes
+        scales = carray(pointer(block + codes_size), (page_size * BLOCK,), np.float32)
         width = _width(last - at)
         for lane in range(0, lanes, step):
+            own = query.ctypes.data + 8 * lane * half
             for i in range(page_size):
-                codes = block[i * dim * BLOCK : (i + 1) * dim * BLOCK]
-                dot_block(query, lanes, lane, dim, codes, width, sums)
+                codes = block + i * half * BLOCK
+                ask_for(codes + AHEAD_BYTES, half * BLOCK)
+                dot_nibbles(own, step, half, codes, width, offsets[lane:], sums)
                 for h in range(step):
                     to = logits.ctypes.data + 4 * (h * page_size + i) * BLOCK
                     _scale(sums.ctypes.data + 4 * h * BLOCK, scales, i * BLOCK, width, to)
             for h in range(step):
-                own = logits[h * page_size * BLOCK : (h + 1) * page_size * BLOCK]
+                mine = logits[h * page_size * BLOCK : (h + 1) * page_size * BLOCK]
                 if softcap > 0:
-                    cap(own, page_size * BLOCK, softcap)
+                    cap(mine, page_size * BLOCK, softcap)
                 if tokens > 0:
                     row = bias[(lane + h) * tokens : (lane + h + 1) * tokens]
                     for p in range(min(last - at, BLOCK)):
                         for i in range(page_size):
-                            add_bias(own, i * BLOCK + p, row[(at + p) * page_size + i])
+                            add_bias(mine, i * BLOCK + p, row[(at + p) * page_size + i])
                 row = (lane + h) * stride + at
-                log_mass_of_columns(own, page_size, width, score[row : row + width])
+                log_mass_of_columns(mine, page_size, width, score[row : row + width])
+
+
+@kernel
+def dot_nibbles(
+    query: Any, heads: Any, half: Any, codes: Any, width: Any, offsets: Any, sums: Any
+) -> None:
+    """sums[h * BLOCK + p] = offsets[h] + query[h] . the codes of page p, for one head or four.
+
+    query: address of fp32 [heads, 2 * half]; codes: of bytes [half, BLOCK], channel j in the low
+    bits of row j and channel j + half in the high ones; for the first `width` pages, in runs of
+    `RUN`.
+    """
+    row = 8 * half if heads > 1 else 0  # of one head four times the same
+    for p in range(0, width, RUN):
+        at, low, high = codes + p, query, query + 4 * half
+        a0, a1 = splat16(offsets[0]), splat16(offsets[1])
+        a2, a3 = splat16(offsets[2]), splat16(offsets[3])
+        b0, b1, b2, b3 = a0, a1, a2, a3
+        for _ in range(half):
+            x, y = load_codes16(at, 0, 4), load_codes16(at + LANES, 0, 4)
+            w0, w1 = broadcast16(low), broadcast16(low + row)
+            w2, w3 = broadcast16(low + 2 * row), broadcast16(low + 3 * row)
+            a0, b0, a1, b1 = fma16(w0, x, a0), fma16(w0, y, b0), fma16(w1, x, a1), fma16(w1, y, b1)
+            a2, b2, a3, b3 = fma16(w2, x, a2), fma16(w2, y, b2), fma16(w3, x, a3), fma16(w3, y, b3)
+            x, y = load_codes16(at, 1, 4), load_codes16(at + LANES, 1, 4)
+            w0, w1 = broadcast16(high), broadcast16(high + row)
+            w2, w3 = broadcast16(high + 2 * row), broadcast16(high + 3 * row)
+            a0, b0, a1, b1 = fma16(w0, x, a0), fma16(w0, y, b0), fma16(w1, x, a1), fma16(w1, y, b1)
+            a2, b2, a3, b3 = fma16(w2, x, a2), fma16(w2, y, b2), fma16(w3, x, a3), fma16(w3, y, b3)
+            at, low, high = at + BLOCK, low + 4, high + 4
+        to = sums.ctypes.data + 4 * p
+        store_run(to, a0, b0)
+        if heads > 1:
+            store_run(to + 4 * BLOCK, a1, b1)
+            store_run(to + 8 * BLOCK, a2, b2)
+            store_run(to + 12 * BLOCK, a3, b3)
 
 
 @kernel
@@ -235,7 +283,7 @@ def score_token_codes(
     mass = np.empty(lanes * count, np.float32)
     for page in range(first, last):
         header = digests.ctypes.data + page * page_bytes
-        ask_for(header + 2 * page_bytes, page_bytes)
+        ask_for(header + AHEAD_BYTES, page_bytes)
         for lane in range(0, lanes, step):
             fold(query.ctypes.data + 4 * lane * dim, step, dim, header, padded, scaled, offsets)
             codes = header + 4 * dim
@@ -276,7 +324,12 @@ def fold(
         q0, q1 = load16(query + 4 * j, singles), load16(query + 4 * j + second, singles)
         q2 = load16(query + 4 * j + 2 * second, singles)
         q3 = load16(query + 4 * j + 3 * second, singles)
-        t0, t1, t2, t3 = fma16(q0, zero, t0), fma16(q1, zero, t1), fma16(q2, zero, t2), fma16(q3, zero, t3)
+        t0, t1, t2, t3 = (
+            fma16(q0, zero, t0),
+            fma16(q1, zero, t1),
+            fma16(q2, zero, t2),
+            fma16(q3, zero, t3),
+        )
         store16(to + 4 * j, mul16(q0, scale))
         store16(to + 4 * j + out, mul16(q1, scale))
         store16(to + 4 * j + 2 * out, mul16(q2, scale))

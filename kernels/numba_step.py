@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from arkcache.kernels.numba_append import seal_row, write_row
+from arkcache.kernels.numba_append import count_sealing, seal_row, write_row
 from arkcache.kernels.numba_attend import (
     add_units,
     ask_for,
@@ -34,6 +34,7 @@ from arkcache.kernels.numba_numbers import (
     log_of_positive,
     narrow,
     pointer,
+    rotate,
     widen,
 )
 from arkcache.kernels.numba_record import (
@@ -98,6 +99,8 @@ def query_features(step: Any, row: Any, like: Any) -> Any:
             for d in range(dim):
                 total += own[d] * own[d]
             own[dim] = np.sqrt(total)
+        elif step.index == TOKEN_ROWS:
+            rotate(own, dim)
     return out
 
 
@@ -121,9 +124,10 @@ def score_row(step: Any, row: Any, slot: Any, share: Any, shares: Any, like: Any
     digests = step.digests + row * step.digest_bytes
     bias = bias_of(step, row)
     if step.index == TOKEN_ROWS:
-        codes = carray(pointer(digests), (step.digest_bytes,), np.int8)
+        rows = carray(pointer(digests), (step.digest_bytes,), np.uint8)
+        half, softcap = dim // 2, step.softcap
         score_token_rows(
-            query, lanes, dim, size, codes, first, last, step.softcap, bias, score, capacity
+            query, lanes, half, size, rows, first, last, softcap, bias, score, capacity
         )
     elif step.index == TOKEN_CODES:
         packed = carray(pointer(digests), (step.digest_bytes,), np.uint8)
@@ -482,9 +486,13 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
         elif step.phase == WRITE:
             for row in range(rows):
                 write_row(step, row, like)
+            lengths = integers(step.lengths, step.batch)
+            for sequence in range(step.batch):
+                lengths[sequence] += 1
         elif step.phase == SEAL:
             for row in range(rows):
                 seal_row(step, row, like)
+            count_sealing(step)
         else:
             for row in range(rows):
                 size = shares * part_size

@@ -564,10 +564,11 @@ def stored_codes(key: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored_rows(key: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The same in 8 bits with a scale for each token, as it is on a CPU."""
-    scale = key.abs().amax(dim=-1, keepdim=True) / 127
-    codes = (key / torch.where(scale == 0, 1.0, scale)).round()
-    return codes, scale, torch.zeros(())
+    """The same as a CPU holds it: rotated, in 4 bits with a scale for each token, rotated back."""
+    rotated = rotate(key.float())
+    scale = rotated.abs().amax(dim=-1, keepdim=True) / 7
+    codes = (rotated / torch.where(scale == 0, 1.0, scale)).round()
+    return rotate(codes * scale), torch.ones(()), torch.zeros(())
 
 
 def _as_additive(mask: Tensor) -> Tensor:

@@ -63,8 +63,8 @@ def _remark(result: Result, full: Row) -> str:
         )
     if result.settings["device"] == "cpu":
         return (
-            "Without a GPU both tiers are RAM, and the token index keeps keys in 8 bits, which is "
-            "faster there; on a GPU in 2."
+            "Without a GPU both tiers are RAM, and the token index keeps keys in 4 bits, with a "
+            "scale per token; on a GPU in 2."
         )
     return ""
 

@@ -107,12 +107,12 @@ class Engine(ABC):
 
     def write_next(self, _key: Tensor, _value: Tensor) -> bool:
         """Write a token [batch, kv_heads, 1, dim] into the windows of all sequences, which may
-        differ in length; False where the engine has no short way to, and nothing was done."""
+        differ in length, and count it; False where the engine has no short way to, and nothing was
+        done."""
         return False
 
     def seal_next(self, _key: Tensor, _value: Tensor) -> bool:
-        """The same for a token with which pages are full: it is counted, and they are sealed and
-        counted."""
+        """The same for a token with which pages are full, which are sealed and counted."""
         return False
 
     @abstractmethod

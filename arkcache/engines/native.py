@@ -127,9 +127,7 @@ class NativeEngine(Engine):
         if not all(map(is_, before, after)):
             self._bind(next(iter(self._steps)))
         self.write_next(key, value)
-        tokens.lengths += 1
         next(iter(self._steps.values())).seal(parts.store.host.pieces())
-        tokens.sealed[seqs] += 1
         parts.counters.bytes_backed_up += len(seqs) * parts.store.host.piece_bytes[0]
         return True
 

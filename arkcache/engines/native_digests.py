@@ -15,7 +15,7 @@ from arkcache.kernels.numba_record import CENTROID, CUBOID, SPHERE, TOKEN_CODES,
 from arkcache.kernels.numba_score import BLOCK
 from arkcache.kernels.torch_digest import BoundingVolumes, num_features
 from arkcache.kernels.torch_hadamard import rotate
-from arkcache.kernels.torch_token_rows import TokenRows
+from arkcache.kernels.torch_token_rows import TokenRows, half_dim
 from arkcache.kernels.torch_tokens import TokenIndex
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import GrowingTensor
@@ -39,7 +39,7 @@ class NativeDigests:
         self._config, self.features = config, geometry.head_dim
         self._index: BoundingVolumes | TokenRows | TokenIndex
         page_size, dim = config.page_size, geometry.head_dim
-        self._codes = page_size * dim * BLOCK
+        self._codes = page_size * half_dim(dim) * BLOCK
         self._pages_per_entry = BLOCK
         if config.index != "tokens":
             self._index, self.kind = (
@@ -50,7 +50,8 @@ class NativeDigests:
             entry, dtype = self.features * BLOCK, torch.bfloat16
         elif config.has_token_rows("cpu"):
             self._index, self.kind = TokenRows(page_size, dim), TOKEN_ROWS
-            entry, dtype = self._codes + 4 * page_size * BLOCK, torch.int8
+            self.features = 2 * half_dim(dim)
+            entry, dtype = self._codes + 4 * page_size * BLOCK, torch.uint8
         else:
             index = TokenIndex(page_size, dim, config.packed_index_bits)
             self._index, self.kind, self._pages_per_entry = index, TOKEN_CODES, 1
@@ -97,9 +98,9 @@ class NativeDigests:
         if self.kind != TOKEN_ROWS:
             target.unflatten(2, (self.features, BLOCK))[:, :, :, columns] = digest
             return
-        page_size, dim = self._config.page_size, self.features
-        codes = target[:, :, : self._codes].unflatten(2, (page_size, dim, BLOCK))
-        codes[:, :, :, :, columns] = digest[..., :dim].permute(0, 1, 3, 4, 2)
+        page_size, half = self._config.page_size, self.features // 2
+        codes = target[:, :, : self._codes].unflatten(2, (page_size, half, BLOCK))
+        codes[:, :, :, :, columns] = digest[..., :half].permute(0, 1, 3, 4, 2)
         scales = target[:, :, self._codes :].view(torch.float32).unflatten(2, (page_size, BLOCK))
         own = digest.view(torch.float32)[..., -1]
         scales[:, :, :, columns] = own.transpose(2, 3)

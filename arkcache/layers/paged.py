@@ -62,7 +62,6 @@ class PagedLayer(SealingLayer):
             return True
         if tokens.until_seal <= 1 or not self.engine.write_next(key, value):
             return False
-        tokens.lengths += 1
         tokens.until_seal -= 1
         return True
 

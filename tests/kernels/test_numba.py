@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("numba")
 
-from arkcache import InputError
+from arkcache import InputError, KVCacheManager
+from arkcache.engines.native import NativeEngine
 from arkcache.formats import PageFormat, PageLayout
 from arkcache.kernels import numba_compile, reference
 from arkcache.kernels.numba_attend import (
@@ -27,6 +29,7 @@ from arkcache.kernels.numba_attend import (
 )
 from arkcache.kernels.numba_launch import DecodeStep, Digests, Lists, Scratch
 from arkcache.kernels.numba_numbers import HIDDEN
+from arkcache.kernels.numba_record import TOKEN_ROWS
 from arkcache.kernels.numba_score import (
     BLOCK,
     score_token_codes,
@@ -34,7 +37,9 @@ from arkcache.kernels.numba_score import (
     score_volumes,
 )
 from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE, count_common, rate, select
+from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.torch_pages import PagePacker
+from arkcache.kernels.torch_token_rows import TokenRows
 from arkcache.kernels.torch_tokens import TokenIndex
 from arkcache.pages.policy import aggregate, page_shares
 from tests.oracle import stored_rows
@@ -103,14 +108,16 @@ def reference_features(query: Tensor, kind: str) -> Tensor:
 def test_token_rows(dim: int, page_size: int, group: int) -> None:
     pages = 130
     query, keys = torch.randn(group, dim), torch.randn(pages, page_size, dim)
-    codes, scale, _ = stored_rows(keys)
-    expected = torch.einsum("gd,ptd->gpt", query, codes * scale).logsumexp(dim=2)
-    columns = blocks_of(codes.permute(1, 2, 0)).to(torch.int8)  # [blocks, tokens, dim, BLOCK]
-    scales = blocks_of(scale[..., 0].T)
-    whole = torch.cat((columns.flatten(1), scales.flatten(1).view(torch.int8)), dim=1)
+    index = TokenRows(page_size, dim)
+    expected = torch.einsum("gd,ptd->gpt", query, stored_rows(keys)[0]).logsumexp(dim=2)
+    rows = index.digest(keys[None, None])[0, 0]
+    columns = blocks_of(rows[..., : index.half].permute(1, 2, 0))  # [blocks, tokens, half, BLOCK]
+    scales = blocks_of(rows.view(torch.float32)[..., -1].T)
+    whole = torch.cat((columns.flatten(1), scales.flatten(1).view(torch.uint8)), dim=1)
     stride = 3 * BLOCK
     score = np.full(lanes_of(group) * stride, np.nan, np.float32)
-    given = (in_lanes(query), lanes_of(group), dim, page_size, whole.flatten().numpy())
+    rotated = torch.nn.functional.pad(rotate(query), (0, 2 * index.half - dim))
+    given = (in_lanes(rotated), lanes_of(group), index.half, page_size, whole.flatten().numpy())
     score_token_rows(*given, 0, pages, NO_CAP, NO_BIAS, score, stride)
     actual = torch.from_numpy(score).view(-1, stride)[:group, :pages]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
@@ -267,122 +274,43 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("heads", [1, 2, 3])
-@pytest.mark.parametrize("settings", [{}, {"key_bits": 4, "value_bits": 2, "group_size": 8}])
-def test_threads_share_the_work(
-    settings: dict[str, Any], heads: int, num_threads: int, threads: None
-) -> None:
-    """Whole rows each, or parts of rows that are merged: the same result, with all extras."""
-    torch.set_num_threads(num_threads)
-    twins = Twins(small_config(backend="numba", **settings), num_kv_heads=heads, batch=1, group=3)
-    twins.append(150)
-    for _ in range(6):
-        twins.append(1)
-        twins.attend()
-    columns = twins.manager.num_columns
-    mask = torch.rand(1, 3 * heads, 1, columns) > 0.3
-    mask[..., -1] = True
-    twins.attend(mask=mask, softcap=4.0, sinks=torch.randn(3 * heads))
-    twins.check()
+PACKED = {"key_bits": 4, "rotation": "both"}
 
 
-@pytest.mark.parametrize("page_size", [1, 4, 32])
-@pytest.mark.parametrize("group", [1, 4, 16])
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
-def test_models(head_dim: int, group: int, page_size: int) -> None:
-    sizes = {"page_size": page_size, "budget_tokens": 160, "stream_block_tokens": 64}
-    twins = Twins(small_config(backend="numba", **sizes), head_dim=head_dim, group=group, batch=1)
-    twins.append(400)
-    for _ in range(3):
-        twins.append(1)
-        twins.attend()
-
-
-def test_hits_are_pages_that_were_read_the_step_before() -> None:
-    twins = Twins(small_config(backend="numba"), num_layers=2)
-    twins.append(100)
-    twins.attend()
-    stats = twins.manager.stats()
-    assert (stats.pages_hit, stats.pages_recalled, stats.pages_evicted) == (0, 2 * 2 * 2 * 5, 0)
-    assert stats.bytes_recalled == stats.pages_recalled * twins.page_bytes()
-    assert stats.attended_tokens == 2 * 2 * (4 + 5 * 4 + 4)
-    query = twins.query()
+@pytest.mark.parametrize("settings", [{}, {"page_size": 8}, {"index": "cuboid-mean"}, PACKED])
+def test_short_way_to_append(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What kernels write and seal is what torch does: pages and windows to the bit, digests but for
+    codes that lie between two."""
+    short, long = (fed(monkeypatch, short=short, **settings) for short in (True, False))
     for layer in range(2):
-        twins.attend_layer(layer, query)
-    before = twins.manager.stats()
-    for layer in range(2):
-        twins.attend_layer(layer, query)
-    after = twins.manager.stats()
-    assert after.pages_recalled == before.pages_recalled
-    assert after.pages_hit == before.pages_hit + 2 * 2 * 2 * 5
-    twins.keep_sequences([1, 1, 0])
-    assert twins.manager.stats().pages_hit == after.pages_hit
-    twins.check()
+        for one, other in zip(short.gather(layer), long.gather(layer), strict=True):
+            assert torch.equal(one, other)
+        engines = [manager._layers[layer].engine for manager in (short, long)]
+        one, other = (engine._digests.data for engine in engines)
+        if engines[0]._digests.kind == TOKEN_ROWS:
+            codes = engines[0]._digests._codes
+            scales = [data[..., codes:].view(torch.float32) for data in (one, other)]
+            torch.testing.assert_close(*scales, rtol=1e-6, atol=0)
+            one, other = one[..., :codes], other[..., :codes]
+        assert (one != other).float().mean() < 1e-4
+        sealed = [manager._layers[layer].tokens.sealed for manager in (short, long)]
+        assert (sealed[0] == sealed[1]).all()
+        assert sealed[0].min() > 10
+    assert short.stats().bytes_backed_up == long.stats().bytes_backed_up
 
 
-# -- what cannot reach compiled code --------------------------------------------------------------
+def test_short_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By every token but the first one of each layer, which no step came before."""
+    taken: list[str] = []
+    for name in ("write_next", "seal_next"):
+        plain = getattr(NativeEngine, name)
 
+        def counted(engine: NativeEngine, *states: Tensor, name: str, plain: Any) -> bool:
+            taken.append(name)
+            return bool(plain(engine, *states))
 
-def make_step() -> tuple[DecodeStep, dict[str, Any]]:
-    sizes = dict.fromkeys(("batch", "kv_heads", "group", "lanes", "page_size"), 1)
-    sizes |= {"head_dim": 8, "value_dim": 8}
-    window = (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
-    lists = Lists(np.zeros((1, 4), np.int64), np.zeros(1, np.int64), np.zeros((1, 4), np.int64))
-    bound = {
-        "window": window,
-        "digests": Digests(torch.zeros(1, 1, 1, 64), 1),
-        "handles": np.zeros((1, 4), np.int64),
-        "lists": lists,
-    }
-    return DecodeStep(torch.float32, Scratch(), **sizes), bound
-
-
-@pytest.mark.parametrize(
-    ("name", "wrong", "message"),
-    [
-        ("window", (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 7)), r"window value .*4, 8\]"),
-        ("window", (torch.zeros(1, 1, 4, 8).half(),) * 2, "window key is torch.float16"),
-        ("digests", Digests(torch.zeros(1, 1, 64, 2).transpose(2, 3), 1), "digests .* contiguous"),
-        ("handles", np.zeros((2, 4), np.int64), r"handles is int64 \[2, 4\]: expected"),
-        ("handles", np.zeros((1, 4), np.int32), "handles is int32"),
-    ],
-)
-def test_what_does_not_fit_is_refused(name: str, wrong: Any, message: str) -> None:
-    step, bound = make_step()
-    step.bind(**bound)
-    with pytest.raises(InputError, match=message):
-        step.bind(**(bound | {name: wrong}))
-
-
-def test_a_folder_that_cannot_be_written_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every process compiles for itself then."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/no-such-folder")
-    assert numba_compile.cache_folder.__wrapped__() is None
-
-
-SUMS = """
-import sys
-import numpy as np
-from arkcache.kernels.numba_compile import kernel
-{functions}
-kinds = [np.dtype(kind) for kind in sys.argv[1].split(",")]
-for function in ({names}):
-    for kind in kinds:
-        assert function(np.arange(5, dtype=kind)).dtype == kind, (function, kind)
-    if len(kinds) > 1:
-        assert sum(function.stats.cache_hits.values()) == len(kinds), function.stats
-"""
-
-
-@pytest.mark.slow
-def test_processes_may_compile_at_once(tmp_path: Path) -> None:
-    """Each finds what it compiled, and what the other did, under the right signature."""
-    names = [f"double{number}" for number in range(6)]
-    functions = "".join(f"@kernel\ndef {name}(x):\n    return x + x\n" for name in names)
-    script = tmp_path / "sums.py"
-    script.write_text(SUMS.format(functions=functions, names=", ".join(names)))
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(script)]
-    kinds = ("float32", "float64", "int64")
-    running = [subprocess.Popen([*command, kind], env=environment) for kind in kinds]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
-    subprocess.run([*command, ",".join(kinds)], env=environment, check=True, timeout=120)
+        monkeypatch.setattr(NativeEngine, name, partialmethod(counted, name=name, plain=plain))
+    fed(monkeypatch, short=True)
+    # Sequences that differ by five tokens fill pages of four one after the other.
+    assert taken.count("seal_next") in range(80, 100)
+    assert taken.count("write_next") == 2 * 89

@@ -21,21 +21,35 @@ def make(head_dim: int, page_size: int, pages: int) -> tuple[TokenRows, Tensor]:
 @pytest.mark.parametrize("page_size", [1, 5, 32])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_digest_holds_the_keys(head_dim: int, page_size: int) -> None:
-    """Within half a step of each token's own scale, in a byte for each element and five more."""
+    """Within half a step of each rotated token's own scale, in half a byte for each element."""
     index, key = make(head_dim, page_size, 3)
     digest = index.digest(key)
-    assert digest.dtype == torch.int8
+    assert digest.dtype == torch.uint8
     assert digest.shape[:4] == key.shape[:4]
-    assert digest.shape[4] <= head_dim + 3 + 4
-    held = reference_keys(digest, head_dim)
-    step = key.abs().amax(dim=-1, keepdim=True) / 127
-    assert ((held - key).abs() <= step * (0.5 + 1e-4)).all()
+    assert digest.shape[4] <= head_dim / 2 + 4 + 4
+    rotated, held = reference.hadamard(key), reference_keys(digest, head_dim)
+    step = rotated.abs().amax(dim=-1, keepdim=True) / 7
+    assert ((held - rotated).abs() <= step * (0.5 + 1e-4)).all()
 
 
 def reference_keys(digest: Tensor, head_dim: int) -> Tensor:
-    """Keys from bytes, one scale at a time."""
+    """Rotated keys from bytes, one scale at a time."""
     scale = digest[..., -4:].contiguous().view(torch.float32)
-    return digest[..., :head_dim].float() * scale
+    low, high = digest[..., :-4] % 16, digest[..., :-4] // 16
+    return (torch.cat((low, high), dim=-1).float() - 8)[..., :head_dim] * scale
+
+
+def test_an_outlier_is_spread() -> None:
+    """A channel twenty times the others does not take their bits: without the rotation the logits'
+    error would be three times as large."""
+    key = torch.randn(1, 1, 200, 4, 64)
+    key[..., 5] += 20
+    query = torch.randn(1, 4, 64) * 64**-0.5
+    truth = torch.einsum("rgd,rptd->rgpt", query, key[0])
+    step = key.abs().amax(dim=-1, keepdim=True) / 7
+    plain = torch.einsum("rgd,rptd->rgpt", query, ((key / step).round() * step)[0]) - truth
+    held = torch.einsum("rgd,rptd->rgpt", query, stored_rows(key)[0][0]) - truth
+    assert held.std() < 0.5 * plain.std()
 
 
 @pytest.mark.parametrize("group", [1, 3])
@@ -46,7 +60,7 @@ def test_score(page_size: int, head_dim: int, group: int) -> None:
     query = torch.randn(4, group, head_dim) * head_dim**-0.5
     expected = reference.token_score(query, *stored_rows(key.flatten(0, 1)))
     score = index.score(query, index.digest(key).flatten(0, 1))
-    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize("pages", [1, 255, 256, 257, 600])
@@ -57,7 +71,7 @@ def test_score_of_many_pages(pages: int) -> None:
     query = torch.randn(4, 2, 20)
     expected = reference.token_score(query, *stored_rows(key.flatten(0, 1)))
     score = index.score(query, index.digest(key).flatten(0, 1))
-    torch.testing.assert_close(score, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(score, expected, rtol=1e-5, atol=5e-5)
 
 
 def test_score_of_a_slice() -> None:
@@ -68,13 +82,14 @@ def test_score_of_a_slice() -> None:
     torch.testing.assert_close(part, index.score(query, digest)[:, :, 3:9])
 
 
-def test_a_page_is_known_to_a_hundredth() -> None:
-    """On keys without outliers, the mass of a page to 2 %; 2 packed bits are far from that."""
+def test_a_page_is_known_to_a_quarter() -> None:
+    """On keys without outliers, the mass of a page to 27 %, to 8 % in the mean."""
     key, query = torch.randn(2, 2, 40, 8, 64), torch.randn(4, 3, 64) * 64**-0.5
     index = TokenRows(8, 64)
     truth = torch.einsum("rgd,rptd->rgpt", query, key.flatten(0, 1)).logsumexp(dim=-1)
     score = index.score(query, index.digest(key).flatten(0, 1))
-    torch.testing.assert_close(score, truth, rtol=0, atol=0.02)
+    torch.testing.assert_close(score, truth, rtol=0, atol=0.24)
+    assert (score - truth).std() < 0.08
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -85,7 +100,8 @@ def test_keys_of_nothing_and_of_much(dtype: torch.dtype) -> None:
     digest = index.digest(key)
     held = reference_keys(digest, 20)
     assert torch.equal(held[:, :, 0], torch.zeros_like(held[:, :, 0]))
-    torch.testing.assert_close(held[:, :, 1, 0], key[:, :, 1, 0].float(), rtol=1e-6, atol=0)
+    large = held[:, :, 1, 0].norm(dim=-1) / key[:, :, 1, 0].float().norm(dim=-1)
+    torch.testing.assert_close(large, torch.ones_like(large), rtol=0.02, atol=0)
     assert index.score(torch.randn(4, 2, 20), digest.flatten(0, 1)).isfinite().all()
 
 
@@ -97,9 +113,8 @@ def test_mass_under_a_softcap_and_a_mask(group: int) -> None:
     bias = torch.randn(4, group, 600, 4)
     bias[:, :, 5] = -torch.inf
     bias[:, :, 6, 1:] = -torch.inf
-    codes, scale, _ = stored_rows(key.flatten(0, 1))
-    logits = torch.einsum("rgd,rptd->rgpt", query, codes * scale)
+    logits = torch.einsum("rgd,rptd->rgpt", query, stored_rows(key.flatten(0, 1))[0])
     expected = (2.0 * torch.tanh(logits / 2.0) + bias).logsumexp(dim=3)
     mass = index.log_mass(query, digest, 2.0, bias)
-    torch.testing.assert_close(mass, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mass, expected, rtol=1e-5, atol=5e-5)
     assert torch.equal(index.log_mass(query, digest), index.score(query, digest))

@@ -27,6 +27,7 @@ from arkcache.kernels.numba_launch import (
     Lists,
     Query,
     Scratch,
+    task_of,
 )
 from arkcache.kernels.numba_record import (
     ATTENDED,
@@ -57,6 +58,7 @@ class NativeEngine(Engine):
 
     def __init__(self, parts: PagedParts, num_selected: Ids, scratch: Scratch) -> None:
         super().__init__(parts)
+        task_of(parts.geometry.dtype)  # compiled now rather than in the middle of an answer
         self._scratch = scratch
         self._digests = NativeDigests(parts.config, parts.geometry)
         self._allot(num_selected)

@@ -274,7 +274,158 @@ def threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 @pytest.mark.parametrize("heads", [1, 2, 3])
-PACKED = {"key_bits": 4, "rotation": "both"}
+@pytest.mark.parametrize("settings", [{}, {"key_bits": 4, "value_bits": 2, "group_size": 8}])
+def test_threads_share_the_work(
+    settings: dict[str, Any], heads: int, num_threads: int, threads: None
+) -> None:
+    """Whole rows each, or parts of rows that are merged: the same result, with all extras."""
+    torch.set_num_threads(num_threads)
+    twins = Twins(small_config(backend="numba", **settings), num_kv_heads=heads, batch=1, group=3)
+    twins.append(150)
+    for _ in range(6):
+        twins.append(1)
+        twins.attend()
+    columns = twins.manager.num_columns
+    mask = torch.rand(1, 3 * heads, 1, columns) > 0.3
+    mask[..., -1] = True
+    twins.attend(mask=mask, softcap=4.0, sinks=torch.randn(3 * heads))
+    twins.check()
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 32])
+@pytest.mark.parametrize("group", [1, 4, 16])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 256])
+def test_models(head_dim: int, group: int, page_size: int) -> None:
+    sizes = {"page_size": page_size, "budget_tokens": 160, "stream_block_tokens": 64}
+    twins = Twins(small_config(backend="numba", **sizes), head_dim=head_dim, group=group, batch=1)
+    twins.append(400)
+    for _ in range(3):
+        twins.append(1)
+        twins.attend()
+
+
+def test_hits_are_pages_that_were_read_the_step_before() -> None:
+    twins = Twins(small_config(backend="numba"), num_layers=2)
+    twins.append(100)
+    twins.attend()
+    stats = twins.manager.stats()
+    assert (stats.pages_hit, stats.pages_recalled, stats.pages_evicted) == (0, 2 * 2 * 2 * 5, 0)
+    assert stats.bytes_recalled == stats.pages_recalled * twins.page_bytes()
+    assert stats.attended_tokens == 2 * 2 * (4 + 5 * 4 + 4)
+    query = twins.query()
+    for layer in range(2):
+        twins.attend_layer(layer, query)
+    before = twins.manager.stats()
+    for layer in range(2):
+        twins.attend_layer(layer, query)
+    after = twins.manager.stats()
+    assert after.pages_recalled == before.pages_recalled
+    assert after.pages_hit == before.pages_hit + 2 * 2 * 2 * 5
+    twins.keep_sequences([1, 1, 0])
+    assert twins.manager.stats().pages_hit == after.pages_hit
+    twins.check()
+
+
+# -- what cannot reach compiled code --------------------------------------------------------------
+
+
+def make_step() -> tuple[DecodeStep, dict[str, Any]]:
+    sizes = dict.fromkeys(("batch", "kv_heads", "group", "lanes", "page_size"), 1)
+    sizes |= {"head_dim": 8, "value_dim": 8}
+    window = (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 8))
+    lists = Lists(np.zeros((1, 4), np.int64), np.zeros(1, np.int64), np.zeros((1, 4), np.int64))
+    bound = {
+        "window": window,
+        "digests": Digests(torch.zeros(1, 1, 1, 64), 1),
+        "handles": np.zeros((1, 4), np.int64),
+        "lists": lists,
+    }
+    return DecodeStep(torch.float32, Scratch(), **sizes), bound
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("window", (torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 4, 7)), r"window value .*4, 8\]"),
+        ("window", (torch.zeros(1, 1, 4, 8).half(),) * 2, "window key is torch.float16"),
+        ("digests", Digests(torch.zeros(1, 1, 64, 2).transpose(2, 3), 1), "digests .* contiguous"),
+        ("handles", np.zeros((2, 4), np.int64), r"handles is int64 \[2, 4\]: expected"),
+        ("handles", np.zeros((1, 4), np.int32), "handles is int32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(name: str, wrong: Any, message: str) -> None:
+    step, bound = make_step()
+    step.bind(**bound)
+    with pytest.raises(InputError, match=message):
+        step.bind(**(bound | {name: wrong}))
+
+
+def test_a_folder_that_cannot_be_written_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every process compiles for itself then."""
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/proc/no-such-folder")
+    assert numba_compile.cache_folder.__wrapped__() is None
+
+
+SUMS = """
+import sys
+import numpy as np
+from arkcache.kernels.numba_compile import kernel
+{functions}
+kinds = [np.dtype(kind) for kind in sys.argv[1].split(",")]
+for function in ({names}):
+    for kind in kinds:
+        assert function(np.arange(5, dtype=kind)).dtype == kind, (function, kind)
+    if len(kinds) > 1:
+        assert sum(function.stats.cache_hits.values()) == len(kinds), function.stats
+"""
+
+
+@pytest.mark.slow
+def test_processes_may_compile_at_once(tmp_path: Path) -> None:
+    """Each finds what it compiled, and what the other did, under the right signature."""
+    names = [f"double{number}" for number in range(6)]
+    functions = "".join(f"@kernel\ndef {name}(x):\n    return x + x\n" for name in names)
+    script = tmp_path / "sums.py"
+    script.write_text(SUMS.format(functions=functions, names=", ".join(names)))
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(script)]
+    kinds = ("float32", "float64", "int64")
+    running = [subprocess.Popen([*command, kind], env=environment) for kind in kinds]
+    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    subprocess.run([*command, ",".join(kinds)], env=environment, check=True, timeout=120)
+
+
+# -- append ---------------------------------------------------------------------------------------
+
+
+def fed(monkeypatch: pytest.MonkeyPatch, *, short: bool, **settings: Any) -> KVCacheManager:
+    """A manager after a ragged prompt and 90 tokens, each attended, appended in the short way or
+    in the long one."""
+    with monkeypatch.context() as patch:
+        if not short:
+            for name in ("write_next", "seal_next"):
+                patch.setattr(NativeEngine, name, lambda *_: False)
+        config = small_config(backend="numba", **settings)
+        manager = KVCacheManager(2, 3, 20, config, value_dim=12)
+        generator = torch.Generator().manual_seed(0)
+        for number in range(91):
+            new = 43 if number == 0 else 1
+            mask = None
+            if number == 0:
+                mask = torch.ones(2, 43, dtype=torch.bool)
+                mask[1, :5] = False
+            for layer in range(2):
+                key, value, query = (
+                    torch.randn(2, heads, new, dim, generator=generator)
+                    for heads, dim in ((3, 20), (3, 12), (6, 20))
+                )
+                manager.append(layer, key, value, mask)
+                manager.attend(layer, query)
+        manager.check_integrity()
+    return manager
+
+
+PACKED = {"key_bits": 4, "rotation": "both", "group_size": 4}
 
 
 @pytest.mark.parametrize("settings", [{}, {"page_size": 8}, {"index": "cuboid-mean"}, PACKED])

@@ -311,4 +311,4 @@ def test_bytes_that_hold_nothing_are_refused() -> None:
     ):
         within_bytes(config, shape, 4096, everything // 2, "cpu")
     with pytest.raises(ConfigError, match="the device tier of 1 sequences needs"):
-        within_bytes(replace(config, num_dense_layers=0), shape, 4096, 560_000, "cpu")
+        within_bytes(replace(config, num_dense_layers=0), shape, 4096, 350_000, "cpu")

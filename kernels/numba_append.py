@@ -1,7 +1,7 @@
 """Appending on a CPU: a new token into the recent window, a full page into the host tier.
 
-Pages of 16 bits rated by `TOKEN_ROWS`, the default, are sealed here: with pages of 4 that happens at
-every fourth token. All others take torch (`NativeEngine.seal`), which this does to the bit.
+Pages of 16 bits rated by `TOKEN_ROWS`, the default, are sealed here: with pages of 4 that happens
+at every fourth token. All others take torch (`NativeEngine.seal`), which this does to the bit.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from numba import carray
 from arkcache.kernels.numba_compile import kernel
 from arkcache.kernels.numba_numbers import F32, floats, integers, pointer, rotate, widen
 from arkcache.kernels.numba_record import (
+    WRITE,
     count_recent,
     count_sealed,
     page_address,
@@ -21,6 +22,23 @@ from arkcache.kernels.numba_record import (
 )
 from arkcache.kernels.numba_score import BLOCK
 from arkcache.kernels.torch_token_rows import LEVELS, OFFSET
+
+
+@kernel
+def append_tokens(step: Any, like: Any) -> None:
+    """Write the new tokens of all rows and count them (`WRITE`), or seal what has become full and
+    count that (`SEAL`)."""
+    for row in range(step.batch * step.kv_heads):
+        if step.phase == WRITE:
+            write_row(step, row, like)
+        else:
+            seal_row(step, row, like)
+    lengths, sealed = integers(step.lengths, step.batch), integers(step.sealed, step.batch)
+    for sequence in range(step.batch):
+        if step.phase == WRITE:
+            lengths[sequence] += 1
+        elif is_full(step, sequence * step.kv_heads):
+            sealed[sequence] += 1
 
 
 @kernel
@@ -47,15 +65,6 @@ def copy_states(source: Any, number: Any, target: Any, token: Any, dim: Any, lik
 def is_full(step: Any, row: Any) -> Any:
     """Whether the oldest tokens of a row's window are a page."""
     return count_recent(step, row) >= step.num_recent_tokens + step.page_size
-
-
-@kernel
-def count_sealing(step: Any) -> None:
-    """Count the pages that have been sealed."""
-    sealed = integers(step.sealed, step.batch)
-    for sequence in range(step.batch):
-        if is_full(step, sequence * step.kv_heads):
-            sealed[sequence] += 1
 
 
 @kernel

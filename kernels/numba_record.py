@@ -15,8 +15,8 @@ from arkcache.kernels.numba_compile import kernel
 from arkcache.kernels.numba_numbers import floats, integers, pointer
 
 WHOLE_ROWS, SCORE, SELECT, ATTEND, MERGE, WRITE, SEAL = range(7)
-"""What is to be done: by a parallel region everything for rows of its own, or one part for shares of
-all; by one thread merging what they have summed, writing a new token into the window, or sealing
+"""What is to be done: by a parallel region everything for rows of its own, or one part for shares
+of all; by one thread merging what they have summed, writing a new token into the window, or sealing
 pages that are full."""
 
 CUBOID, SPHERE, CENTROID, TOKEN_ROWS, TOKEN_CODES = range(5)

@@ -45,7 +45,6 @@ from arkcache.kernels.numba_vectors import (
     store_peaks4,
     store_sums4,
     sub16,
-    sum16,
     zeros16,
 )
 from arkcache.kernels.torch_token_rows import OFFSET
@@ -187,11 +186,17 @@ def score_token_rows(
                     cap(mine, page_size * BLOCK, softcap)
                 if tokens > 0:
                     row = bias[(lane + h) * tokens : (lane + h + 1) * tokens]
-                    for p in range(min(last - at, BLOCK)):
-                        for i in range(page_size):
-                            add_bias(mine, i * BLOCK + p, row[(at + p) * page_size + i])
+                    mask_columns(mine, page_size, row, at, min(last - at, BLOCK))
                 row = (lane + h) * stride + at
                 log_mass_of_columns(mine, page_size, width, score[row : row + width])
+
+
+@kernel
+def mask_columns(logits: Any, page_size: Any, bias: Any, first: Any, count: Any) -> None:
+    """Add a mask by token number to logits [page_size, BLOCK] of `count` pages from `first` on."""
+    for p in range(count):
+        for i in range(page_size):
+            add_bias(logits, i * BLOCK + p, bias[(first + p) * page_size + i])
 
 
 @kernel

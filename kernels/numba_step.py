@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numba import carray
 
-from arkcache.kernels.numba_append import count_sealing, seal_row, write_row
+from arkcache.kernels.numba_append import append_tokens
 from arkcache.kernels.numba_attend import (
     add_units,
     ask_for,
@@ -46,7 +46,6 @@ from arkcache.kernels.numba_record import (
     NUM_COUNTERS,
     RECALLED,
     SCORE,
-    SEAL,
     SELECT,
     SPHERE,
     TOKEN_CODES,
@@ -462,6 +461,9 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
 
     like, meta: arrays of the type of keys and values, and of the scales of quantised pages.
     """
+    if step.phase >= WRITE:
+        append_tokens(step, like)
+        return
     rows, shares = step.batch * step.kv_heads, step.shares
     part_size = step.lanes * (step.value_dim + 2)
     parts = floats(step.parts, max(rows, 1) * shares * part_size)
@@ -483,16 +485,6 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
                 select_row(step, row, row, like, meta)
         elif step.phase == ATTEND:
             attend_share(step, share, parts, part_size, like, meta)
-        elif step.phase == WRITE:
-            for row in range(rows):
-                write_row(step, row, like)
-            lengths = integers(step.lengths, step.batch)
-            for sequence in range(step.batch):
-                lengths[sequence] += 1
-        elif step.phase == SEAL:
-            for row in range(rows):
-                seal_row(step, row, like)
-            count_sealing(step)
         else:
             for row in range(rows):
                 size = shares * part_size

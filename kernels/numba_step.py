@@ -464,31 +464,37 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
     if step.phase >= WRITE:
         append_tokens(step, like)
         return
-    rows, shares = step.batch * step.kv_heads, step.shares
     part_size = step.lanes * (step.value_dim + 2)
-    parts = floats(step.parts, max(rows, 1) * shares * part_size)
+    parts = floats(step.parts, max(step.batch * step.kv_heads, 1) * step.shares * part_size)
+    for share in range(begin, end):
+        run_share(step, share, parts, part_size, like, meta)
+
+
+@kernel
+def run_share(step: Any, share: Any, parts: Any, part_size: Any, like: Any, meta: Any) -> None:
+    """One share of the phase under way; parts: room for what each share of each row sums."""
+    rows, shares = step.batch * step.kv_heads, step.shares
     # Not literals, for each of which numba would compile what they are given to anew.
     none, one, all_units = np.int64(0), np.int64(1), np.int64(1 << 40)
-    for share in range(begin, end):
+    if step.phase == WHOLE_ROWS:
         own = parts[share * part_size : (share + 1) * part_size]
-        if step.phase == WHOLE_ROWS:
-            for row in range(share, rows, shares):
-                score_row(step, row, share, none, one, like)
-                select_row(step, row, share, like, meta)
-                attend_row(step, row, share, none, all_units, none, own, like, meta)
-                merge_row(step, row, own, one, like)
-        elif step.phase == SCORE:
-            for row in range(rows):
-                score_row(step, row, row, share, shares, like)
-        elif step.phase == SELECT:
-            for row in range(share, rows, shares):
-                select_row(step, row, row, like, meta)
-        elif step.phase == ATTEND:
-            attend_share(step, share, parts, part_size, like, meta)
-        else:
-            for row in range(rows):
-                size = shares * part_size
-                merge_row(step, row, parts[row * size : (row + 1) * size], shares, like)
+        for row in range(share, rows, shares):
+            score_row(step, row, share, none, one, like)
+            select_row(step, row, share, like, meta)
+            attend_row(step, row, share, none, all_units, none, own, like, meta)
+            merge_row(step, row, own, one, like)
+    elif step.phase == SCORE:
+        for row in range(rows):
+            score_row(step, row, row, share, shares, like)
+    elif step.phase == SELECT:
+        for row in range(share, rows, shares):
+            select_row(step, row, row, like, meta)
+    elif step.phase == ATTEND:
+        attend_share(step, share, parts, part_size, like, meta)
+    else:
+        for row in range(rows):
+            size = shares * part_size
+            merge_row(step, row, parts[row * size : (row + 1) * size], shares, like)
 
 
 @kernel

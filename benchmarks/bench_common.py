@@ -78,10 +78,15 @@ def ledger_entry(benchmark: str, settings: dict[str, Any], **measured: Any) -> d
         "settings": settings,
         "machine": describe_machine(torch.device("cpu")),
         "versions": versions() | _compared_versions(),
-        "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         **measured,
     }
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "HEAD"]
+    return subprocess.check_output(command, text=True, cwd=RESULTS.parent).strip()
 
 
 def append_to_ledger(ledger: Path, entry: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@
 # PYTEST_ARGS   more arguments for pytest, as in: make test PYTEST_ARGS="-k layout -x"
 # WORKERS       processes that run tests side by side; 0 is none but the main one (for a debugger,
 #               or where they share a GPU)
+# CHAT_ARGS     more arguments for the chat, as in: make chat CHAT_ARGS="--file book.txt"
 # BENCH_ARGS    more arguments for the benchmarks
 # TORCH_INDEX   an index with the small CPU build of torch, tried once, if pip's own index does not
 #               have it: there, on Linux, torch is the CUDA build of several gigabytes
@@ -12,6 +13,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= auto
 BENCH_ARGS ?=
+CHAT_ARGS ?=
 TORCH_INDEX ?=
 
 VENV := .venv
@@ -29,7 +31,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
+.PHONY: help demo chat test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -37,6 +39,9 @@ help: ## this list
 
 demo: $(VENV)/.ready ## a small model answers from far back in a long context
 	$(BIN)/arkcache demo
+
+chat: $(VENV_EVAL)/.ready ## talk with a small chat model about a long text (docs/chat.md)
+	$(VENV_EVAL)/bin/arkcache chat $(CHAT_ARGS)
 
 test: $(VENV)/.ready ## the tests, without the slow ones
 	$(BIN)/python -c "from arkcache.kernels.numba_launch import compile_all; compile_all()"

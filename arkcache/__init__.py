@@ -1,7 +1,7 @@
 """ArkCache: the KV cache of long contexts in two tiers, with recallable eviction.
 
-Importing this module touches neither CUDA nor transformers; `ArkCache`, `detach` and
-`generate_graphed` load the Hugging Face integration when they are first used.
+Importing this module touches neither CUDA nor transformers; `ArkCache`, `detach`,
+`generate_graphed` and `Session` load the Hugging Face integration when they are first used.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from arkcache.manager import KVCacheManager
 from arkcache.stats import CacheStats
 
 if TYPE_CHECKING:
+    from arkcache.chat.session import Session
     from arkcache.huggingface import ArkCache, detach, generate_graphed
 
 __version__ = "0.1.0"
@@ -37,6 +38,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "KVCacheManager",
+    "Session",
     "TransferError",
     "UnconsumedStepError",
     "UnsupportedModelError",
@@ -51,6 +53,10 @@ def __getattr__(name: str) -> Any:
         from arkcache import huggingface
 
         return getattr(huggingface, name)
+    if name == "Session":
+        from arkcache.chat.session import Session
+
+        return Session
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

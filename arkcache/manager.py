@@ -364,11 +364,41 @@ class KVCacheManager:
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
             max_selected = self.planner.pages_that_fit(len(order))
             factor = self.planner.pool_factor(len(order), max_selected)
-        tier = DeviceTier(self.planner.plan(len(order), max_selected, factor))
+        self._move_into(order, max_selected, factor)
+        self._log.keep_sequences(order)
+
+    def _move_into(self, order: Ids, max_selected: int, pool_factor: float) -> None:
+        """Into a new device tier, in which sequence i is what sequence `order[i]` was."""
+        tier = DeviceTier(self.planner.plan(len(order), max_selected, pool_factor))
         for number, state in enumerate(self._layers):
             state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
         self._device_tier, self._max_selected = tier, max_selected
-        self._log.keep_sequences(order)
+
+    @on_own_device
+    def set_budget(self, budget_tokens: int | tuple[Any, ...] | None) -> None:
+        """Attend as many tokens per step from now on; what is held stays.
+
+        budget_tokens: as in `CacheConfig`. Raises `ConfigError`, before anything has changed, for
+        an impossible budget and where a layer that holds tokens would begin to attend everything,
+        or cease to: they keep them in different ways.
+        """
+        before, config = self._config, replace(self._config, budget_tokens=budget_tokens)
+        config.check_layers(self.num_layers, self.num_kv_heads)
+        planner = replace(self.planner, config=config)
+        if self._layers:
+            for layer in range(self.num_layers):
+                everything = [one.budget_of(layer) is None for one in (before, config)]
+                if everything[0] != everything[1]:
+                    raise ConfigError(
+                        f"budget_tokens={budget_tokens!r}: layer {layer} would "
+                        f"{'cease' if everything[0] else 'begin'} to attend everything while it "
+                        "holds tokens; reset() first"
+                    )
+            max_selected = planner.pages_that_fit(self.batch)
+            factor = planner.pool_factor(self.batch, max_selected)
+            self.planner, self._config = planner, config
+            self._move_into(np.arange(self.batch), max_selected, factor)
+        self.planner, self._config = planner, config
 
     @torch.no_grad()
     def rate_with(self, make: Callable[[], PageIndex]) -> None:

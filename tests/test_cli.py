@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import arkcache
 from arkcache import CacheConfig, cli
+from arkcache.cli.common import parse_bytes
 from arkcache.demo import run as demo
 from arkcache.demo import sweep
 from arkcache.demo.models import SHIPPED
@@ -228,13 +229,13 @@ def test_describe_tells_mistakes_in_a_line(arguments: list[str], message: str) -
     [("1", 1), ("2GiB", 2 << 30), ("500MB", 500_000_000), ("1.5 kib", 1536), ("64 b", 64)],
 )
 def test_bytes_with_units(text: str, expected: int) -> None:
-    assert cli.parse_bytes(text) == expected
+    assert parse_bytes(text) == expected
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1", "1e3", "0", "0.1B", "2XB", "1 2"])
 def test_bytes_that_are_none(text: str) -> None:
     with pytest.raises(arkcache.InputError, match="as in 2GiB"):
-        cli.parse_bytes(text)
+        parse_bytes(text)
 
 
 # -- sweep ----------------------------------------------------------------------------------------

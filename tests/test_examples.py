@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from arkcache import CacheConfig
+from arkcache.demo.models import SHIPPED
 from arkcache.kernels import reference
 
 PLAIN_DECODER = Path(__file__).resolve().parents[1] / "examples" / "plain_decoder.py"
@@ -69,3 +70,14 @@ def test_plain_decoder_runs() -> None:
     )
     assert "budget 512" in done.stdout
     assert done.stderr == ""
+
+
+def test_chat(tmp_path: Path) -> None:
+    """As its user runs it, with the model that the package ships."""
+    text = tmp_path / "text.txt"
+    text.write_text("The value of amber is 4821. " * 30)
+    script = PLAIN_DECODER.with_name("chat.py")
+    command = [sys.executable, str(script), str(SHIPPED), str(text), "What is the value of amber?"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 1

@@ -40,6 +40,7 @@ MAY_IMPORT["engines"] = {*MAY_IMPORT, "engines"} - {"backend", "planning", "vali
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "layers"} - {"backend", "validate"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
+MAY_IMPORT["chat"] = {*MAY_IMPORT, "chat"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
 MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "layers", "manager", "pages"}
 MAY_IMPORT["memory"] |= {"planning", "tiering"}
@@ -66,16 +67,17 @@ IMPORTED_BY = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "cupy": {"tiering"},
-    "transformers": {"huggingface", "demo", "evaluation", "cli"},
+    "transformers": {"chat", "huggingface", "demo", "evaluation", "cli"},
     "matplotlib": {"evaluation"},
     "psutil": {"cli", "demo"},
-    "rich": {"cli", "demo", "evaluation"},
+    "rich": {"chat", "cli", "demo", "evaluation"},
     "typer": {"cli"},
 }
 # Heavy or optional: these import it inside functions, so that they start without it.
 LAZILY = {
     ("arkcache.cli", "transformers"),
     ("arkcache.cli", "arkcache.huggingface"),
+    ("arkcache", "arkcache.chat.session"),
     ("arkcache", "arkcache.huggingface"),
     ("arkcache.tiering", "cupy"),
     ("arkcache.layers.making", "arkcache.engines.device"),  # they import Triton
@@ -275,7 +277,7 @@ def test_public_names_resolve_and_are_sorted() -> None:
 
 def test_public_names_are_pinned() -> None:
     promised = {"ArkCache", "CacheConfig", "CacheStats", "KVCacheManager", "__version__"}
-    promised |= {"detach", "generate_graphed"}
+    promised |= {"Session", "detach", "generate_graphed"}
     errors = {
         name
         for name, value in vars(arkcache.errors).items()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arkcache.chat.template import encode, special_opening, template_of
 from arkcache.demo import facts
 from arkcache.demo.facts import Fact
 from arkcache.errors import InputError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 _MIN_CHARS = 200
 _FACT_TOKENS = 24  # reserve for a fact in any tokenizer
-_TEXT, _ANSWER, _QUESTION = "<<text>>", "<<answer>>", "<<question>>"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
             answer_tokens=12,
             stops_at_value=True,
         )
-    opening, between, closing = template_parts(tokenizer)
+    opening, between, closing = template_of(tokenizer)
     return Voice(
         fact=_secret,
         question=lambda name: f"{_ask(name)} Answer with the number only.",
@@ -101,31 +101,6 @@ def plain_voice(tokenizer: PreTrainedTokenizerBase) -> Voice:
         answer_tokens=24,
         stops_at_value=False,
     )
-
-
-def template_parts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str, str]:
-    """What a chat template puts before the user's first words, between an answer and the user's
-    next words, and between those and their answer.
-
-    Raises `InputError` for a template that drops parts of a conversation.
-    """
-    turns = [
-        {"role": "user", "content": _TEXT},
-        {"role": "assistant", "content": _ANSWER},
-        {"role": "user", "content": _QUESTION},
-    ]
-    # Templates that know of thinking leave it out; the others ignore the argument.
-    rendered = str(
-        tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-    )
-    opening, _, rest = rendered.partition(_TEXT)
-    _, _, rest = rest.partition(_ANSWER)
-    between, found, closing = rest.partition(_QUESTION)
-    if not found:
-        raise InputError("the tokenizer's chat template drops parts of a conversation")
-    return opening, between, closing
 
 
 def _secret(fact: Fact) -> str:
@@ -220,19 +195,6 @@ def order_questions(hidden: list[Fact]) -> list[Fact]:
 def question_ids(tokenizer: PreTrainedTokenizerBase, voice: Voice, fact: Fact) -> list[int]:
     """Token ids of the question for a fact, with what surrounds it."""
     return encode(tokenizer, voice.between + voice.question(fact.name) + voice.closing)
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, without anything added."""
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return ids
-
-
-def special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer puts before a text by itself, such as a begin-of-sequence token."""
-    bare, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
-    start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
-    return whole[:start]
 
 
 def _cut(tokenizer: PreTrainedTokenizerBase, text: str, num_tokens: int) -> str:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from arkcache.demo.conversation import encode, load_text, special_opening
+from arkcache.chat.template import encode, special_opening
+from arkcache.demo.conversation import load_text
 from arkcache.errors import InputError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from arkcache.demo.conversation import encode, special_opening, template_parts
+from arkcache.chat.template import encode, special_opening, template_of
 from arkcache.evaluation.passage import Passage, Question, Room
 
 if TYPE_CHECKING:
@@ -65,5 +65,5 @@ def speaker_of(tokenizer: PreTrainedTokenizerBase) -> Speaker:
     """
     if not tokenizer.chat_template:
         return Speaker(tokenizer, "", "", "\n")
-    opening, between, closing = template_parts(tokenizer)
+    opening, between, closing = template_of(tokenizer)
     return Speaker(tokenizer, opening, closing, between)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -284,9 +285,41 @@ class ArkCache(DynamicCache):
 
         return replayed(model, self, new_tokens)
 
+    def set_budget(self, budget_tokens: int | tuple[Any, ...]) -> None:
+        """Attend so many tokens per step from now on, as in `CacheConfig`; what is held stays.
+
+        Raises `ConfigError`, before anything has changed, for an impossible budget and where a
+        layer that holds tokens would begin or cease to attend everything.
+        """
+        self._check_budgets(replace(self._core.config, budget_tokens=budget_tokens))
+        self._core.set_budget(budget_tokens)
+
     def forget_step(self) -> None:
         """Forget a step that was interrupted between its layers."""
         self._core.forget_step()
+
+    @contextmanager
+    def atomic(self) -> Iterator[None]:
+        """Within it steps happen all or not at all: after an error the cache is what it was before.
+
+        For what comes between the model's calls, and for errors which they raise by themselves. A
+        signal that interrupts a call may leave a layer half written: have it wait.
+        """
+        length = self.get_seq_length()
+        others = [_as_it_is(layer) for layer in self.layers]
+        prompts = [isinstance(layer, PagedCacheLayer) and layer.in_prompt for layer in self.layers]
+        try:
+            yield
+        except BaseException:
+            self.forget_step()
+            for manager in self._core.managers.values():
+                manager.crop(min(length, manager.num_columns))
+            for index, layer in enumerate(self.layers):
+                if isinstance(layer, PagedCacheLayer):
+                    layer.in_prompt = prompts[index]
+                else:
+                    self.layers[index] = others[index]
+            raise
 
     @contextmanager
     def exact(self) -> Iterator[None]:
@@ -439,3 +472,11 @@ class ArkCache(DynamicCache):
                     layer.layer in latent_layers,
                 )
         return shapes
+
+
+def _as_it_is(layer: Any) -> Any:
+    """A layer that is not ours, to be put back: what a step writes into is copied, what it replaces
+    is not."""
+    if isinstance(layer, PagedCacheLayer):
+        return layer
+    return copy.deepcopy(layer) if hasattr(layer, "recurrent_states") else copy.copy(layer)

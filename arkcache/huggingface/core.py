@@ -115,14 +115,33 @@ class CacheCore:
             for limit in (self.config.device_bytes, self.config.host_bytes)
         )
         config = replace(self.config, device_bytes=device, host_bytes=host)
-        if config.budget_tokens is None:
-            return replace(config, num_dense_layers=0)
-        budgets: list[Any] = []
-        for layer in layers:
-            dense = layer < config.num_dense_layers
-            given = config.budget_tokens
-            budgets.append(None if dense else given[layer] if isinstance(given, tuple) else given)
-        return replace(config, num_dense_layers=0, budget_tokens=tuple(budgets))
+        return replace(config, num_dense_layers=0, budget_tokens=self._budgets_of(layers))
+
+    def _budgets_of(self, layers: list[int]) -> tuple[Any, ...] | None:
+        """The budgets of these layers of the model, as a manager of them is told."""
+        given, num_dense = self.config.budget_tokens, self.config.num_dense_layers
+        if given is None:
+            return None
+        each = given if isinstance(given, tuple) else [given] * (max(layers) + 1)
+        return tuple(None if layer < num_dense else each[layer] for layer in layers)
+
+    def set_budget(self, budget_tokens: Any) -> None:
+        """See `ArkCache.set_budget`."""
+        before, shapes = self.config, self.attached().shapes
+        self.config = replace(before, budget_tokens=budget_tokens)
+        changed: list[tuple[KVCacheManager, Any]] = []
+        try:
+            for group, manager in self.managers.items():
+                same = (layer for layer, shape in shapes.items() if shape == group)
+                layers = [group] if isinstance(group, int) else sorted(same)
+                budget = manager.config.budget_tokens
+                manager.set_budget(self._budgets_of(layers))
+                changed.append((manager, budget))
+        except BaseException:
+            self.config = before
+            for manager, budget in changed:
+                manager.set_budget(budget)
+            raise
 
     def _share(self, shape: LayerShape, layers: list[int]) -> float:
         """What these layers keep of a token in tiers, as a share of what all paged layers keep."""

@@ -1,0 +1,237 @@
+"""A conversation in a terminal: what is typed is a question or a command, answers stream.
+
+Start reading at `Chat.run`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from arkcache.chat.documents import load_document
+from arkcache.chat.session import Session
+from arkcache.errors import ArkCacheError, InputError
+
+QUOTES = '"""'
+"""Before and after what takes several lines."""
+
+
+@dataclass
+class Sampling:
+    """How answers are drawn; see `Session.ask`."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class Chat:
+    """A conversation in a terminal.
+
+    Args:
+        session: what is asked.
+        sampling: how answers are drawn.
+        console: where everything is printed.
+        ask_line: shows a prompt and returns a line; raises `EOFError` at the end of the input.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampling: Sampling,
+        console: Console,
+        ask_line: Callable[[str], str] = input,
+    ) -> None:
+        self._session, self._sampling = session, sampling
+        self._console, self._ask_line = console, ask_line
+        self._goes_on = True
+        self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
+            "file": (self._read_file, "PATH", "read a text file into the conversation"),
+            "ask-full": (
+                self._ask_full,
+                "[QUESTION]",
+                "ask with everything attended; without a question, the last one again",
+            ),
+            "undo": (self._undo, "", "forget the last question and its answer"),
+            "budget": (self._set_budget, "TOKENS", "attend so many tokens a step from now on"),
+            "stats": (self._show_stats, "", "what the cache holds and did"),
+            "reset": (self._reset, "", "forget everything"),
+            "help": (self._help, "", "this list"),
+            "quit": (self._quit, "", "leave; so does Ctrl-D"),
+        }
+
+    def run(self) -> None:
+        """Talk until the user leaves."""
+        self._say("Ask about the text; /help lists the commands, Ctrl-C stops an answer.")
+        while self._goes_on:
+            try:
+                line = self._typed()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                self._say("Ctrl-D or /quit leaves.")
+                continue
+            try:
+                if line.startswith("/"):
+                    self._obey(line[1:])
+                elif line:
+                    self._answer(line)
+            except ArkCacheError as error:
+                self._console.print(f"[red]{escape(str(error))}[/]", highlight=False)
+            except KeyboardInterrupt:
+                self._say("stopped; everything before is kept.")
+
+    def read(self, name: str, text: str) -> None:
+        """Read a text, with a progress bar on a terminal."""
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[speed]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        start = time.perf_counter()
+        with bar:
+            task = bar.add_task(f"Reading {escape(name)}", total=None, speed="")
+
+            def progress(done: int, total: int) -> None:
+                speed = f"{done / (time.perf_counter() - start):,.0f} tokens/s" if done else ""
+                bar.update(task, completed=done, total=total, speed=speed)
+
+            count = self._session.read(text, progress)
+        seconds = time.perf_counter() - start
+        self._say(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
+
+    # -- what is typed ----------------------------------------------------------------------------
+
+    def _typed(self) -> str:
+        """A line, or several: those that end in a backslash go on, and so do open quotes."""
+        text = self._ask_line("\n> ").strip()
+        if text.startswith(QUOTES):
+            text = text[len(QUOTES) :]
+            while not text.rstrip().endswith(QUOTES):
+                text += "\n" + self._ask_line(". ")
+            return text.rstrip()[: -len(QUOTES)].strip()
+        while text.endswith("\\"):
+            text = text[:-1] + "\n" + self._ask_line(". ").rstrip()
+        return text
+
+    def _obey(self, line: str) -> None:
+        name, _, rest = line.partition(" ")
+        if name not in self._commands:
+            raise InputError(f"/{name}: no such command; /help lists them")
+        self._commands[name][0](rest.strip())
+
+    # -- answers ----------------------------------------------------------------------------------
+
+    def _answer(self, question: str, *, exact: bool = False) -> None:
+        session, sampling = self._session, self._sampling
+        before, held, start = session.cache.stats(), len(session.ids), time.perf_counter()
+        first = start
+        answer = session.ask(question, **asdict(sampling), exact=exact)
+        try:
+            for number, part in enumerate(_spelled(answer)):
+                if number == 0:
+                    first = time.perf_counter()
+                self._console.out(part, end="", highlight=False)
+        finally:
+            self._console.out("")
+        count, seconds = len(session.ids) - held, time.perf_counter() - first
+        stats = session.cache.stats()
+        layers = max(1, stats.total_tokens // max(1, len(session.ids)))
+        hits, recalled = (
+            getattr(stats, name) - getattr(before, name) for name in ("pages_hit", "pages_recalled")
+        )
+        words = [
+            f"{count:,} tokens",
+            f"first after {first - start:.1f} s",
+            f"{seconds:.1f} s",
+            f"{stats.attended_tokens // layers:,} of {len(session.ids):,} attended",
+        ]
+        if hits + recalled:
+            words.append(f"{hits / (hits + recalled):.0%} of pages at hand")
+        self._say(", ".join(words))
+
+    def _ask_full(self, question: str) -> None:
+        question = question or self._session.undo()
+        self._answer(question, exact=True)
+
+    # -- commands ---------------------------------------------------------------------------------
+
+    def _read_file(self, path: str) -> None:
+        if not path:
+            raise InputError("/file PATH: no path given")
+        self.read(Path(path).name, load_document(Path(path).expanduser()))
+
+    def _undo(self, _rest: str) -> None:
+        self._say(f"forgotten: {self._session.undo()}")
+
+    def _set_budget(self, tokens: str) -> None:
+        if not tokens.isdecimal():
+            raise InputError(f"/budget {tokens}: expected a number of tokens")
+        self._session.cache.set_budget(int(tokens))
+        self._say(f"a step attends {int(tokens):,} tokens from now on.")
+
+    def _show_stats(self, _rest: str) -> None:
+        stats, session = self._session.cache.stats(), self._session
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, value in (
+            ("tokens held", f"{len(session.ids):,}"),
+            ("on the device", _mib(stats.device_bytes + stats.digest_bytes)),
+            ("of which index", _mib(stats.digest_bytes)),
+            ("in the host tier", _mib(stats.host_bytes)),
+            ("pages recalled", f"{stats.pages_recalled:,}"),
+            ("recalled", _mib(stats.bytes_recalled)),
+            ("pages at hand", f"{stats.hit_rate:.0%}"),
+        ):
+            table.add_row(name, value)
+        self._console.print(table)
+
+    def _reset(self, _rest: str) -> None:
+        self._session.reset()
+        self._say("everything is forgotten.")
+
+    def _help(self, _rest: str) -> None:
+        table = Table(box=None, show_header=False, pad_edge=False)
+        for name, (_, argument, what) in self._commands.items():
+            table.add_row(escape(f"/{name} {argument}"), what)
+        self._console.print(table)
+        self._say(f"A line that ends in \\ goes on; {QUOTES} opens and closes several lines.")
+
+    def _quit(self, _rest: str) -> None:
+        self._goes_on = False
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"[dim]{escape(text)}[/]", highlight=False)
+
+
+def _spelled(answer: Iterator[str]) -> Iterator[str]:
+    """An answer without the spaces before its first word."""
+    begun = False
+    for part in answer:
+        part = part if begun else part.lstrip()
+        begun = begun or bool(part)
+        if part:
+            yield part
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def use_line_editing() -> None:
+    """Let lines be edited and called back, where Python has GNU readline or its like."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - `input` uses it once it is imported

@@ -1,0 +1,55 @@
+"""The command line. Needs the extra "cli"; `main` says so without it.
+
+Everything heavy is imported when a command runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import arkcache
+from arkcache.cli.installing import say_what_to_install
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    _missing = error.name
+else:
+    _missing = None
+
+
+def main() -> None:
+    """The entry point of the command `arkcache`."""
+    if _missing is not None:
+        say_what_to_install(_missing)
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(arkcache.__version__)
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """A paged KV cache for long contexts: evict, recall, never lose."""
+
+
+if _missing is None:
+    from arkcache.cli.chatting import chat, generate
+    from arkcache.cli.comparing import demo, sweep
+    from arkcache.cli.evaluating import evaluate
+    from arkcache.cli.planning import describe
+
+    app = typer.Typer(no_args_is_help=True, add_completion=False)
+    app.callback()(_root)
+    app.command()(demo)
+    app.command()(chat)
+    app.command()(generate)
+    app.command()(describe)
+    app.command()(sweep)
+    app.command("eval")(evaluate)

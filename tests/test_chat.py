@@ -1,0 +1,532 @@
+"""Conversations: what a session feeds its model, how it stops, and what a terminal shows."""
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from arkcache import ArkCache, CacheConfig, ConfigError, InputError, KVCacheManager, Session, cli
+from arkcache.chat.documents import help_text, load_document
+from arkcache.chat.session import CHUNK_TOKENS, Turn, interrupts_wait
+from arkcache.chat.streaming import TextStream
+from arkcache.chat.template import PLAIN, encode, template_of
+from arkcache.chat.terminal import Chat, Sampling
+from arkcache.demo import run as demo
+from arkcache.demo.models import SHIPPED, load_model
+from tests.twins import small_config
+
+TEXT = "The value of amber is 4821. The value of birch is 1200. " * 12
+ROOT = Path(__file__).resolve().parents[1]
+runner = CliRunner(env={"COLUMNS": "80"})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with demo.threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shipped() -> tuple[Any, Any]:
+    return load_model(None, torch.device("cpu"), "auto")
+
+
+def session_of(shipped: tuple[Any, Any], **settings: Any) -> Session:
+    return Session(*shipped, **({"budget_tokens": 128} | settings))
+
+
+def said(session: Session, question: str, **how: Any) -> str:
+    return "".join(session.ask(question, **({"max_new_tokens": 12} | how)))
+
+
+def dense(shipped: tuple[Any, Any], ids: list[int], count: int) -> list[int]:
+    """The most likely tokens after these, by the model's own cache."""
+    model, _ = shipped
+    cache, answer, given = DynamicCache(config=model.config), [], ids
+    with torch.inference_mode():
+        for _ in range(count):
+            logits = model(torch.tensor([given]), past_key_values=cache).logits[0, -1]
+            given = [int(logits.argmax())]
+            answer += given
+    return answer
+
+
+# -- a session ------------------------------------------------------------------------------------
+
+
+def test_answers_are_the_full_caches(shipped: tuple[Any, Any]) -> None:
+    """Two turns with budget for everything: the tokens of one long prompt, and its answers."""
+    session = session_of(shipped, budget_tokens=None)
+    tokenizer = shipped[1]
+    assert session.read(TEXT) == len(session.ids) == session.cache.get_seq_length()
+    expected = encode(tokenizer, TEXT + "\n\n")
+    for number, question in enumerate(("What is the value of amber?", "And of birch?")):
+        between = PLAIN.between if number else ""
+        expected += encode(tokenizer, between + question + PLAIN.closing)
+        answer = dense(shipped, expected, 12)
+        stop = answer.index(0) if 0 in answer else len(answer)  # the end of a text
+        text = said(session, question)
+        assert text == tokenizer.decode(answer[:stop])
+        expected += answer[:stop]
+        assert session.ids == expected
+        assert session.turns[-2:] == [Turn("user", question), Turn("assistant", text)]
+    session.cache.check_integrity()
+
+
+def test_exact_answers_attend_everything(shipped: tuple[Any, Any]) -> None:
+    exact, full = session_of(shipped), session_of(shipped, budget_tokens=None)
+    for session in (exact, full):
+        session.read(TEXT)
+    assert said(exact, "What?", exact=True) == said(full, "What?")
+    assert exact.cache.stats().attended_tokens == exact.cache.stats().total_tokens
+    said(exact, "What?")
+    assert exact.cache.stats().attended_tokens < exact.cache.stats().total_tokens / 2
+
+
+def test_texts_are_read_in_chunks(shipped: tuple[Any, Any]) -> None:
+    session, steps = session_of(shipped), []
+    count = session.read(TEXT * 12, lambda done, total: steps.append((done, total)))
+    assert count > 2 * CHUNK_TOKENS
+    assert steps[0] == (0, count)
+    assert steps[1] == (CHUNK_TOKENS, count)
+    assert steps[-1] == (count, count)
+
+
+def test_undo_and_ask_again(shipped: tuple[Any, Any]) -> None:
+    session = session_of(shipped)
+    session.read(TEXT)
+    held, first = list(session.ids), said(session, "What is the value of amber?")
+    assert session.undo() == "What is the value of amber?"
+    assert session.ids == held
+    assert session.cache.get_seq_length() == len(held)
+    assert session.turns == [Turn("user", TEXT)]
+    assert said(session, "What is the value of amber?") == first
+    with pytest.raises(InputError, match="no question"):
+        session.undo(), session.undo()
+    session.reset()
+    assert (session.ids, session.turns, session.cache.get_seq_length()) == ([], [], 0)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("during", ["a text", "a question", "an answer"])
+def test_what_fails_has_not_happened(
+    shipped: tuple[Any, Any],
+    error: type[BaseException],
+    during: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An error in a layer in the middle of a step."""
+    model, question = shipped[0], "What is the value of birch?"
+    broken, whole = session_of(shipped), session_of(shipped)
+    for session in (broken, whole):
+        session.read(TEXT)
+    mlp, calls = model.model.layers[2].mlp, iter(range(100))
+    forward, failing = mlp.forward, 5 if during == "an answer" else 0
+
+    def fail(*arguments: Any) -> Any:
+        if next(calls) == failing:
+            raise error
+        return forward(*arguments)
+
+    def happen() -> None:
+        if during == "a text":
+            broken.read(TEXT)
+        else:
+            said(broken, question)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlp, "forward", fail)
+        with pytest.raises(error):
+            happen()
+    assert broken.cache.get_seq_length() == len(broken.ids)
+    broken.cache.check_integrity()
+    if during == "an answer":  # what it said before is there to stay
+        answer = whole.ask(question, max_new_tokens=12)
+        while len(whole.ids) < len(broken.ids):
+            next(answer)
+        answer.close()
+    assert broken.ids == whole.ids
+    assert len(broken.turns) == len(whole.turns)
+    assert said(broken, "And of amber?") == said(whole, "And of amber?")
+
+
+def test_ctrl_c_waits_until_a_step_is_over() -> None:
+    steps = []
+
+    def step() -> None:
+        with interrupts_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            steps.append("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        step()
+    assert steps == ["whole"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    seen: list[str] = []
+
+    def elsewhere() -> None:
+        with interrupts_wait():
+            seen.append("ran")
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == ["ran"]
+
+
+def test_an_answer_nobody_waits_for_ends(shipped: tuple[Any, Any]) -> None:
+    session = session_of(shipped)
+    session.read(TEXT)
+    answer = session.ask("What is the value of amber?")
+    first = next(answer)
+    answer.close()
+    assert session.turns[-1] == Turn("assistant", first)
+    said(session, "And of birch?")
+    assert session.cache.get_seq_length() == len(session.ids)
+    session.cache.check_integrity()
+
+
+def test_drawn_answers(shipped: tuple[Any, Any]) -> None:
+    """By torch's generator; a penalty forbids nothing but makes words new."""
+    texts = set()
+    for seed in (0, 0, 1):
+        session = session_of(shipped)
+        torch.manual_seed(seed)
+        texts.add(said(session, "Tell", temperature=2.0, top_p=0.95))
+    assert len(texts) == 2
+    session = session_of(shipped)
+    said(session, "Tell", repetition_penalty=1e6, max_new_tokens=20)
+    answer = session.ids[-20:]
+    assert len(set(answer)) == len(answer)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+    ],
+)
+def test_settings_are_checked_before_anything_happens(
+    shipped: tuple[Any, Any], how: dict[str, Any], message: str
+) -> None:
+    session = session_of(shipped)
+    with pytest.raises(InputError, match=message):
+        session.ask("What?", **how)  # not only when the first part is asked for
+    assert session.ids == []
+
+
+def test_what_cannot_be_read(shipped: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(shipped)
+    for given, message in (("", "nothing to read"), (" \n", "nothing to read")):
+        with pytest.raises(InputError, match=message):
+            session.read(given)
+    with pytest.raises(InputError, match="the question is empty"):
+        session.ask(" ")
+    monkeypatch.setattr(Session, "limit", 100)
+    with pytest.raises(InputError, match=r"tokens beside the 0 tokens held: .* made for 100"):
+        session.read(TEXT)
+    with pytest.raises(InputError, match=r"200,000,000 characters beside"):
+        session.read("a" * 200_000_000)  # at once
+    patient = session_of(shipped, past_limit=True)
+    assert patient.read(TEXT) > 100
+    assert session.ids == []
+
+
+def test_template(shipped: tuple[Any, Any]) -> None:
+    tokenizer = shipped[1]
+    assert template_of(tokenizer) == PLAIN
+    assert template_of(tokenizer, "You are terse.").opening == "You are terse.\n\n"
+
+
+def test_characters_of_several_tokens_come_whole() -> None:
+    """A tokenizer of bytes: nothing is printed until a character is whole."""
+
+    class Bytes:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    stream = TextStream(Bytes())  # type: ignore[arg-type]
+    text = "né ☕ 日本"
+    parts = [stream.push(byte) for byte in text.encode()]
+    assert "".join(parts) == text
+    assert "�" not in "".join(parts)
+    assert stream.push(0xE6) == ""
+    assert stream.rest() == "�"
+
+
+# -- a budget that changes ------------------------------------------------------------------------
+
+
+@pytest.mark.backends("torch", "numba")
+def test_a_budget_may_change_while_tokens_are_held() -> None:
+    """Steps are then those of a cache that had the budget from the beginning."""
+    states = torch.randn(2, 2, 2, 200, 16)
+    query = torch.randn(2, 4, 1, 16)
+    budgets = (32, 128, 16, 400, 32)
+    manager = KVCacheManager(1, 2, 16, small_config(budget_tokens=64))
+    manager.append(0, *states)
+    for budget in budgets:
+        manager.set_budget(budget)
+        other = KVCacheManager(1, 2, 16, small_config(budget_tokens=budget))
+        other.append(0, *states)
+        torch.testing.assert_close(manager.attend(0, query), other.attend(0, query))
+        assert manager.stats().attended_tokens == other.stats().attended_tokens
+        manager.check_integrity()
+    for budget, message in ((None, "begin to attend everything"), (1, "budget_tokens=1")):
+        with pytest.raises(ConfigError, match=message):
+            manager.set_budget(budget)
+    assert manager.config.budget_tokens == 32
+
+
+def test_a_caches_budget_may_change(shipped: tuple[Any, Any]) -> None:
+    session = session_of(shipped)
+    session.read(TEXT)
+    session.cache.set_budget(256)
+    said(session, "What?")
+    stats = session.cache.stats()
+    assert 200 < stats.attended_tokens / 4 <= 256
+    with pytest.raises(ConfigError):
+        session.cache.set_budget(-5)
+    assert session.cache.config.budget_tokens == 256
+    empty = ArkCache(shipped[0], CacheConfig(budget_tokens=64))
+    empty.set_budget(96)
+    assert empty.config.budget_tokens == 96
+
+
+# -- a terminal -----------------------------------------------------------------------------------
+
+
+class Typist:
+    """Types lines; `None` is Ctrl-C."""
+
+    def __init__(self, *lines: str | None) -> None:
+        self._lines = iter(lines)
+
+    def __call__(self, _prompt: str) -> str:
+        try:
+            line = next(self._lines)
+        except StopIteration:
+            raise EOFError from None
+        if line is None:
+            raise KeyboardInterrupt
+        return line
+
+
+def talk(session: Session, *lines: str | None) -> str:
+    out = io.StringIO()
+    console = Console(file=out, width=100)
+    Chat(session, Sampling(max_new_tokens=8), console, Typist(*lines)).run()
+    return out.getvalue()
+
+
+def test_talk(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    text = tmp_path / "mine.txt"
+    text.write_text(TEXT)
+    session = session_of(shipped)
+    shown = talk(
+        session,
+        f"/file {text}",
+        "What is the value of amber?",
+        "/stats",
+        "/budget 96",
+        None,
+        "",
+        "Why?",
+    )
+    assert "mine.txt: " in shown
+    assert "attended" in shown
+    assert "tokens held" in shown
+    assert "a step attends 96 tokens" in shown
+    assert "Ctrl-D or /quit leaves" in shown
+    roles = [turn.role for turn in session.turns]
+    assert roles == ["user", "user", "assistant", "user", "assistant"]
+    again = talk(session, "/ask-full", "/undo", "/quit", "never asked")
+    assert "forgotten: Why?" in again
+    assert len(session.turns) == 3
+    assert "everything is forgotten" in talk(session, "/reset")
+    assert session.ids == []
+
+
+def test_several_lines(shipped: tuple[Any, Any]) -> None:
+    session = session_of(shipped)
+    talk(session, "one \\", "two", '"""three', "four", 'five"""')
+    assert [turn.text for turn in session.turns[::2]] == ["one \ntwo", "three\nfour\nfive"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/nonsense", "/nonsense: no such command"),
+        ("/file", "no path given"),
+        ("/file /no/such/file", "cannot read /no/such/file"),
+        ("/budget many", "expected a number of tokens"),
+        ("/budget 3", "budget_tokens=3"),
+        ("/undo", "no question was asked"),
+        ("/ask-full", "no question was asked"),
+    ],
+)
+def test_what_is_mistyped_is_said(shipped: tuple[Any, Any], line: str, message: str) -> None:
+    session = session_of(shipped)
+    session.read(TEXT)
+    assert message in talk(session, line).replace("\n", " ")
+    assert len(session.turns) == 1
+
+
+def test_help_lists_every_command(shipped: tuple[Any, Any]) -> None:
+    shown = talk(session_of(shipped), "/help")
+    for name in ("file", "ask-full", "undo", "budget", "stats", "reset", "help", "quit"):
+        assert f"/{name}" in shown
+
+
+def test_documents(tmp_path: Path) -> None:
+    assert "breakpoint" in help_text()
+    path = tmp_path / "text"
+    for content, message in ((b"", "is empty"), (b"\xff\xfe", "not UTF-8"), (b"a\0", "zero bytes")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            load_document(path)
+    with pytest.raises(InputError, match="cannot read"):
+        load_document(tmp_path)
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def generate(*arguments: str, **how: Any) -> Any:
+    model = ["--model", str(SHIPPED), "--max-tokens", "6", "--budget", "128"]
+    return runner.invoke(cli.app, ["generate", *model, *arguments], **how)
+
+
+def test_generate(text: Path) -> None:
+    question = "What is the value of amber?"
+    plain = generate("--file", str(text), question)
+    assert plain.exit_code == 0, plain.output
+    piped = generate("--file", str(text), input=question)
+    assert piped.stdout == plain.stdout
+    printed = json.loads(generate("--file", str(text), "--json", question).stdout)
+    assert printed["answer"] == plain.stdout.strip()
+    assert printed["tokens"] > 200
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--file", "/no/such", "What?"], "cannot read /no/such"),
+        (["--model", "/no/such", "What?"], "model /no/such: no such folder"),
+        (["--budget", "3", "What?"], "budget_tokens=3"),
+        ([" "], "the question is empty"),
+    ],
+)
+def test_generate_says_what_is_wrong(arguments: list[str], message: str) -> None:
+    done = generate(*arguments)
+    assert done.exit_code == 1
+    assert f"arkcache generate: {message}" in done.stderr
+    assert "Traceback" not in done.output
+
+
+class Terminal:
+    """A chat in a pseudo-terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._main, inner = pty.openpty()
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, "-m", "arkcache.cli", "chat", *arguments]
+        self._process = subprocess.Popen(
+            command,
+            stdin=inner,
+            stdout=inner,
+            stderr=inner,
+            env=environment,
+            cwd=ROOT,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(inner)
+        self.shown = ""
+
+    def type(self, keys: str, until: str) -> str:
+        """Type, wait until the screen shows this, and return what is new on it."""
+        os.write(self._main, keys.encode())
+        return self.wait(until)
+
+    def wait(self, until: str, seconds: float = 120) -> str:
+        """What comes until this is shown."""
+        new, end = "", time.monotonic() + seconds
+        while not re.search(until, new):
+            assert time.monotonic() < end, f"{until!r} not shown after {self.shown}{new}"
+            if select.select([self._main], [], [], 0.2)[0]:
+                new += os.read(self._main, 4096).decode(errors="replace")
+        self.shown += new
+        return new
+
+    def leave(self) -> int:
+        """Ctrl-D; the exit code."""
+        os.write(self._main, b"\x04")
+        code = self._process.wait(timeout=60)
+        os.close(self._main)
+        return code
+
+
+def _take_terminal() -> None:
+    """Make the pseudo-terminal the process's own, so that Ctrl-C typed there reaches it."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+PROMPT = r"\n> $"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+def test_a_chat_in_a_real_terminal(text: Path) -> None:
+    """A question, Ctrl-C in an answer, a question after it, Ctrl-C at the prompt, Ctrl-D."""
+    ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1", "--temperature", "5"]
+    terminal = Terminal(
+        "--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never
+    )
+    terminal.wait(PROMPT)
+    assert "text.txt: " in terminal.shown
+    os.write(terminal._main, b"What is the value of amber?\n")
+    terminal.wait(r"amber\?\r\n.{20}")
+    stopped = terminal.type("\x03", PROMPT)
+    assert "stopped; everything before is kept" in stopped
+    assert "Traceback" not in terminal.shown
+    assert "tokens held" in terminal.type("/stats\n", PROMPT)
+    os.write(terminal._main, b"And of birch?\n")
+    terminal.wait(r"birch\?\r\n.{20}")
+    terminal.type("\x03", PROMPT)
+    time.sleep(0.5)  # the prompt is shown before a line is waited for
+    assert "Ctrl-D or /quit leaves" in terminal.type("\x03", PROMPT)
+    assert terminal.leave() == 0

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from arkcache.chat.streaming import TextStream
-from arkcache.chat.template import encode, special_opening, template_of
+from arkcache.chat.template import encode, end_tokens, special_opening, template_of
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError
 from arkcache.huggingface import ArkCache
@@ -251,11 +251,8 @@ class Session:
                 raise
 
     def _stops(self) -> set[int]:
-        config = self.model.generation_config
-        stops = None if config is None else config.eos_token_id
-        stops = {stops} if isinstance(stops, int) else set(stops or ())
         own = self.tokenizer.eos_token_id
-        return stops | ({own} if isinstance(own, int) else set())
+        return end_tokens(self.model) | ({own} if isinstance(own, int) else set())
 
 
 def _chooser(

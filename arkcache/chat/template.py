@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from arkcache.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _TEXT, _ANSWER, _QUESTION = "<<text>>", "<<answer>>", "<<question>>"
 
@@ -65,3 +65,10 @@ def special_opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     bare, whole = encode(tokenizer, "a"), list(tokenizer("a")["input_ids"])
     start = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
     return whole[:start]
+
+
+def end_tokens(model: PreTrainedModel) -> set[int]:
+    """Tokens with which a model ends what it says."""
+    config = model.generation_config
+    ends = None if config is None else config.eos_token_id
+    return {ends} if isinstance(ends, int) else set(ends or ())

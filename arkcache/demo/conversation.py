@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from arkcache.chat.documents import load_document
 from arkcache.chat.template import encode, special_opening, template_of
 from arkcache.demo import facts
 from arkcache.demo.facts import Fact
@@ -124,16 +125,7 @@ def load_text(path: Path | None) -> str:
         from pydoc_data.topics import topics
 
         return "\n".join(text for _, text in sorted(topics.items()))
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 text (byte {error.start} cannot be read): give a plain text file"
-        ) from None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
-    if "\0" in text:
-        raise InputError(f"{path} holds zero bytes: give a plain text file")
+    text = load_document(path)
     if len(text.strip()) < _MIN_CHARS:
         raise InputError(
             f"{path} is too short: {len(text.strip())} characters, expected at least "

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from arkcache.chat.template import end_tokens
 from arkcache.config import CacheConfig
 from arkcache.demo.baselines import observing
 from arkcache.demo.conversation import (
@@ -259,7 +260,7 @@ class Listener:
             token = self._step(question_token)
         answer: list[int] = []
         text = ""
-        while len(answer) < voice.answer_tokens and token not in self._stops():
+        while len(answer) < voice.answer_tokens and token not in end_tokens(self._model):
             answer.append(token)
             text = str(self._tokenizer.decode(answer))
             token = self._step(token)
@@ -296,7 +297,3 @@ class Listener:
         self._seconds.append(time.perf_counter() - start)
         self._attended.append(usage(self._cache).attended_tokens)
         return following
-
-    def _stops(self) -> set[int]:
-        stops = self._model.generation_config.eos_token_id
-        return {stops} if isinstance(stops, int) else set(stops or ())

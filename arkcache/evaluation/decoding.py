@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from arkcache.chat.template import end_tokens
 from arkcache.huggingface import ArkCache
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class Decoder:
 
         It ends where the model ends it, or once everything that is expected is in it.
         """
-        stops = self._stops()
+        stops = end_tokens(self._model)
         said: list[int] = []
         text = ""
         token = int(self.feed(ids).argmax())
@@ -70,11 +71,6 @@ class Decoder:
                 break
             token = int(self.feed([token]).argmax())
         return text
-
-    def _stops(self) -> set[int]:
-        config = self._model.generation_config
-        stops = None if config is None else config.eos_token_id
-        return {stops} if isinstance(stops, int) else set(stops or ())
 
 
 class Bookmark:

@@ -364,14 +364,14 @@ class KVCacheManager:
         if len(order) != self.batch:  # beams are reordered at every step: fit them once
             max_selected = self.planner.pages_that_fit(len(order))
             factor = self.planner.pool_factor(len(order), max_selected)
-        self._move_into(order, max_selected, factor)
+        self._move_into(self.planner, order, max_selected, factor)
         self._log.keep_sequences(order)
 
-    def _move_into(self, order: Ids, max_selected: int, pool_factor: float) -> None:
+    def _move_into(self, planner: Planner, order: Ids, max_selected: int, factor: float) -> None:
         """Into a new device tier, in which sequence i is what sequence `order[i]` was."""
-        tier = DeviceTier(self.planner.plan(len(order), max_selected, pool_factor))
+        tier = DeviceTier(planner.plan(len(order), max_selected, factor))
         for number, state in enumerate(self._layers):
-            state.keep_sequences(order, tier, self.planner.selected(number, max_selected))
+            state.keep_sequences(order, tier, planner.selected(number, max_selected))
         self._device_tier, self._max_selected = tier, max_selected
 
     @on_own_device
@@ -396,8 +396,7 @@ class KVCacheManager:
                     )
             max_selected = planner.pages_that_fit(self.batch)
             factor = planner.pool_factor(self.batch, max_selected)
-            self.planner, self._config = planner, config
-            self._move_into(np.arange(self.batch), max_selected, factor)
+            self._move_into(planner, np.arange(self.batch), max_selected, factor)
         self.planner, self._config = planner, config
 
     @torch.no_grad()

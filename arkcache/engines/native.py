@@ -84,7 +84,7 @@ class NativeEngine(Engine):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what points into memory."""
-        return vars(self) | {"_steps": {}}
+        return vars(self) | {"_steps": {}, "_is_bound": False}
 
     # -- seal -------------------------------------------------------------------------------------
 
@@ -108,18 +108,27 @@ class NativeEngine(Engine):
 
     def write_next(self, key: Tensor, value: Tensor) -> bool:
         """See `Engine`: as soon as a step knows where the windows are."""
-        if not self._is_bound:
+        runner = self._bound_step
+        if runner is None:
             return False
-        next(iter(self._steps.values())).write(key, value, self._counts(self._budgets))
+        runner.write(key, value, self._counts(self._budgets))
         return True
+
+    @property
+    def _bound_step(self) -> DecodeStep | None:
+        """Any step that knows where everything is."""
+        return next(iter(self._steps.values()), None) if self._is_bound else None
 
     def seal_next(self, key: Tensor, value: Tensor) -> bool:
         """See `Engine`: for what the kernels seal."""
-        if not (self._is_bound and self._seals_itself):
+        runner = self._bound_step
+        if runner is None or not self._seals_itself:
             return False
         parts, tokens, config = self.parts, self.parts.tokens, self.parts.config
         full = (tokens.sealed + 1) * config.page_size + config.num_recent_tokens
         seqs = np.flatnonzero(tokens.lengths + 1 >= full)
+        if not len(seqs):  # `until_seal` may be less than it could
+            return False
         pages = tokens.sealed[seqs]
         before = parts.store.handles, self._digests.data, self._lists
         parts.store.enter(seqs, pages, parts.store.host.allocate(len(seqs)))
@@ -128,8 +137,8 @@ class NativeEngine(Engine):
         after = parts.store.handles, self._digests.data, self._lists
         if not all(map(is_, before, after)):
             self._bind(next(iter(self._steps)))
-        self.write_next(key, value)
-        next(iter(self._steps.values())).seal(parts.store.host.pieces())
+        runner.write(key, value, self._counts(self._budgets))
+        runner.seal(parts.store.host.pieces())
         parts.counters.bytes_backed_up += len(seqs) * parts.store.host.piece_bytes[0]
         return True
 
@@ -246,6 +255,7 @@ class NativeEngine(Engine):
         pages, num_pages, counters = self._lists
         self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
         self._steps.clear()
+        self._is_bound = False
 
     def moved(self) -> None:
         """See `Engine`."""

@@ -166,6 +166,15 @@ def test_what_fails_has_not_happened(
     assert said(broken, "And of amber?") == said(whole, "And of amber?")
 
 
+@pytest.fixture
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal: what runs in the background of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_ctrl_c")
 def test_ctrl_c_waits_until_a_step_is_over() -> None:
     steps = []
 
@@ -493,9 +502,15 @@ class Terminal:
     def leave(self) -> int:
         """Ctrl-D; the exit code."""
         os.write(self._main, b"\x04")
-        code = self._process.wait(timeout=60)
+        return self._process.wait(timeout=60)
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
         os.close(self._main)
-        return code
 
 
 def _take_terminal() -> None:
@@ -504,6 +519,7 @@ def _take_terminal() -> None:
     import termios
 
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever the tests were started with
 
 
 PROMPT = r"\n> $"
@@ -513,20 +529,19 @@ PROMPT = r"\n> $"
 def test_a_chat_in_a_real_terminal(text: Path) -> None:
     """A question, Ctrl-C in an answer, a question after it, Ctrl-C at the prompt, Ctrl-D."""
     ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1", "--temperature", "5"]
-    terminal = Terminal(
-        "--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never
-    )
-    terminal.wait(PROMPT)
-    assert "text.txt: " in terminal.shown
-    os.write(terminal._main, b"What is the value of amber?\n")
-    terminal.wait(r"amber\?\r\n.{20}")
-    stopped = terminal.type("\x03", PROMPT)
-    assert "stopped; everything before is kept" in stopped
-    assert "Traceback" not in terminal.shown
-    assert "tokens held" in terminal.type("/stats\n", PROMPT)
-    os.write(terminal._main, b"And of birch?\n")
-    terminal.wait(r"birch\?\r\n.{20}")
-    terminal.type("\x03", PROMPT)
-    time.sleep(0.5)  # the prompt is shown before a line is waited for
-    assert "Ctrl-D or /quit leaves" in terminal.type("\x03", PROMPT)
-    assert terminal.leave() == 0
+    chat = ["--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never]
+    with Terminal(*chat) as terminal:
+        terminal.wait(PROMPT)
+        assert "text.txt: " in terminal.shown
+        os.write(terminal._main, b"What is the value of amber?\n")
+        terminal.wait(r"amber\?\r\n.{20}")
+        stopped = terminal.type("\x03", PROMPT)
+        assert "stopped; everything before is kept" in stopped
+        assert "Traceback" not in terminal.shown
+        assert "tokens held" in terminal.type("/stats\n", PROMPT)
+        os.write(terminal._main, b"And of birch?\n")
+        terminal.wait(r"birch\?\r\n.{20}")
+        terminal.type("\x03", PROMPT)
+        time.sleep(0.5)  # the prompt is shown before a line is waited for
+        assert "Ctrl-D or /quit leaves" in terminal.type("\x03", PROMPT)
+        assert terminal.leave() == 0

@@ -144,7 +144,7 @@ class Chat:
         try:
             for number, part in enumerate(_spelled(answer)):
                 if number == 0:
-                    first = time.perf_counter()
+                    held, first = len(session.ids), time.perf_counter()
                 self._console.out(part, end="", highlight=False)
         finally:
             self._console.out("")
@@ -155,9 +155,7 @@ class Chat:
             getattr(stats, name) - getattr(before, name) for name in ("pages_hit", "pages_recalled")
         )
         words = [
-            f"{count:,} tokens",
-            f"first after {first - start:.1f} s",
-            f"{seconds:.1f} s",
+            f"{count:,} tokens in {seconds:.1f} s, the first after {first - start:.1f} s",
             f"{stats.attended_tokens // layers:,} of {len(session.ids):,} attended",
         ]
         if hits + recalled:

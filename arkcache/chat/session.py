@@ -101,7 +101,7 @@ class Session:
         if self.limit is not None and len(text) > LONGEST_TOKEN * self.limit:
             self._refuse(f"{len(text):,} characters")  # without making tokens of them for minutes
         ids = self._encoded(text + "\n\n")
-        with self._whole(), torch.inference_mode():
+        with self._whole():
             self._feed(ids, progress)
         self.turns.append(Turn("user", text))
         return len(ids)

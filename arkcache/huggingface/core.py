@@ -67,16 +67,19 @@ class CacheCore:
         shapes = self.attached().shapes
         known = shapes.get(layer)
         shape = LayerShape.of(key, value, latent=known is not None and known.latent)
-        members = [layer]
-        group: LayerShape | int = layer
-        if known == shape:
-            members = sorted(other for other, found in shapes.items() if found == shape)
-            group = shape
+        group: LayerShape | int = shape if known == shape else layer
+        members = self._members(group)
         if group not in self.managers:
             if not self.managers:
                 self._check_batch(key.shape[0])
             self.managers[group] = self._make_manager(shape, members)
         return self.managers[group], members.index(layer)
+
+    def _members(self, group: LayerShape | int) -> list[int]:
+        """The layers of the model that a manager holds, by its key in `managers`."""
+        if isinstance(group, int):
+            return [group]
+        return sorted(layer for layer, shape in self.attached().shapes.items() if shape == group)
 
     def check(self) -> None:
         """Raise `ConfigError` where the settings do not fit the layers that the probe saw."""
@@ -89,11 +92,8 @@ class CacheCore:
 
     def _probed_managers(self) -> list[KVCacheManager]:
         """An empty manager for each group of layers that the probe saw."""
-        shapes = self.attached().shapes
-        return [
-            self._make_manager(shape, [layer for layer in shapes if shapes[layer] == shape])
-            for shape in set(shapes.values())
-        ]
+        shapes = set(self.attached().shapes.values())
+        return [self._make_manager(shape, self._members(shape)) for shape in shapes]
 
     def _make_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
         return KVCacheManager(
@@ -127,15 +127,13 @@ class CacheCore:
 
     def set_budget(self, budget_tokens: Any) -> None:
         """See `ArkCache.set_budget`."""
-        before, shapes = self.config, self.attached().shapes
+        before = self.config
         self.config = replace(before, budget_tokens=budget_tokens)
         changed: list[tuple[KVCacheManager, Any]] = []
         try:
             for group, manager in self.managers.items():
-                same = (layer for layer, shape in shapes.items() if shape == group)
-                layers = [group] if isinstance(group, int) else sorted(same)
                 budget = manager.config.budget_tokens
-                manager.set_budget(self._budgets_of(layers))
+                manager.set_budget(self._budgets_of(self._members(group)))
                 changed.append((manager, budget))
         except BaseException:
             self.config = before

@@ -6,6 +6,7 @@
     │   └── UnsupportedModelError         a model without a layer that could be paged
     ├── HostTierFullError (MemoryError)   the host tier may not grow further; nothing was lost
     ├── TransferError (RuntimeError)      a copy between the tiers failed; the page is still held
+    ├── SessionError (RuntimeError)       a saved session cannot be written, or is not what it was
     ├── UnconsumedStepError (RuntimeError)  a model stepped past a layer without attending it
     └── IntegrityError (AssertionError)   `check_integrity()` found bad metadata: a bug of ours
 
@@ -44,6 +45,11 @@ class TransferError(ArkCacheError, RuntimeError):
 
     Raised at the step that needs the copy.
     """
+
+
+class SessionError(ArkCacheError, RuntimeError):
+    """A session cannot be saved, or what was saved cannot be loaded: damaged, or of another model,
+    version or format. A save that fails leaves the one before it, a load that fails nothing."""
 
 
 class UnconsumedStepError(ArkCacheError, RuntimeError):

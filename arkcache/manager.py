@@ -11,6 +11,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from torch import Tensor
 from arkcache.backend import choose_backend, on_own_device
 from arkcache.config import CacheConfig
 from arkcache.engines.capture import CapturableSteps
+from arkcache.engines.engine import State
 from arkcache.engines.step import Expand, Step, attend_blocks
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
@@ -456,7 +458,7 @@ class KVCacheManager:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
             device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=0 if self._host is None else self._host.bytes_of(self._held_pieces()),
+            host_bytes=0 if self._host is None else self._host.bytes_of(self.held_pieces()),
         )
         for state in self._layers:
             total += state.stats()
@@ -492,7 +494,7 @@ class KVCacheManager:
         """A state that shares nothing: the pages held here, and no other cache's."""
         clone = copy.deepcopy(self)
         if clone._host is not None:
-            own = clone._host.extract(clone._held_pieces())
+            own = clone._host.extract(clone.held_pieces())
             for layer in clone._layers:
                 layer.move_pieces(own)
             clone._host = own
@@ -509,9 +511,6 @@ class KVCacheManager:
                 state = copy.deepcopy(state)
         vars(self).update(state)
 
-    def _held_pieces(self) -> Ids:
-        return np.concatenate([layer.held_pieces() for layer in self._layers])
-
     def __copy__(self) -> KVCacheManager:
         return copy.deepcopy(self)
 
@@ -520,6 +519,79 @@ class KVCacheManager:
         if not sys.is_finalizing():
             for state in getattr(self, "_layers", ()):
                 state.release()
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Save what is held into a folder, new or that of an earlier save, which is replaced.
+
+        Raises `SessionError` where it cannot be written; what was saved there before still is then.
+        """
+        from arkcache.saving.managers import save_manager  # it imports this module
+
+        save_manager(self, Path(folder))
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, *, device: torch.device | str = "cpu", **settings: Any
+    ) -> KVCacheManager:
+        """A manager that holds what `save` wrote.
+
+        device: where attention runs; settings: fields of `CacheConfig` to replace, but for those
+        that say how tokens are kept. Raises `SessionError` for a folder that is damaged or not of
+        such a manager, `ConfigError` for impossible settings, and `HostTierFullError`.
+        """
+        from arkcache.saving.managers import load_manager  # it imports this module
+
+        return load_manager(Path(folder), device, settings)
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """What the manager was made with, beside config, device and dtype."""
+        names = ("num_layers", "num_kv_heads", "head_dim", "value_dim", "latent")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def host(self) -> HostTier | None:
+        """The host tier; None where no layer has pages in it, and while nothing is held."""
+        return self._host
+
+    def held_pieces(self) -> Ids:
+        """Pieces of the host tier that are held here, one entry per sequence and piece."""
+        return np.concatenate([layer.held_pieces() for layer in self._layers])
+
+    def log_state(self) -> State:
+        """Which columns hold tokens; see `refill`."""
+        state = self._log.state()
+        return {name: torch.from_numpy(array).contiguous() for name, array in state.items()}
+
+    @on_own_device
+    def layer_state(self, layer: int) -> State:
+        """What a layer holds, on the CPU, beside the bytes of the host tier; see `Layer.state`."""
+        if self.steps is not None:
+            self.steps.join()
+        return self._layers[layer].state()
+
+    def digest_kind(self, layer: int) -> str:
+        """Says how a layer's pages are digested: the "digest..." of another kind are no use."""
+        config = self.config
+        kind = self._layers[layer].digest_kind
+        return f"{kind} {config.index} {config.index_bits} {config.estimates}"
+
+    @on_own_device
+    def refill(self, log: State) -> None:
+        """Make room for the columns of a `log_state`; `restore_layer` has each layer hold them.
+
+        Only while nothing is held. `reset()` where what follows fails.
+        """
+        assert not self._layers
+        self._allocate(int(log["batch"]))
+        self._log.restore({name: tensor.numpy() for name, tensor in log.items()})
+
+    @on_own_device
+    def restore_layer(self, layer: int, state: State) -> None:
+        """Have an empty layer hold what `layer_state` gave, its pieces in this host tier."""
+        self._layers[layer].restore(state)
 
     # -- allocation and checks --------------------------------------------------------------------
 

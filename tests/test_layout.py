@@ -39,6 +39,8 @@ MAY_IMPORT["backend"] = {"config", "errors"}
 MAY_IMPORT["engines"] = {*MAY_IMPORT, "engines"} - {"backend", "planning", "validate"}
 MAY_IMPORT["layers"] = {*MAY_IMPORT, "layers"} - {"backend", "validate"}
 MAY_IMPORT["manager"] = {*MAY_IMPORT}
+MAY_IMPORT["manager"] |= {"saving"}
+MAY_IMPORT["saving"] = {*MAY_IMPORT, "saving"} - {"backend", "planning", "validate"}
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["chat"] = {*MAY_IMPORT, "chat"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
@@ -80,6 +82,7 @@ LAZILY = {
     ("arkcache", "arkcache.chat.session"),
     ("arkcache", "arkcache.huggingface"),
     ("arkcache.tiering", "cupy"),
+    ("arkcache.manager", "arkcache.saving"),  # it imports the manager
     ("arkcache.layers.making", "arkcache.engines.device"),  # they import Triton
     ("arkcache.layers.making", "arkcache.layers.device_dense"),
     ("arkcache.layers.making", "arkcache.engines.native"),  # it imports numba

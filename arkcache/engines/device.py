@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arkcache.engines.capture import Bools, Capturable, CountingRule
 from arkcache.engines.device_tokens import DeviceTokens
-from arkcache.engines.engine import Blocks, Engine, PagedParts
+from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.offloaded_pages import OffloadedPages
 from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages, page_bias
@@ -278,6 +278,32 @@ class DeviceEngine(Engine, Capturable):
     def moved(self) -> None:
         """See `Engine`."""
         self.pages.moved()
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    @property
+    def digest_kind(self) -> str:
+        """See `Engine`."""
+        return "triton"
+
+    def digest(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """See `Engine`."""
+        self.pages.digest(seqs, first, key, value)
+
+    def state(self) -> State:
+        """See `Engine`."""
+        self.join()
+        digests = self.pages.directory.state(int(self.parts.tokens.sealed.max()))
+        return {"resident": self.pages.page_table.page_of, **digests}
+
+    def restore(self, state: State) -> None:
+        """See `Engine`."""
+        self.pages.moved()
+        if "digests" in state:
+            self.pages.directory.restore(state)
+        else:
+            self.digest_anew()
+        self.pages.fetch(state.get("resident"))
 
     # -- to look at -------------------------------------------------------------------------------
 

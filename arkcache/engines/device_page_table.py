@@ -130,6 +130,13 @@ class DevicePageTable:
             self.missed[:num_heads] = log.sum(dim=0)
             self.missed[:num_heads, WORST] = log[:, :, WORST].amax(dim=0)
 
+    def inherit_pages(self, page_of: Tensor) -> None:
+        """Hold pages as they were in another table's places, if it had as many."""
+        if page_of.shape == self.page_of.shape:
+            places = torch.arange(page_of.shape[1], device=self.page_of.device)
+            held = page_of.to(self.page_of)
+            self.page_of.copy_(torch.where(places < self.may_hold[:, None], held, -1))
+
     def forget_spared(self) -> None:
         """Note that a step attended everything: it left out no page."""
         if self.missed is not None:

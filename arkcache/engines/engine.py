@@ -33,6 +33,13 @@ Blocks: TypeAlias = Iterator[tuple[Tensor, Tensor, Ids]]
 tokens], -1 where a sequence has none."""
 
 
+State: TypeAlias = dict[str, Tensor]
+"""What a layer or its engine holds, by name."""
+
+DIGEST_PAGES = 64
+"""Pages digested anew at a time: bounds the temporaries."""
+
+
 @dataclass
 class PagedParts:
     """What a paged layer and its engine share.
@@ -142,6 +149,39 @@ class Engine(ABC):
     @abstractmethod
     def stats(self) -> CacheStats:
         """Counters and sizes; the device tier and the host tier are counted by the manager."""
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    @property
+    @abstractmethod
+    def digest_kind(self) -> str:
+        """Says how digests are laid out: those of an engine that says the same can be restored."""
+
+    @abstractmethod
+    def state(self) -> State:
+        """What is known of the sealed pages beside their bytes, on any device: "digests", and
+        names that begin with "digest", for engines of the same `digest_kind`, others for all."""
+
+    @abstractmethod
+    def restore(self, state: State) -> None:
+        """Know of the pages that tokens and store hold what `state` says, in an engine that has
+        sealed nothing. Without "digests" in it, the pages are digested anew."""
+
+    def digest_anew(self) -> None:
+        """Digest all sealed pages as they were kept: what quantising took is not in digests."""
+        for sequence, sealed in enumerate(self.parts.tokens.sealed.tolist()):
+            seqs = slice(sequence, sequence + 1)
+            for first in range(0, sealed, DIGEST_PAGES):
+                last = min(first + DIGEST_PAGES, sealed)
+                shape = (last - first, self.parts.config.page_size)
+                key, value = (
+                    plane[None].unflatten(2, shape) for plane in self.read(sequence, first, last)
+                )
+                self.digest(seqs, first, key, value)
+
+    @abstractmethod
+    def digest(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """Digest pages [seqs, kv_heads, pages, page_size, dim] from number `first` on."""
 
     # -- what an engine may have to know; nothing, where it works in step with the host -----------
 

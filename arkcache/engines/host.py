@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from arkcache.engines.engine import Blocks, Engine, PagedParts
+from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.missed import MissedLog, log_mass, true_missed_mass
 from arkcache.engines.places import Places
 from arkcache.engines.rating import PageRatings
@@ -66,9 +66,7 @@ class HostEngine(Engine):
     def seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """See `Engine`."""
         parts = self.parts
-        self._ratings.write(seqs, first, key, value)
-        if self._summaries is not None:
-            self._summaries.write(seqs, first, key, value)
+        self.digest(seqs, first, key, value)
         packed = parts.packer.pack(key, value)
         parts.store.append(seqs, first, packed.cpu())
         parts.counters.bytes_backed_up += packed.numel()
@@ -326,6 +324,47 @@ class HostEngine(Engine):
         if self._importance is not None:
             self._importance.keep_rows(self.parts.rows_from(index))
         self.places.keep_sequences(index, device_tier, num_selected)
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    @property
+    def digest_kind(self) -> str:
+        """See `Engine`."""
+        return f"torch {self.parts.geometry.device.type} {self._ratings.name}"
+
+    def digest(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """See `Engine`."""
+        self._ratings.write(seqs, first, key, value)
+        if self._summaries is not None:
+            self._summaries.write(seqs, first, key, value)
+
+    def state(self) -> State:
+        """See `Engine`."""
+        num_pages = int(self.parts.tokens.sealed.max())
+        state = {"resident": torch.from_numpy(self.places.page_of)}
+        if num_pages:
+            state["digests"] = self._ratings.first(num_pages)
+        if self._summaries is not None:
+            state |= self._summaries.state(num_pages)
+        if self._importance is not None:
+            importance = self._importance.state(num_pages)
+            state |= {name: torch.from_numpy(array) for name, array in importance.items()}
+        return state
+
+    def restore(self, state: State) -> None:
+        """See `Engine`."""
+        if "digests" in state:
+            self._ratings.restore(state["digests"])
+            if self._summaries is not None:
+                self._summaries.restore(state)
+        else:
+            self.digest_anew()
+        if self._importance is not None:
+            self._importance.restore(
+                {name: state[name].numpy() for name in state if name.startswith("importance")}
+            )
+        resident = state.get("resident")
+        self.places.restore(None if resident is None else resident.long().numpy())
 
     # -- to look at -------------------------------------------------------------------------------
 

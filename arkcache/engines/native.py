@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import MASS_INDEXES
-from arkcache.engines.engine import Blocks, Engine, PagedParts
+from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.native_digests import NativeDigests
 from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages
@@ -91,7 +91,7 @@ class NativeEngine(Engine):
     def seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """See `Engine`."""
         parts = self.parts
-        self._digests.write(seqs, first, key)
+        self.digest(seqs, first, key, value)
         packed = parts.packer.pack(key, value)
         parts.store.append(seqs, first, packed)
         parts.counters.bytes_backed_up += packed.numel()
@@ -255,6 +255,28 @@ class NativeEngine(Engine):
         pages, num_pages, counters = self._lists
         self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
         self._steps.clear()
+        self._is_bound = False
+
+    @property
+    def digest_kind(self) -> str:
+        """See `Engine`."""
+        return "numba"
+
+    def digest(self, seqs: slice, first: int, key: Tensor, _value: Tensor) -> None:
+        """See `Engine`."""
+        self._digests.write(seqs, first, key)
+
+    def state(self) -> State:
+        """See `Engine`."""
+        return {"digests": self._digests.first(int(self.parts.tokens.sealed.max()))}
+
+    def restore(self, state: State) -> None:
+        """See `Engine`."""
+        if "digests" in state:
+            self._digests.restore(state["digests"])
+        else:
+            self.digest_anew()
+        self._make_room(int(self.parts.tokens.sealed.max()))
         self._is_bound = False
 
     def moved(self) -> None:

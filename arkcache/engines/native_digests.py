@@ -105,6 +105,14 @@ class NativeDigests:
         own = digest.view(torch.float32)[..., -1]
         scales[:, :, :, columns] = own.transpose(2, 3)
 
+    def first(self, num_pages: int) -> Tensor:
+        """What holds the digests of the first pages: of whole blocks, as `data`."""
+        return self._data.first(-(-num_pages // self._pages_per_entry))
+
+    def restore(self, blocks: Tensor) -> None:
+        """Hold what `first` gave."""
+        self._data.write(slice(None), 0, blocks)
+
     def keep_sequences(self, index: Tensor) -> None:
         """Make sequence i what sequence `index[i]` was."""
         self._data.keep_sequences(index)

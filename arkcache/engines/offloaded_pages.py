@@ -167,32 +167,46 @@ class OffloadedPages:
 
     def seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
         """Digest, pack, back up and, where there is room, place pages from number `first` on."""
-        config, store, layout = self._parts.config, self._parts.store, self._parts.packer.layout
+        store, layout = self._parts.store, self._parts.packer.layout
         heads, count = key.shape[1:3]
         handles = store.allot(seqs, first, count).reshape(key.shape[0], -1)
         sequences = range(seqs.start, seqs.stop)
         lines = np.stack([store.lines(s, first, first + count) for s in sequences])
         self.directory.locate(seqs, first, lines)
-        digest_key = rotate(key) if config.rotates_keys else key
-        digests, means = self.directory.digests.unflatten(0, (-1, heads)), self.directory.means
-        means = None if means is None else means.unflatten(0, (-1, heads))
         for number, sequence in enumerate(sequences):
             block = self._backups.borrow(count * heads * layout.nbytes)
             packed = block.data.view(count, heads, layout.nbytes).transpose(0, 1)
-            seal_pages(
-                key[number],
-                value[number],
-                digest_key[number],
-                packed,
-                Summaries(digests[sequence], None if means is None else means[sequence]),
-                first=first,
-                layout=layout,
-                index=config.index,
-                index_bits=config.packed_index_bits,
-            )
+            self._pack(sequence, first, key[number], value[number], packed)
             self._place(slice(sequence, sequence + 1), first, packed[None])
             self._ticket = self._backups.submit(block, store.host, handles[number])
             self._parts.counters.bytes_backed_up += packed.numel()
+
+    def _pack(self, sequence: int, first: int, key: Tensor, value: Tensor, packed: Tensor) -> None:
+        """Digest pages of a sequence [kv_heads, pages, page_size, dim], and pack them into `packed`
+        [kv_heads, pages, nbytes]."""
+        config, rows = (
+            self._parts.config,
+            self._parts.geometry.rows_of(slice(sequence, sequence + 1)),
+        )
+        means = self.directory.means
+        seal_pages(
+            key,
+            value,
+            rotate(key) if config.rotates_keys else key,
+            packed,
+            Summaries(self.directory.digests[rows], None if means is None else means[rows]),
+            first=first,
+            layout=self._parts.packer.layout,
+            index=config.index,
+            index_bits=config.packed_index_bits,
+        )
+
+    def digest(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        """See `Engine.digest`: what the kernel packs beside it is not needed."""
+        heads, count = key.shape[1:3]
+        packed = key.new_empty((heads, count, self._parts.packer.layout.nbytes), dtype=torch.uint8)
+        for number, sequence in enumerate(range(seqs.start, seqs.stop)):
+            self._pack(sequence, first, key[number], value[number], packed)
 
     def _place(self, seqs: slice, first: int, packed: Tensor) -> None:
         """Put new pages [seqs, kv_heads, pages, nbytes] where `seal_newest` would."""
@@ -201,6 +215,23 @@ class OffloadedPages:
         if last > first:
             working_set.slots[seqs, :, first:last] = packed[:, :, : last - first]
             self.page_table.place(self._parts.geometry.rows_of(seqs), first, last)
+
+    def fetch(self, resident: Tensor | None) -> None:
+        """Fill empty slots from the host tier: the sinks and, if `resident` is of as many places,
+        the pages that it names [rows, places]."""
+        table, store, heads = self.page_table, self._parts.store, self._parts.geometry.num_kv_heads
+        num_sink_pages, sealed = self._parts.config.num_sink_pages, self._parts.tokens.sealed
+        if resident is not None:
+            table.inherit_pages(resident)
+        sinks = np.arange(num_sink_pages)
+        for row, places in enumerate(table.page_of.cpu().numpy().astype(np.int64)):
+            sequence, head = divmod(row, heads)
+            pages = np.concatenate((np.where(sinks < sealed[sequence], sinks, -1), places))
+            slots = np.flatnonzero(pages >= 0)
+            lines = store.lines(sequence, 0, int(sealed[sequence]))[head, pages[slots]]
+            device = self._parts.geometry.device
+            packed = read_lines(store.host, store.pieces(), lines, device)
+            self.slots[row, upload(slots, device)] = packed
 
     # -- pages return -----------------------------------------------------------------------------
 

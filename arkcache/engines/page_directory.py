@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.engines.engine import State
 from arkcache.kernels.arguments import Scores
 from arkcache.kernels.torch_digest import num_features
 from arkcache.kernels.torch_tokens import digest_bytes
@@ -89,6 +90,18 @@ class PageDirectory:
         """Note where pages from `first` on are: lines [seqs, kv_heads, pages]."""
         self.reserve(first + lines.shape[2])
         self._located.write(seqs, first, upload(lines, self._geometry.device))
+
+    def state(self, num_pages: int) -> State:
+        """What is known of the first pages, but for where they are."""
+        means = {} if self._means is None else {"digest_means": self._means.first(num_pages)}
+        return {"digests": self._digests.first(num_pages), **means}
+
+    def restore(self, state: State) -> None:
+        """Know what `state` gave."""
+        self.reserve(state["digests"].shape[2])
+        self._digests.write(slice(None), 0, state["digests"])
+        if self._means is not None:
+            self._means.write(slice(None), 0, state["digest_means"])
 
     def score(
         self,

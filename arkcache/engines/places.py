@@ -188,9 +188,9 @@ class Places:
             copy_sequences(before.planes, parts.working_set.planes, on_device)
         else:
             copy_sequences(before.windows, parts.working_set.windows, on_device)
-            self._start_anew()
+            self.start_anew()
 
-    def _start_anew(self) -> None:
+    def start_anew(self) -> None:
         """Fill a working set of another size: sinks now, pages when they are selected."""
         geometry, num_sink_pages = self._parts.geometry, self._parts.config.num_sink_pages
         self._table = PageTable(geometry.num_rows, self.num_places)
@@ -198,6 +198,17 @@ class Places:
         held = np.minimum(self._parts.tokens.sealed, num_sink_pages).repeat(geometry.num_kv_heads)
         rows, pages = np.nonzero(np.arange(num_sink_pages) < held[:, None])
         self.copy_in(rows, pages - num_sink_pages, pages)
+
+    def restore(self, page_of: Ids | None) -> None:
+        """Hold the sinks and, if these places are as many, what those of an earlier cache held."""
+        self.start_anew()
+        if page_of is None:
+            return
+        allowed = np.arange(self.num_places) < self._may_hold[:, None]
+        if page_of.shape == self.page_of.shape and not (page_of[~allowed] >= 0).any():
+            self.page_of[:] = page_of
+            rows, places = np.nonzero(self.held)
+            self.copy_in(rows, places, page_of[rows, places])
 
     # -- invariants -------------------------------------------------------------------------------
 

@@ -56,13 +56,30 @@ class PageRatings:
         if self._latent:
             value = rotate(value) if self._config.rotates_values else value
             key = torch.cat((key, value), dim=-1)
-        digest = self._index.digest(key)
+        self._write(seqs, first, self._index.digest(key))
+
+    def _write(self, seqs: slice, first: int, digest: Tensor) -> None:
         dim = self._index.page_dim
         if self.digests is None:
             shape = list(digest.shape)
             shape[0], shape[dim] = self._geometry.batch, FIRST_ENTRIES
-            self.digests = GrowingTensor(tuple(shape), dim, digest.dtype, digest.device)
+            device = self._geometry.device
+            self.digests = GrowingTensor(tuple(shape), dim, digest.dtype, device)
         self.digests.write(seqs, first, digest)
+
+    @property
+    def name(self) -> str:
+        """What the index is, among those that may rate these pages."""
+        return type(self._index).__name__
+
+    def first(self, num_pages: int) -> Tensor:
+        """The digests of the first pages, of which there is one at least."""
+        assert self.digests is not None
+        return self.digests.first(num_pages)
+
+    def restore(self, digests: Tensor) -> None:
+        """Hold what `first` gave, and nothing else."""
+        self._write(slice(None), 0, digests)
 
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""

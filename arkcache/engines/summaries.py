@@ -86,6 +86,18 @@ class PageSummaries:
         self._key.write(seqs, first, key.mean(dim=3))
         self._value.write(seqs, first, value.mean(dim=3))
 
+    def state(self, num_pages: int) -> dict[str, Tensor]:
+        """What is held of the first pages."""
+        return {
+            "digest_mean_key": self._key.first(num_pages),
+            "digest_mean_value": self._value.first(num_pages),
+        }
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Hold what `state` gave."""
+        self._key.write(slice(None), 0, state["digest_mean_key"])
+        self._value.write(slice(None), 0, state["digest_mean_value"])
+
     def keep_sequences(self, index: Tensor, geometry: Geometry) -> None:
         """Make sequence i what sequence `index[i]` was."""
         self._geometry = geometry

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from weakref import ref
 
@@ -28,6 +29,7 @@ from arkcache.huggingface.attention import TAG
 from arkcache.huggingface.core import CacheCore
 from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
 from arkcache.manager import KVCacheManager
+from arkcache.saving.pages import Progress
 from arkcache.stats import CacheStats
 
 
@@ -60,8 +62,12 @@ class PagedCacheLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Find or build the manager that holds layers of this shape."""
-        self.manager, self.index = self.core.manager_of(self.layer, key_states, value_states)
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.take_up(*self.core.manager_of(self.layer, key_states, value_states))
+
+    def take_up(self, manager: KVCacheManager, index: int) -> None:
+        """Be the layer `index` of a manager."""
+        self.manager, self.index = manager, index
+        self.dtype, self.device = manager.dtype, manager.device
         self.is_initialized = True
 
     @property
@@ -240,6 +246,15 @@ class ArkCache(DynamicCache):
         """What keeps the layers, one for all layers of a shape; none while the cache is empty."""
         return list(self._core.managers.values())
 
+    def add_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
+        """A new manager, empty, for these layers of the model; see `CacheCore.add_manager`."""
+        return self._core.add_manager(shape, layers)
+
+    def shape_of(self, layer: int) -> LayerShape | None:
+        """The shape of a layer as the probe saw it; None where it did not."""
+        attachment = self._core.attachment
+        return None if attachment is None else attachment.shapes.get(layer)
+
     @property
     def mode(self) -> str:
         """ "paged" or "compat"."""
@@ -247,6 +262,7 @@ class ArkCache(DynamicCache):
 
     def attach(self, model: PreTrainedModel) -> None:
         """Attach to a model: after loading a pickled cache in another process, or a detach."""
+        self._core.model = ref(model)
         if self._reason_not_paged() is not None:
             warnings.warn(f"ArkCache in compat mode: {self.reason}", stacklevel=3)
             return
@@ -354,6 +370,57 @@ class ArkCache(DynamicCache):
         """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers."""
         for manager in self._core.managers.values():
             manager.check_integrity()
+
+    # -- as a folder ----------------------------------------------------------------------------
+
+    def save(
+        self, folder: str | Path, *, note: Any = None, progress: Progress = lambda *_: None
+    ) -> None:
+        """Save what the cache holds, so that `load` has it again without reading the text.
+
+        Whatever interrupts it, the folder holds either this or what was saved there before.
+
+        Args:
+            folder: new, or that of an earlier save, which is replaced.
+            note: anything that JSON can say, given back by `saved_note`.
+            progress: told how many bytes of a group of layers are written, and of how many.
+
+        Raises `SessionError` where it cannot be written, `InputError` where the model is gone.
+        """
+        from arkcache.huggingface.saving import save_cache  # it imports this module
+
+        model = None if self._core.model is None else self._core.model()
+        if model is None:
+            raise InputError("this cache has lost its model: call cache.attach(model) before save")
+        save_cache(self, model, Path(folder), note, progress)
+
+    @classmethod
+    def load(
+        cls,
+        model: PreTrainedModel,
+        folder: str | Path,
+        *,
+        progress: Progress = lambda *_: None,
+        **settings: Any,
+    ) -> ArkCache:
+        """A cache that holds what `save` wrote: the next token is that which would have come.
+
+        Digests are loaded too, where the steps run on the same kernels with the same index, and
+        made anew from the pages elsewhere.
+
+        Args:
+            model: the one that was saved with: its config and weights are compared.
+            folder: where `save` wrote.
+            progress: told how many bytes of a group of layers are read, and of how many.
+            settings: fields of `CacheConfig` to replace: a budget, an index, a limit; not those
+                that say how tokens are kept.
+
+        Raises `SessionError` for a folder that is damaged or of another model, version or format,
+        `ConfigError` for impossible settings, and `HostTierFullError`.
+        """
+        from arkcache.huggingface.saving import load_cache  # it imports this module
+
+        return load_cache(model, Path(folder), progress, **settings)[0]
 
     # -- what transformers calls --------------------------------------------------------------
 

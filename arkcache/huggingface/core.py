@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import ReferenceType
 
 from torch import Tensor
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError
@@ -30,6 +31,7 @@ class CacheCore:
         reason: why the cache is in compat mode; None when it is paged.
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
         attachment: of the model; None after unpickling without the model.
+        model: the model itself, which the cache does not keep alive; None after unpickling.
         managers: of layers that are alike, by their shape or, where it is unknown, by layer.
         exact: every step attends everything, whatever its size: see `ArkCache.exact`.
     """
@@ -43,6 +45,7 @@ class CacheCore:
     attachment: Attachment | None = None
     managers: dict[LayerShape | int, KVCacheManager] = field(default_factory=dict)
     exact: bool = False
+    model: ReferenceType[PreTrainedModel] | None = None
 
     def attached(self) -> Attachment:
         """The attachment; raises `InputError` where there is none."""
@@ -74,6 +77,19 @@ class CacheCore:
                 self._check_batch(key.shape[0])
             self.managers[group] = self._make_manager(shape, members)
         return self.managers[group], members.index(layer)
+
+    def add_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
+        """A new manager for these layers of the model, which have none.
+
+        Raises `InputError` where other layers than these share a manager here.
+        """
+        group: LayerShape | int = shape
+        if self.attachment is None or self.attachment.shapes.get(layers[0]) != shape:
+            group = layers[0]
+        if self._members(group) != layers:
+            raise InputError(f"layers {layers} do not share a manager: {self._members(group)} do")
+        self.managers[group] = self._make_manager(shape, layers)
+        return self.managers[group]
 
     def _members(self, group: LayerShape | int) -> list[int]:
         """The layers of the model that a manager holds, by its key in `managers`."""
@@ -157,6 +173,7 @@ class CacheCore:
     def __getstate__(self) -> dict[str, Any]:
         """The attachment by name: it belongs to the model, which stays behind."""
         state = dict(vars(self))
+        state["model"] = None
         state["attachment"] = None if self.attachment is None else self.attachment.name
         return state
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from arkcache.engines.engine import Blocks
+from arkcache.engines.engine import Blocks, State
 from arkcache.engines.step import Step, additive, attend_view
 from arkcache.errors import IntegrityError
 from arkcache.layers.layer import Layer
@@ -63,6 +63,16 @@ class DenseLayer(Layer):
                 self._value.read(start, stop),
                 tokens,
             )
+
+    def _state(self) -> State:
+        """See `Layer`."""
+        longest = self.tokens.longest
+        return {"key": self._key.first(longest), "value": self._value.first(longest)}
+
+    def _restore(self, state: State) -> None:
+        """See `Layer`."""
+        self._key.write(slice(None), 0, state["key"])
+        self._value.write(slice(None), 0, state["value"])
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
         """See `Layer`."""

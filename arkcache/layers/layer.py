@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from arkcache.engines.capture import Capturable
-from arkcache.engines.engine import Blocks
+from arkcache.engines.engine import Blocks, State
 from arkcache.engines.missed import MissedLog
 from arkcache.engines.step import Step
 from arkcache.pages.bookkeeping import Ids
@@ -105,6 +106,42 @@ class Layer(ABC):
         device_tier: a new one, for as many sequences as `index` has; num_selected: pages that a
         step may select there, per KV head.
         """
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    @property
+    def digest_kind(self) -> str:
+        """See `Engine.digest_kind`; empty where no page is digested."""
+        return ""
+
+    def state(self) -> State:
+        """What the layer holds, on the CPU: all that `restore` needs beside the host tier's bytes.
+
+        Whole numbers are int64. Counters are no part of it.
+        """
+        self._join()
+        columns = torch.tensor(self.tokens.columns)
+        return {
+            "columns": columns,
+            "lengths": torch.from_numpy(self.tokens.lengths.copy()),
+            **{name: plane.cpu().contiguous() for name, plane in self._state().items()},
+        }
+
+    @abstractmethod
+    def _state(self) -> State:
+        """What the layer holds beside counts of tokens, on any device."""
+
+    def restore(self, state: State) -> None:
+        """Hold what `state` says, in a layer that is empty and has as many sequences."""
+        self._restore(state)
+        self.tokens.columns = int(state["columns"])
+        self.tokens.replace(state["lengths"].numpy())
+        if self.capturable is not None:
+            self.capturable.counted(slice(0, self.geometry.batch))
+
+    @abstractmethod
+    def _restore(self, state: State) -> None:
+        """Hold it; counts of tokens come afterwards."""
 
     def demote(self) -> None:  # noqa: B027 - most layers have one format
         """Keep pages that were attended little in the coarse format, if there is one."""

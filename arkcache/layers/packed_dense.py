@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
+from arkcache.engines.engine import State
 from arkcache.engines.step import Step, attend_blocks
 from arkcache.errors import IntegrityError
 from arkcache.kernels.torch_pages import PagePacker
@@ -64,6 +65,16 @@ class PackedDenseLayer(SealingLayer):
         """See `Layer`."""
         heads = self.geometry.num_kv_heads
         return attend_blocks(step, self.blocks(), heads, self.tokens.lengths[:, None] - 1)
+
+    def _page_state(self) -> State:
+        """See `SealingLayer`."""
+        sealed = int(self.tokens.sealed.max())
+        return {"pages": self._pages.read(0, sealed)} if sealed else {}
+
+    def _restore_pages(self, state: State) -> None:
+        """See `SealingLayer`."""
+        if "pages" in state:
+            self._pages.write(slice(None), 0, state["pages"])
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, _num_selected: Ids) -> None:
         """See `Layer`."""

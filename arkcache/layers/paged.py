@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from arkcache.engines.capture import Capturable
-from arkcache.engines.engine import Engine, PagedParts
+from arkcache.engines.engine import Engine, PagedParts, State
 from arkcache.engines.missed import MissedLog
 from arkcache.engines.step import Step
 from arkcache.layers.sealing import SealingLayer
@@ -118,6 +119,24 @@ class PagedLayer(SealingLayer):
         self.tokens.until_seal = 0
         self.engine.keep_sequences(index, device_tier, num_selected)
         self.geometry = device_tier.geometry
+
+    # -- what is written down, and read again -----------------------------------------------------
+
+    @property
+    def digest_kind(self) -> str:
+        """See `Layer`."""
+        return self.engine.digest_kind
+
+    def _page_state(self) -> State:
+        """See `SealingLayer`; "pieces" are handles of the host tier, by sequence and page."""
+        most = int(self.tokens.sealed.max())
+        pieces = torch.from_numpy(self.parts.store.handles[:, :, :most].copy())
+        return {"pieces": pieces, **self.engine.state()}
+
+    def _restore_pages(self, state: State) -> None:
+        """See `SealingLayer`."""
+        self.parts.store.adopt(state["pieces"].numpy())
+        self.engine.restore(state)
 
     # -- pieces of the host tier ------------------------------------------------------------------
 

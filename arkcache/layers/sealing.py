@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arkcache.config import CacheConfig
-from arkcache.engines.engine import Blocks
+from arkcache.engines.engine import Blocks, State
 from arkcache.layers.layer import Layer
 from arkcache.pages.bookkeeping import Ids, check_sealed, sealed_pages
 from arkcache.pages.windows import Window
@@ -110,6 +110,34 @@ class SealingLayer(Layer):
         numbers = np.where(tokens < recent[:, None], tokens + ends, -1)
         firsts = torch.from_numpy(self.tokens.sealed * page_size)
         yield *self.window.recent(firsts, len(tokens)), numbers
+
+    def _state(self) -> State:
+        """See `Layer`."""
+        sealed = torch.from_numpy(self.tokens.sealed.copy())
+        most = int((self.tokens.lengths - self.tokens.sealed * self.config.page_size).max())
+        key, value = self.window.recent(sealed * self.config.page_size, most)
+        return {"sealed": sealed, "window_key": key, "window_value": value, **self._page_state()}
+
+    @abstractmethod
+    def _page_state(self) -> State:
+        """What is to be known of the sealed pages."""
+
+    def _restore(self, state: State) -> None:
+        """See `Layer`."""
+        self.tokens.sealed = state["sealed"].numpy().copy()
+        self._restore_pages(state)
+        counts = state["lengths"].numpy() - self.tokens.sealed * self.config.page_size
+        for sequence, (sealed, recent) in enumerate(zip(self.tokens.sealed, counts, strict=True)):
+            seqs, oldest = slice(sequence, sequence + 1), int(sealed) * self.config.page_size
+            key, value = (
+                state[name][seqs, :, : int(recent)].to(self.geometry.device)
+                for name in ("window_key", "window_value")
+            )
+            self.window.write(seqs, oldest, oldest, key, value)
+
+    @abstractmethod
+    def _restore_pages(self, state: State) -> None:
+        """Know what `_page_state` said; how many are sealed is known by now."""
 
     def _crop(self, lengths: Ids) -> None:
         """See `Layer`."""

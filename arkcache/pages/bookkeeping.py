@@ -11,6 +11,7 @@ so everything follows from L alone, however the tokens arrived.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -234,6 +235,15 @@ class TokenLog:
             self._real = self._real[:, :num_columns]
             if self._real.all():
                 self._real = None
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """What is logged."""
+        state = {"batch": np.array(self.batch), "columns": np.array(self.num_columns)}
+        return state if self._real is None else state | {"real": self._real}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Log what `state` gave, where nothing is logged yet."""
+        self.extend(int(state["columns"]), state.get("real"))
 
     def keep_sequences(self, index: Ids) -> None:
         """Make sequence i what sequence `index[i]` was."""

@@ -8,6 +8,7 @@ only; a row is a (sequence, KV head) pair.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,21 @@ class Importance:
         pages = slice(first, first + fine.shape[1])
         steps = self.num_steps - self._sealed_at[:, pages]
         return demotable(self.mass[:, pages], steps, fine, below, after)
+
+    def state(self, num_pages: int) -> dict[str, NDArray[Any]]:
+        """What is held of the first pages."""
+        return {
+            "importance": self.mass[:, :num_pages],
+            "importance_sealed_at": self._sealed_at[:, :num_pages],
+            "importance_steps": np.array(self.num_steps),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Hold what `state` gave."""
+        self.num_steps, num_pages = int(state["importance_steps"]), state["importance"].shape[1]
+        self.seal(slice(None), 0, num_pages)
+        self.mass[:, :num_pages] = state["importance"]
+        self._sealed_at[:, :num_pages] = state["importance_sealed_at"]
 
     def keep_rows(self, rows: Ids) -> None:
         """Make row i what row `rows[i]` was."""

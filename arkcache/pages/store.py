@@ -93,6 +93,12 @@ class PageStore:
         self._widen(int(pages.max(initial=0)) + 1)
         self._handles[seqs, 0, pages] = handles
 
+    def adopt(self, handles: Ids) -> None:
+        """Hold these pieces, each listing with a reference of its own, and no others; -1 is none
+        [batch, pieces_per_page, pages]."""
+        self._widen(handles.shape[2])
+        self._handles[:, :, : handles.shape[2]] = handles
+
     def _widen(self, num_pages: int) -> None:
         """Make room for so many pages of every sequence."""
         width = self._handles.shape[2]

@@ -1,0 +1,1 @@
+"""Caches as folders: what is written, in which order, and how it is checked when it is read."""

@@ -1,5 +1,6 @@
 """Conversations: what a session feeds its model, how it stops, and what a terminal shows."""
 
+import copy
 import io
 import json
 import os
@@ -21,7 +22,16 @@ from rich.console import Console
 from transformers import DynamicCache
 from typer.testing import CliRunner
 
-from arkcache import ArkCache, CacheConfig, ConfigError, InputError, KVCacheManager, Session, cli
+from arkcache import (
+    ArkCache,
+    CacheConfig,
+    ConfigError,
+    InputError,
+    KVCacheManager,
+    Session,
+    SessionError,
+    cli,
+)
 from arkcache.chat.documents import help_text, load_document
 from arkcache.chat.session import CHUNK_TOKENS, Turn, interrupts_wait
 from arkcache.chat.streaming import TextStream
@@ -210,6 +220,50 @@ def test_an_answer_nobody_waits_for_ends(shipped: tuple[Any, Any]) -> None:
     said(session, "And of birch?")
     assert session.cache.get_seq_length() == len(session.ids)
     session.cache.check_integrity()
+
+
+def test_a_saved_conversation_goes_on(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    """The answer that would have come, from pages that were sealed before the save; and undo."""
+    session = session_of(shipped)
+    session.read(TEXT)
+    first = said(session, "What is the value of amber?")
+    session.save(tmp_path / "saved")
+    loaded = Session.load(*shipped, tmp_path / "saved")
+    assert (loaded.turns, loaded.ids) == (session.turns, session.ids)
+    assert said(loaded, "And of birch?") == said(session, "And of birch?")
+    assert loaded.cache.stats().pages_recalled > 0
+    assert loaded.undo() == "And of birch?"
+    assert loaded.undo() == "What is the value of amber?"
+    assert said(loaded, "What is the value of amber?") == first
+    session.reset()
+    session.save(tmp_path / "saved")
+    assert Session.load(*shipped, tmp_path / "saved").turns == []
+
+
+def test_conversations_that_cannot_be_loaded(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    model, tokenizer = shipped
+    session = session_of(shipped)
+    session.cache.save(tmp_path / "cache")
+    with pytest.raises(SessionError, match="without a conversation"):
+        Session.load(model, tokenizer, tmp_path / "cache")
+    session.save(tmp_path / "saved")
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["anotherword"])
+    with pytest.raises(SessionError, match="another tokenizer"):
+        Session.load(model, other, tmp_path / "saved")
+    shown = talk(session, "/save", "/load", f"/load {tmp_path}", f"/save {tmp_path}")
+    for message in ("/save FOLDER: no", "/load FOLDER: no", "holds no saved", "holds other files"):
+        assert message in shown
+
+
+def test_save_and_load_in_a_chat(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    session, folder = session_of(shipped), tmp_path / "saved"
+    session.read(TEXT)
+    shown = talk(session, "What is the value of amber?", f"/save {folder}")
+    assert f"{len(session.ids):,} tokens saved" in shown
+    again = talk(session, "/reset", f"/load {folder}", "/stats", "/undo")
+    assert "tokens loaded; the last question was: What is the value of amber?" in again
+    assert "forgotten: What is the value of amber?" in again
 
 
 def test_drawn_answers(shipped: tuple[Any, Any]) -> None:
@@ -544,4 +598,26 @@ def test_a_chat_in_a_real_terminal(text: Path) -> None:
         terminal.type("\x03", PROMPT)
         time.sleep(0.5)  # the prompt is shown before a line is waited for
         assert "Ctrl-D or /quit leaves" in terminal.type("\x03", PROMPT)
+        assert terminal.leave() == 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
+def test_a_conversation_over_two_terminals(text: Path, tmp_path: Path) -> None:
+    """A question, Ctrl-C in the answer, save, quit; another process loads it and is asked again."""
+    chat, folder = ["--model", str(SHIPPED), "--budget", "128"], tmp_path / "saved"
+    with Terminal(*chat, "--file", str(text), "--max-tokens", "100000") as terminal:
+        terminal.wait(PROMPT)
+        os.write(terminal._main, b"What is the value of amber?\n")
+        terminal.wait(r"amber\?\r\n\s*\w")
+        terminal.type("\x03", PROMPT)
+        assert "tokens saved" in terminal.type(f"/save {folder}\n", PROMPT)
+        assert terminal.leave() == 0
+    expected = Session.load(*load_model(str(SHIPPED), torch.device("cpu"), "auto"), folder)
+    answer = said(expected, "And of birch?", repetition_penalty=1.1).split()
+    assert expected.cache.stats().pages_recalled > 0
+    with Terminal(*chat, "--load", str(folder), "--max-tokens", "12") as terminal:
+        terminal.wait(PROMPT)
+        assert "the last question was: What is the value of amber?" in terminal.shown
+        shown = terminal.type("And of birch?\n", PROMPT)
+        assert " ".join(answer) in " ".join(shown.split())
         assert terminal.leave() == 0

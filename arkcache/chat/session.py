@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,10 +22,17 @@ from transformers import (
 )
 
 from arkcache.chat.streaming import TextStream
-from arkcache.chat.template import encode, end_tokens, special_opening, template_of
+from arkcache.chat.template import (
+    encode,
+    end_tokens,
+    special_opening,
+    template_of,
+    vocabulary_of,
+)
 from arkcache.config import CacheConfig
-from arkcache.errors import InputError
+from arkcache.errors import InputError, SessionError
 from arkcache.huggingface import ArkCache
+from arkcache.huggingface.saving import load_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +89,8 @@ class Session:
         past_limit: bool = False,
         **settings: Any,
     ) -> None:
-        self.model, self.tokenizer, self._past_limit = model, tokenizer, past_limit
+        self.model, self.tokenizer, self.past_limit = model, tokenizer, past_limit
+        self._system = system
         self._template = template_of(tokenizer, system)
         self.cache = ArkCache(model, config, **settings)
         self.turns: list[Turn] = []
@@ -156,12 +165,59 @@ class Session:
         del self.turns[turn:], self.ids[length:]
         return question
 
+    @property
+    def questions(self) -> list[str]:
+        """What was asked so far."""
+        return [self.turns[turn].text for turn, _ in self._asked]
+
     def reset(self) -> None:
         """Forget everything."""
         self.cache.reset()
         self.turns.clear()
         self.ids.clear()
         self._asked.clear()
+
+    # -- as a folder ------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, progress: Progress = lambda *_: None) -> None:
+        """Save the conversation, so that `load` goes on with it without reading its texts again.
+
+        See `ArkCache.save`, also for what it raises. progress: told how many bytes are written.
+        """
+        note = {
+            "conversation": [list(turn) for turn in self.turns],
+            "ids": self.ids,
+            "asked": self._asked,
+            "system": self._system,
+            "vocabulary": vocabulary_of(self.tokenizer),
+        }
+        self.cache.save(folder, note=note, progress=progress)
+
+    @classmethod
+    def load(
+        cls,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        folder: str | Path,
+        *,
+        past_limit: bool = False,
+        progress: Progress = lambda *_: None,
+        **settings: Any,
+    ) -> Session:
+        """The conversation that `save` wrote; see `ArkCache.load`, also for what it raises.
+
+        Raises `SessionError` for a cache without a conversation and for another tokenizer as well.
+        """
+        cache, note = load_cache(model, Path(folder), progress, **settings)
+        if not (isinstance(note, dict) and "conversation" in note):
+            raise SessionError(f"{folder} holds a cache without a conversation: use ArkCache.load")
+        if note["vocabulary"] != vocabulary_of(tokenizer):
+            raise SessionError(f"{folder} was saved with another tokenizer: load it with that one")
+        session = cls(model, tokenizer, cache.config, system=note["system"], past_limit=past_limit)
+        session.cache, session.ids = cache, note["ids"]
+        session.turns = [Turn(*turn) for turn in note["conversation"]]
+        session._asked = [(turn, length) for turn, length in note["asked"]]
+        return session
 
     @property
     def limit(self) -> int | None:
@@ -186,7 +242,7 @@ class Session:
         return ids
 
     def _refuse(self, more: str) -> None:
-        if not self._past_limit:
+        if not self.past_limit:
             raise InputError(
                 f"{more} beside the {len(self.ids):,} tokens held: this model was made for "
                 f"{self.limit:,} in all; read less, or allow it with past_limit=True (--past-limit)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, NamedTuple
 
 from arkcache.errors import InputError
@@ -72,3 +74,9 @@ def end_tokens(model: PreTrainedModel) -> set[int]:
     config = model.generation_config
     ends = None if config is None else config.eos_token_id
     return {ends} if isinstance(ends, int) else set(ends or ())
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A digest of what a tokenizer calls its tokens, by which another one is known."""
+    named = sorted(tokenizer.get_vocab().items())
+    return hashlib.sha256(json.dumps(named).encode()).hexdigest()

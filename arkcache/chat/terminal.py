@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,6 +63,8 @@ class Chat:
             ),
             "undo": (self._undo, "", "forget the last question and its answer"),
             "budget": (self._set_budget, "TOKENS", "attend so many tokens a step from now on"),
+            "save": (self._save, "FOLDER", "save the conversation"),
+            "load": (self._load, "FOLDER", "go on with a conversation that was saved"),
             "stats": (self._show_stats, "", "what the cache holds and did"),
             "reset": (self._reset, "", "forget everything"),
             "help": (self._help, "", "this list"),
@@ -92,6 +94,18 @@ class Chat:
 
     def read(self, name: str, text: str) -> None:
         """Read a text, with a progress bar on a terminal."""
+        start = time.perf_counter()
+        with self._bar(f"Reading {name}", "{:,.0f} tokens/s") as progress:
+            count = self._session.read(text, progress)
+        seconds = time.perf_counter() - start
+        self._say(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
+
+    @contextmanager
+    def _bar(self, what: str, speed: str, per: float = 1.0) -> Iterator[Callable[[int, int], None]]:
+        """A progress bar, on a terminal, and how to tell it what is done and of how much.
+
+        speed: how many units of `per` a second are written.
+        """
         bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -104,15 +118,15 @@ class Chat:
         )
         start = time.perf_counter()
         with bar:
-            task = bar.add_task(f"Reading {escape(name)}", total=None, speed="")
+            task = bar.add_task(escape(what), total=None, speed="")
 
             def progress(done: int, total: int) -> None:
-                speed = f"{done / (time.perf_counter() - start):,.0f} tokens/s" if done else ""
-                bar.update(task, completed=done, total=total, speed=speed)
+                rate = done / per / (time.perf_counter() - start)
+                bar.update(
+                    task, completed=done, total=total, speed=speed.format(rate) if done else ""
+                )
 
-            count = self._session.read(text, progress)
-        seconds = time.perf_counter() - start
-        self._say(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
+            yield progress
 
     # -- what is typed ----------------------------------------------------------------------------
 
@@ -181,6 +195,33 @@ class Chat:
             raise InputError(f"/budget {tokens}: expected a number of tokens")
         self._session.cache.set_budget(int(tokens))
         self._say(f"a step attends {int(tokens):,} tokens from now on.")
+
+    def _save(self, folder: str) -> None:
+        if not folder:
+            raise InputError("/save FOLDER: no folder given")
+        with self._bar(f"Saving to {folder}", "{:,.0f} MB/s", 1e6) as progress:
+            self._session.save(Path(folder).expanduser(), progress)
+        self._say(f"{len(self._session.ids):,} tokens saved; /load {folder} goes on with them.")
+
+    def _load(self, folder: str) -> None:
+        if not folder:
+            raise InputError("/load FOLDER: no folder given")
+        self.load(Path(folder).expanduser())
+
+    def load(self, folder: Path) -> None:
+        """Go on with a saved conversation, with a progress bar on a terminal."""
+        before = self._session
+        with self._bar(f"Loading {folder}", "{:,.0f} MB/s", 1e6) as progress:
+            self._session = Session.load(
+                before.model,
+                before.tokenizer,
+                folder,
+                past_limit=before.past_limit,
+                progress=progress,
+            )
+        asked = self._session.questions
+        last = f"; the last question was: {asked[-1]}" if asked else ""
+        self._say(f"{len(self._session.ids):,} tokens loaded{last}")
 
     def _show_stats(self, _rest: str) -> None:
         stats, session = self._session.cache.stats(), self._session

@@ -53,6 +53,10 @@ def chat(
     dtype: Dtype = "auto",
     past_limit: PastLimit = False,
     no_file: Annotated[bool, typer.Option("--no-file", help="Begin without a text.")] = False,
+    load: Annotated[
+        Path | None,
+        typer.Option(help="Go on with a conversation that /save has saved in this folder."),
+    ] = None,
 ) -> None:
     """Talk with a model about long texts; without a file, about the help of Python's debugger.
 
@@ -65,16 +69,21 @@ def chat(
 
         from arkcache.chat.documents import HELP_TOPIC, help_text, load_document
         from arkcache.chat.terminal import Chat, Sampling, use_line_editing
+        from arkcache.saving.folder import read_header
 
         if file and no_file:
             raise arkcache.InputError("--file beside --no-file: expected one or the other")
+        if load is not None:
+            read_header(load)  # what is no session is said before the model loads
         texts = [(path.name, load_document(path)) for path in file or []]
-        if not texts and not no_file:
+        if not texts and not no_file and load is None:
             texts = [(f"Python's help on {HELP_TOPIC}", help_text())]
         sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty)
         console = Console()
         session = _session(model, device, dtype, budget, system, past_limit)
         talk = Chat(session, sampling, console)
+        if load is not None:
+            talk.load(load)
         for name, text in texts:
             talk.read(name, text)
         use_line_editing()

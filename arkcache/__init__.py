@@ -1,11 +1,13 @@
 """ArkCache: the KV cache of long contexts in two tiers, with recallable eviction.
 
-Importing this module touches neither CUDA nor transformers; `ArkCache`, `detach`,
-`generate_graphed` and `Session` load the Hugging Face integration when they are first used.
+Importing this module imports neither torch nor transformers: `KVCacheManager` loads torch, and
+`ArkCache`, `detach`, `generate_graphed` and `Session` the Hugging Face integration, when they are
+first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from arkcache.config import CacheConfig
@@ -20,12 +22,12 @@ from arkcache.errors import (
     UnconsumedStepError,
     UnsupportedModelError,
 )
-from arkcache.manager import KVCacheManager
 from arkcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from arkcache.chat.session import Session
     from arkcache.huggingface import ArkCache, detach, generate_graphed
+    from arkcache.manager import KVCacheManager
 
 __version__ = "0.1.0"
 
@@ -50,16 +52,21 @@ __all__ = [
 ]
 
 
+_WHERE = {
+    "ArkCache": "arkcache.huggingface",
+    "KVCacheManager": "arkcache.manager",
+    "Session": "arkcache.chat.session",
+    "detach": "arkcache.huggingface",
+    "generate_graphed": "arkcache.huggingface",
+}
+"""The modules of what is heavy."""
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("ArkCache", "detach", "generate_graphed"):
-        from arkcache import huggingface
-
-        return getattr(huggingface, name)
-    if name == "Session":
-        from arkcache.chat.session import Session
-
-        return Session
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WHERE[name]), name)
+    return value
 
 
 def __dir__() -> list[str]:

@@ -65,14 +65,14 @@ def test_help_names_the_options() -> None:
         assert option in text
 
 
-@pytest.mark.parametrize("command", ["demo", "describe", "sweep", "eval"])
-def test_help_loads_no_model_library(command: str) -> None:
+@pytest.mark.parametrize("command", ["", "chat", "demo", "describe", "eval", "generate", "sweep"])
+def test_help_loads_nothing_heavy(command: str) -> None:
     code = (
-        f"import sys; sys.argv = ['arkcache', {command!r}, '--help']\n"
+        f"import sys; sys.argv = ['arkcache', *{command.split()!r}, '--help']\n"
         "from arkcache.cli import main\n"
         "try: main()\n"
         "except SystemExit as done: assert not done.code\n"
-        "assert 'transformers' not in sys.modules"
+        "assert not {'torch', 'numpy', 'transformers', 'numba', 'matplotlib'} & {*sys.modules}"
     )
     done = python("-c", code)
     assert done.returncode == 0, done.stderr

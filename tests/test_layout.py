@@ -77,10 +77,14 @@ IMPORTED_BY = {
 }
 # Heavy or optional: these import it inside functions, so that they start without it.
 LAZILY = {
+    ("arkcache.cli", "numpy"),
+    ("arkcache.cli", "torch"),
     ("arkcache.cli", "transformers"),
     ("arkcache.cli", "arkcache.huggingface"),
     ("arkcache", "arkcache.chat.session"),
     ("arkcache", "arkcache.huggingface"),
+    ("arkcache", "arkcache.manager"),
+    ("arkcache", "torch"),
     ("arkcache.tiering", "cupy"),
     ("arkcache.manager", "arkcache.saving"),  # it imports the manager
     ("arkcache.layers.making", "arkcache.engines.device"),  # they import Triton
@@ -258,16 +262,40 @@ def test_import_sees_what_ast_hides() -> None:
     assert found == {"a.b": False, "c": False, "d": True, "g.h": True, "i": True}
 
 
+HEAVY = ("cupy", "matplotlib", "numba", "numpy", "torch", "transformers", "triton")
+
+
 def test_import_is_light() -> None:
+    code = (
+        "import sys, arkcache\n"
+        "arkcache.CacheConfig(), arkcache.CacheStats(), dir(arkcache)\n"
+        f"print(*({{*{HEAVY!r}, 'rich', 'typer'}} & {{*sys.modules}}))\n"
+    )
+    assert python(code, cwd=ROOT).split() == []
+
+
+def test_the_manager_needs_torch_alone() -> None:
     code = (
         "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "import arkcache\n"
+        "from arkcache import KVCacheManager\n"
         "heavy = {'transformers', 'triton', 'numba', 'cupy', 'typer'}\n"
         "print(*(heavy & (set(sys.modules) - before)))\n"
         "assert not torch.cuda.is_initialized()\n"
     )
     assert python(code, cwd=ROOT).split() == []
+
+
+def test_what_is_loaded_late_is_what_its_module_has() -> None:
+    code = (
+        "import arkcache, pickle\n"
+        "from arkcache import KVCacheManager\n"
+        "from arkcache.manager import KVCacheManager as there\n"
+        "assert KVCacheManager is arkcache.KVCacheManager is there\n"
+        "assert pickle.loads(pickle.dumps(arkcache.KVCacheManager)) is there\n"
+        "assert pickle.loads(pickle.dumps(arkcache.ArkCache)) is arkcache.ArkCache\n"
+    )
+    python(code, cwd=ROOT)
 
 
 def test_public_names_resolve_and_are_sorted() -> None:

@@ -80,7 +80,7 @@ eval: $(VENV_EVAL)/.ready ## what a small chat model still knows behind a cache 
 	$(VENV_EVAL)/bin/arkcache eval --model smollm2 --lengths 3072 --budgets 1/8,1/16 \
 		--tasks magic,language --questions 16 \
 		--methods "ark;ark:index=cuboid-mean,page_size=32;oracle;sinks;snapkv" \
-		--json benchmarks/results/fidelity.json --plots benchmarks/results/fidelity $(BENCH_ARGS)
+		--output benchmarks/results/fidelity.json --plots benchmarks/results/fidelity $(BENCH_ARGS)
 
 kernels: $(VENV)/.ready ## the GPU kernels compiled ahead of time: registers, shared memory, spills, buffers
 	env -u TRITON_INTERPRET $(BIN)/python benchmarks/compile_kernels.py $(BENCH_ARGS)

@@ -22,6 +22,7 @@ from arkcache.errors import (
     UnconsumedStepError,
     UnsupportedModelError,
 )
+from arkcache.settings import load_config
 from arkcache.stats import CacheStats
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ __all__ = [
     "__version__",
     "detach",
     "generate_graphed",
+    "load_config",
 ]
 
 

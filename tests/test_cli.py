@@ -292,7 +292,7 @@ ASKED += ["--passages", "1", "--steps", "2", "--methods", "sinks;ark:num_recent_
 
 def test_eval_prints_tables_and_keeps_all(tmp_path: Path) -> None:
     out = tmp_path / "measured.json"
-    done = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out)])
+    done = runner.invoke(cli.app, ["eval", *ASKED, "--output", str(out)])
     assert done.exit_code == 0, done.output
     for part in ("facts", "language", "sinks", "retention", "KL"):
         assert part in done.stdout
@@ -312,7 +312,7 @@ def test_an_eval_is_shown_and_drawn_again(tmp_path: Path) -> None:
     """Without a model: from its JSON alone."""
     pytest.importorskip("matplotlib", reason="the extra plot is not installed")
     out, pictures = tmp_path / "measured.json", tmp_path / "pictures"
-    first = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out), "--plots", str(pictures)])
+    first = runner.invoke(cli.app, ["eval", *ASKED, "--output", str(out), "--plots", str(pictures)])
     assert first.exit_code == 0, first.output
     drawn = {path.name: path.read_bytes() for path in pictures.iterdir()}
     assert {*drawn} == {
@@ -348,7 +348,7 @@ def test_an_interrupted_eval_shows_what_it_has(
 
     monkeypatch.setattr(evaluation.language, "draw", interrupt)
     out = tmp_path / "measured.json"
-    done = runner.invoke(cli.app, ["eval", *ASKED, "--json", str(out)])
+    done = runner.invoke(cli.app, ["eval", *ASKED, "--output", str(out)])
     assert done.exit_code == 130
     assert "Interrupted: this is what was measured until then." in done.stdout
     kept = json.loads(out.read_text())
@@ -362,7 +362,7 @@ def test_an_interrupted_eval_shows_what_it_has(
         (["--lengths", "long"], "lengths 'long': expected tokens, as in 3072,7168"),
         (["--budgets", "0"], "budget '0': expected tokens"),
         (["--methods", "ark:page_size=0"], "page_size=0: expected an integer of at least 1"),
-        (["--json", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
+        (["--output", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),
     ],
 )
 def test_eval_tells_mistakes_in_a_line(arguments: list[str], message: str) -> None:

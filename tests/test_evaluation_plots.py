@@ -134,7 +134,7 @@ def test_a_result_comes_back_from_its_json(tmp_path: Path) -> None:
 def test_what_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(text)
-    with pytest.raises(InputError, match="expected what `arkcache eval --json` wrote"):
+    with pytest.raises(InputError, match="expected what `arkcache eval --output` wrote"):
         load(path)
     with pytest.raises(InputError, match="cannot read"):
         load(tmp_path / "missing.json")

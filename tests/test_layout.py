@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "errors": set(),
     "formats": {"errors"},
     "config": {"errors", "formats"},
+    "settings": {"config", "errors"},
     "stats": set(),
     "kernels": {"config", "errors", "formats", "kernels"},
     "tiering": {"errors", "formats", "kernels", "tiering"},
@@ -308,7 +309,7 @@ def test_public_names_resolve_and_are_sorted() -> None:
 
 def test_public_names_are_pinned() -> None:
     promised = {"ArkCache", "CacheConfig", "CacheStats", "KVCacheManager", "__version__"}
-    promised |= {"Session", "detach", "generate_graphed"}
+    promised |= {"Session", "detach", "generate_graphed", "load_config"}
     errors = {
         name
         for name, value in vars(arkcache.errors).items()

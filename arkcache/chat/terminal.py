@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -42,6 +43,7 @@ class Chat:
         sampling: how answers are drawn.
         console: where everything is printed.
         ask_line: shows a prompt and returns a line; raises `EOFError` at the end of the input.
+        quiet: print answers and what commands say, but no progress, hints or figures.
     """
 
     def __init__(
@@ -50,8 +52,9 @@ class Chat:
         sampling: Sampling,
         console: Console,
         ask_line: Callable[[str], str] = input,
+        quiet: bool = False,
     ) -> None:
-        self._session, self._sampling = session, sampling
+        self._session, self._sampling, self._quiet = session, sampling, quiet
         self._console, self._ask_line = console, ask_line
         self._goes_on = True
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
@@ -73,7 +76,7 @@ class Chat:
 
     def run(self) -> None:
         """Talk until the user leaves."""
-        self._say("Ask about the text; /help lists the commands, Ctrl-C stops an answer.")
+        self._hint("Ask about the text; /help lists the commands, Ctrl-C stops an answer.")
         while self._goes_on:
             try:
                 line = self._typed()
@@ -98,7 +101,7 @@ class Chat:
         with self._bar(f"Reading {name}", "{:,.0f} tokens/s") as progress:
             count = self._session.read(text, progress)
         seconds = time.perf_counter() - start
-        self._say(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
+        self._hint(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
 
     @contextmanager
     def _bar(self, what: str, speed: str, per: float = 1.0) -> Iterator[Callable[[int, int], None]]:
@@ -114,7 +117,7 @@ class Chat:
             TimeRemainingColumn(),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=self._quiet or not self._console.is_terminal,
         )
         start = time.perf_counter()
         with bar:
@@ -174,7 +177,7 @@ class Chat:
         ]
         if hits + recalled:
             words.append(f"{hits / (hits + recalled):.0%} of pages at hand")
-        self._say(", ".join(words))
+        self._hint(", ".join(words))
 
     def _ask_full(self, question: str) -> None:
         question = question or self._session.undo()
@@ -208,8 +211,16 @@ class Chat:
             raise InputError("/load FOLDER: no folder given")
         self.load(Path(folder).expanduser())
 
-    def load(self, folder: Path) -> None:
-        """Go on with a saved conversation, with a progress bar on a terminal."""
+    @property
+    def session(self) -> Session:
+        """The conversation: another one after a load."""
+        return self._session
+
+    def load(self, folder: Path, **settings: Any) -> None:
+        """Go on with a saved conversation, with a progress bar on a terminal.
+
+        settings: of the cache, to replace; see `ArkCache.load`.
+        """
         before = self._session
         with self._bar(f"Loading {folder}", "{:,.0f} MB/s", 1e6) as progress:
             self._session = Session.load(
@@ -218,6 +229,7 @@ class Chat:
                 folder,
                 past_limit=before.past_limit,
                 progress=progress,
+                **settings,
             )
         asked = self._session.questions
         last = f"; the last question was: {asked[-1]}" if asked else ""
@@ -251,6 +263,10 @@ class Chat:
 
     def _quit(self, _rest: str) -> None:
         self._goes_on = False
+
+    def _hint(self, text: str) -> None:
+        if not self._quiet:
+            self._say(text)
 
     def _say(self, text: str) -> None:
         self._console.print(f"[dim]{escape(text)}[/]", highlight=False)

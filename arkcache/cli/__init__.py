@@ -41,11 +41,12 @@ def _root(
 
 if _missing is None:
     from arkcache.cli.chatting import chat, generate
+    from arkcache.cli.common import EXIT_CODES
     from arkcache.cli.comparing import demo, sweep
     from arkcache.cli.evaluating import evaluate
     from arkcache.cli.planning import describe
 
-    app = typer.Typer(no_args_is_help=True, add_completion=False)
+    app = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
     app.callback()(_root)
     app.command()(demo)
     app.command()(chat)
@@ -53,3 +54,5 @@ if _missing is None:
     app.command()(describe)
     app.command()(sweep)
     app.command("eval")(evaluate)
+    for command in app.registered_commands:
+        command.epilog = EXIT_CODES

@@ -6,24 +6,34 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import arkcache
-from arkcache.cli.common import told_in_a_line
-from arkcache.cli.options import Device
+from arkcache.cli.common import replace_file, told_in_a_line
+from arkcache.cli.completing import complete
+from arkcache.cli.options import Config, Device, Dtype, Json, Output, Quiet, Set
+from arkcache.cli.settings import settings_given
+from arkcache.settings import Given, build
 
 if TYPE_CHECKING:
     from arkcache.chat.session import Session
+    from arkcache.config import CacheConfig
 
 Model = Annotated[
-    str, typer.Option(help="Any causal language model: a folder, a Hugging Face id, or smollm2.")
+    str,
+    typer.Option(
+        help="Any causal language model: a folder, a Hugging Face id, or smollm2.",
+        autocompletion=complete("model"),
+    ),
 ]
 Files = Annotated[
     list[Path] | None, typer.Option("--file", help="A text to read (UTF-8); may be repeated.")
 ]
-Budget = Annotated[int, typer.Option(help="Tokens attended per step and KV head.")]
+Budget = Annotated[
+    int | None, typer.Option(help="Tokens attended per step and KV head.", show_default="2048")
+]
 System = Annotated[
     str | None, typer.Option(help="Who the assistant is.", show_default="as the model has it")
 ]
@@ -34,7 +44,6 @@ Penalty = Annotated[
     float,
     typer.Option("--repetition-penalty", help="Above 1: what was said already is less likely."),
 ]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 PastLimit = Annotated[
     bool, typer.Option("--past-limit", help="Read more tokens than the model was made for.")
 ]
@@ -43,7 +52,7 @@ PastLimit = Annotated[
 def chat(
     file: Files = None,
     model: Model = "smollm2",
-    budget: Budget = 2048,
+    budget: Budget = None,
     system: System = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
@@ -57,14 +66,26 @@ def chat(
         Path | None,
         typer.Option(help="Go on with a conversation that /save has saved in this folder."),
     ] = None,
+    config: Config = None,
+    settings: Set = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help="Print the conversation as JSON in the end, the rest on stderr."
+        ),
+    ] = False,
+    output: Output = None,
+    quiet: Quiet = False,
 ) -> None:
     """Talk with a model about long texts; without a file, about the help of Python's debugger.
 
     What is typed is a question, or a command such as /help. Ctrl-C stops an answer.
 
         arkcache chat --file book.txt --budget 1024
+
+        arkcache chat --model my/model --set key_bits=4 --set value_bits=4
     """
-    with told_in_a_line("chat"):
+    with told_in_a_line("chat", output):
         from rich.console import Console
 
         from arkcache.chat.documents import HELP_TOPIC, help_text, load_document
@@ -79,15 +100,22 @@ def chat(
         if not texts and not no_file and load is None:
             texts = [(f"Python's help on {HELP_TOPIC}", help_text())]
         sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty)
-        console = Console()
-        session = _session(model, device, dtype, budget, system, past_limit)
-        talk = Chat(session, sampling, console)
+        given = settings_given(config, settings, budget_tokens=("--budget", budget))
+        session = _session(model, device, dtype, build(given), system, past_limit, quiet)
+        ask_line = _ask_on_stderr if as_json else input
+        talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet)
         if load is not None:
-            talk.load(load)
+            talk.load(load, **_typed(given))
         for name, text in texts:
             talk.read(name, text)
         use_line_editing()
         talk.run()
+        session = talk.session
+        values = {"turns": [turn._asdict() for turn in session.turns]} | _figures(session)
+        if as_json:
+            typer.echo(json.dumps(values, indent=2))
+        if output is not None:
+            replace_file(output, values)
 
 
 def generate(
@@ -96,7 +124,7 @@ def generate(
     ] = "-",
     file: Files = None,
     model: Model = "smollm2",
-    budget: Budget = 2048,
+    budget: Budget = None,
     system: System = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
@@ -106,9 +134,11 @@ def generate(
     dtype: Dtype = "auto",
     past_limit: PastLimit = False,
     exact: Annotated[bool, typer.Option("--exact", help="Attend everything in each step.")] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the answer.")
-    ] = False,
+    config: Config = None,
+    settings: Set = None,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
 ) -> None:
     """Print one answer, to a question about texts or to what comes on standard input.
 
@@ -116,12 +146,13 @@ def generate(
 
     git log | arkcache generate --model my/model -
     """
-    with told_in_a_line("generate"):
+    with told_in_a_line("generate", output):
         from arkcache.chat.documents import load_document
 
         texts = [load_document(path) for path in file or []]
         asked = sys.stdin.read() if question == "-" else question
-        session = _session(model, device, dtype, budget, system, past_limit)
+        cache = _config(config, settings, budget)
+        session = _session(model, device, dtype, cache, system, past_limit, quiet)
         start = time.perf_counter()
         for text in texts:
             session.read(text)
@@ -137,32 +168,57 @@ def generate(
             parts.append(part)
             if not as_json:
                 typer.echo(part, nl=False)
-        if as_json:
-            stats = session.cache.stats()
-            values = {
-                "answer": "".join(parts).strip(),
-                "tokens": len(session.ids),
-                "seconds": round(time.perf_counter() - start, 3),
-                "device_bytes": stats.device_bytes + stats.digest_bytes,
-                "host_bytes": stats.host_bytes,
-            }
-            typer.echo(json.dumps(values, indent=2))
-        else:
-            typer.echo()
+        values = {
+            "answer": "".join(parts).strip(),
+            "seconds": round(time.perf_counter() - start, 3),
+        } | _figures(session)
+        typer.echo(json.dumps(values, indent=2) if as_json else "")
+        if output is not None:
+            replace_file(output, values)
+
+
+def _config(config: Path | None, settings: list[str] | None, budget: int | None) -> CacheConfig:
+    """The settings of the cache: what is impossible is said before the model loads."""
+    return build(settings_given(config, settings, budget_tokens=("--budget", budget)))
+
+
+def _typed(given: dict[str, Given]) -> dict[str, Any]:
+    """The settings that the command line gives: they replace those of a saved conversation."""
+    return {name: one.value for name, one in given.items() if one.source.startswith("--")}
 
 
 def _session(
-    model: str, device: str, dtype: str, budget: int, system: str | None, past_limit: bool
+    model: str,
+    device: str,
+    dtype: str,
+    config: CacheConfig,
+    system: str | None,
+    past_limit: bool,
+    quiet: bool,
 ) -> Session:
     from transformers.utils import logging
 
     from arkcache.chat.session import Session
-    from arkcache.config import CacheConfig
     from arkcache.demo.models import load_model, pick_device
 
-    config = CacheConfig(budget_tokens=budget)  # what is impossible is said before the model loads
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and not quiet:
         typer.echo(f"Loading {model} ...", err=True)
     logging.disable_progress_bar()
     loaded, tokenizer = load_model(model, pick_device(device), dtype)
     return Session(loaded, tokenizer, config, system=system, past_limit=past_limit)
+
+
+def _figures(session: Session) -> dict[str, Any]:
+    """What the session holds, as plain numbers."""
+    stats = session.cache.stats()
+    return {
+        "tokens": len(session.ids),
+        "device_bytes": stats.device_bytes + stats.digest_bytes,
+        "host_bytes": stats.host_bytes,
+    }
+
+
+def _ask_on_stderr(prompt: str) -> str:
+    """A line from standard input, for a conversation whose standard output is its JSON."""
+    typer.echo(prompt, nl=False, err=True)
+    return input()

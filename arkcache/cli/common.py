@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import typer
 
 import arkcache
 from arkcache.cli.installing import say_what_to_install
+from arkcache.settings import parse_bytes as parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -22,19 +22,26 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """The exit code after Ctrl-C."""
 
-_UNITS = {"B": 1} | {
-    f"{prefix}{suffix}": base**exponent
-    for exponent, prefix in enumerate("KMGT", start=1)
-    for base, suffix in ((1000, "B"), (1024, "iB"))
-}
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a mistake in what was given, or a failure; 2 wrong usage; "
+    f"{INTERRUPTED} interrupted."
+)
+"""The last line of every command's help."""
 
 T = TypeVar("T")
 
 
 @contextmanager
-def told_in_a_line(command: str) -> Iterator[None]:
-    """Turns what a user can mend into a line on stderr and an exit code."""
+def told_in_a_line(command: str, output: Path | None = None) -> Iterator[None]:
+    """Turns what a user can mend into a line on stderr and an exit code.
+
+    Args:
+        command: for the line.
+        output: a file that is to be written in the end; that it can be is seen to first.
+    """
     try:
+        if output is not None:
+            check_writable(output)
         yield
     except ModuleNotFoundError as error:
         say_what_to_install(error.name or str(error))
@@ -46,13 +53,15 @@ def told_in_a_line(command: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def with_progress(work: Callable[[Progress], T]) -> T:
+def with_progress(work: Callable[[Progress], T], quiet: bool = False) -> T:
     """Does work that tells what is under way: a bar on a terminal, else a line for each stage."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours says what is loaded
+    if quiet:
+        return work(lambda *_: None)
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description:30}"),
@@ -76,42 +85,58 @@ def with_progress(work: Callable[[Progress], T]) -> T:
 
 
 def print_result(
-    values: dict[str, Any], render: Callable[[], RenderableType], as_json: bool
+    values: dict[str, Any],
+    render: Callable[[], RenderableType],
+    as_json: bool,
+    output: Path | None = None,
 ) -> None:
-    """Print a result as a table, or as one JSON object."""
+    """Print a result as a table, or as one JSON object, which may go to a file as well."""
     if as_json:
         typer.echo(json.dumps(values, indent=2, default=str))
-        return
-    from rich.console import Console
+    else:
+        from rich.console import Console
 
-    Console().print(render())
+        Console().print(render())
+    if output is not None:  # last: what a full disk refuses has been printed
+        replace_file(output, values)
+
+
+def check_writable(path: Path) -> None:
+    """Raise `InputError` unless a file can be written there. What it holds stays."""
+    try:
+        if path.is_dir():
+            raise arkcache.InputError(f"cannot write {path}: it is a folder")
+        if path.exists() and not path.is_file():  # a terminal, a pipe
+            return
+        draft = _draft_of(path)
+        draft.touch()
+        draft.unlink()
+    except OSError as error:
+        raise arkcache.InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
 def replace_file(path: Path, values: dict[str, Any]) -> None:
     """Write a file of JSON whole, so that an interrupt leaves the one before it."""
-    draft = path.with_name(path.name + ".part")
+    text = json.dumps(values, indent=1, default=str) + "\n"
     try:
-        draft.write_text(json.dumps(values, indent=1, default=str) + "\n", encoding="utf-8")
-        draft.replace(path)
+        if path.exists() and not path.is_file():
+            path.write_text(text, encoding="utf-8")
+            return
+        draft = _draft_of(path)
+        try:
+            draft.write_text(text, encoding="utf-8")
+            draft.replace(path.resolve())
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         raise arkcache.InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _draft_of(path: Path) -> Path:
+    whole = path.resolve()  # a link goes on pointing where it did
+    return whole.with_name(whole.name + ".part")
 
 
 def listed(given: str, separator: str) -> list[str]:
     """The parts of an option with several."""
     return [part.strip() for part in given.split(separator) if part.strip()]
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes from "2GiB", "500 MB" or "4096".
-
-    Raises `InputError` for anything else, and for less than a byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = units.get(match[2].lower() or "b") if match else None
-    if match is None or size is None or int(float(match[1]) * size) < 1:
-        raise arkcache.InputError(
-            f"{text!r} bytes: expected a number and one of {', '.join(_UNITS)}, as in 2GiB"
-        )
-    return int(match[1]) * size if match[1].isdigit() else int(float(match[1]) * size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,21 +12,24 @@ from arkcache.cli.common import (
     told_in_a_line,
     with_progress,
 )
+from arkcache.cli.completing import complete
 from arkcache.cli.options import (
     Context,
     Device,
+    Dtype,
     Facts,
     File,
+    Formats,
     GroupSize,
     Index,
     Json,
     Model,
+    Output,
     PageSize,
+    Quiet,
     Seed,
 )
-
-if TYPE_CHECKING:
-    pass
+from arkcache.cli.settings import say_unused
 
 
 def demo(
@@ -37,17 +40,21 @@ def demo(
     facts: Facts = 16,
     model: Model = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object instead of the table.")
-    ] = False,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
 ) -> None:
     """Hide facts in a long text, read it once, ask for them, and compare five caches.
 
     All get the same text and, but for the full cache, the same budget.
+
+        arkcache demo --context 4096 --budget 256
+
+        arkcache demo --model my/model --file book.txt --output demo.json
     """
-    with told_in_a_line("demo"):
+    with told_in_a_line("demo", output):
         from arkcache.demo.run import Settings, run
         from arkcache.demo.table import render
 
@@ -62,8 +69,10 @@ def demo(
             device=device,
             dtype=dtype,
         )
-        result = with_progress(lambda progress: run(settings, progress))
-        print_result(result.to_dict(), lambda: render(result), as_json)
+        if not quiet:
+            say_unused()
+        result = with_progress(lambda progress: run(settings, progress), quiet)
+        print_result(result.to_dict(), lambda: render(result), as_json, output)
 
 
 def sweep(
@@ -76,10 +85,7 @@ def sweep(
             show_default="what 384 tokens take in 16 bits",
         ),
     ] = None,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option("--format", help="May be repeated.", show_default="all presets"),
-    ] = None,
+    formats: Formats = None,
     page_size: PageSize = 32,
     group_size: GroupSize = 32,
     index: Index = "cuboid-mean",
@@ -90,16 +96,23 @@ def sweep(
     device: Device = "auto",
     dtype: Annotated[
         str,
-        typer.Option(help="auto (bfloat16 for the shipped model), float32, bfloat16 or float16."),
+        typer.Option(
+            help="auto (bfloat16 for the shipped model), float32, bfloat16 or float16.",
+            autocompletion=complete("dtype"),
+        ),
     ] = "auto",
     seed: Seed = 0,
     as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
 ) -> None:
     """Compare the formats of pages, at equal tokens and at equal bytes.
 
     The same text, facts and questions as the demonstration, about two minutes for each draw.
+
+        arkcache sweep --format K4V4 --format K4V2 --output sweep.json
     """
-    with told_in_a_line("sweep"):
+    with told_in_a_line("sweep", output):
         from arkcache.demo.sweep import Settings, run
         from arkcache.demo.sweep_table import render
         from arkcache.formats import PRESETS
@@ -120,5 +133,7 @@ def sweep(
             device=device,
             dtype=dtype,
         )
-        result = with_progress(lambda progress: run(settings, progress))
-        print_result(result.to_dict(), lambda: render(result), as_json)
+        if not quiet:
+            say_unused()
+        result = with_progress(lambda progress: run(settings, progress), quiet)
+        print_result(result.to_dict(), lambda: render(result), as_json, output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -18,12 +18,14 @@ from arkcache.cli.common import (
 )
 from arkcache.cli.options import (
     Device,
+    Dtype,
+    Json,
     Model,
+    Output,
+    Quiet,
     Seed,
 )
-
-if TYPE_CHECKING:
-    pass
+from arkcache.cli.settings import say_unused
 
 
 def evaluate(
@@ -55,27 +57,30 @@ def evaluate(
     steps: Annotated[int, typer.Option(help="Tokens predicted after each real text.")] = 64,
     model: Model = None,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    dtype: Dtype = "auto",
     seed: Seed = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option("--json", help="Write all that was measured to this file, as it comes."),
-    ] = None,
+    as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
     plots: Annotated[
         Path | None,
         typer.Option(help="Draw pictures into this folder; they need the extra plot."),
     ] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--from", help="Show and draw this file of --json, measure nothing."),
+        typer.Option("--from", help="Show and draw this file of --output, measure nothing."),
     ] = None,
 ) -> None:
     """Measure what a model still knows behind a cache, against its full cache.
 
     Every text is read once; then each method answers the same questions, or predicts the same real
-    text, token by token. Ctrl-C shows what was measured so far.
+    text, token by token. --output grows as the run goes on. Ctrl-C shows what was measured so far.
+
+        arkcache eval --model my/model --budgets 1/8 --methods "ark;sinks" --output eval.json
+
+        arkcache eval --from eval.json --plots pictures
     """
-    with told_in_a_line("eval"):
+    with told_in_a_line("eval", output):
         from arkcache.evaluation.figures import to_dict
         from arkcache.evaluation.records import Result, load
         from arkcache.evaluation.run import Settings, run
@@ -88,8 +93,8 @@ def evaluate(
             prepare(plots)
 
         def keep(result: Result) -> None:
-            if out is not None:
-                replace_file(out, result.to_dict())
+            if output is not None:
+                replace_file(output, result.to_dict())
 
         settings = Settings(
             tasks=task_names(tasks),
@@ -107,13 +112,15 @@ def evaluate(
         if source is not None:
             result = load(source)
         else:
-            result = with_progress(lambda progress: run(settings, progress, keep))
-        if out is not None:
-            replace_file(out, {"figures": to_dict(result)} | result.to_dict())
-        print_result({}, lambda: render(result), as_json=False)
+            if not quiet:
+                say_unused()
+            result = with_progress(lambda progress: run(settings, progress, keep), quiet)
+        values = {"figures": to_dict(result)} | result.to_dict()
+        print_result(values, lambda: render(result), as_json, output)
         if plots is not None:
             for path in draw(result, plots):
-                typer.echo(path, err=True)
+                if not quiet:
+                    typer.echo(path, err=True)
         if not result.finished:
             raise typer.Exit(INTERRUPTED)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,20 +14,34 @@ from arkcache.cli.common import (
     print_result,
     told_in_a_line,
 )
+from arkcache.cli.completing import complete
 from arkcache.cli.options import (
-    GroupSize,
-    Index,
+    Config,
+    Formats,
     Json,
+    Output,
     PageSizeOrAuto,
+    Quiet,
+    Set,
 )
+from arkcache.cli.settings import settings_given
+from arkcache.config import CacheConfig
+from arkcache.settings import Given, build
 
 if TYPE_CHECKING:
     from arkcache.memory import CacheShape
 
+BITS_SETTINGS = ("key_bits", "value_bits", "coarse_key_bits", "coarse_value_bits")
+"""What the name of a format says."""
+
 
 def describe(
     model: Annotated[
-        str | None, typer.Option(help="Take the sizes from this model's config: a folder or an id.")
+        str | None,
+        typer.Option(
+            help="Take the sizes from this model's config: a folder or an id.",
+            autocompletion=complete("model"),
+        ),
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers, instead of a model.")] = None,
     kv_heads: Annotated[int | None, typer.Option(help="KV heads of each layer.")] = None,
@@ -36,7 +52,9 @@ def describe(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float32, bfloat16 or float16.", show_default="the model's, else bfloat16"
+            help="float32, bfloat16 or float16.",
+            show_default="the model's, else bfloat16",
+            autocompletion=complete("dtype"),
         ),
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens of each sequence.")] = 131072,
@@ -48,19 +66,21 @@ def describe(
             show_default="2048, or what fits in the device bytes",
         ),
     ] = None,
-    dense_layers: Annotated[int, typer.Option(help="First layers that attend everything.")] = 0,
-    page_size: PageSizeOrAuto = None,
-    group_size: GroupSize = 32,
-    formats: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--format", help="As in K4V4 or K8V4+K4V2; may be repeated.", show_default="all presets"
-        ),
+    dense_layers: Annotated[
+        int | None, typer.Option(help="First layers that attend everything.", show_default="0")
     ] = None,
+    page_size: PageSizeOrAuto = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(help="Channels of a value that share a scale.", show_default="32"),
+    ] = None,
+    formats: Formats = None,
     device_bytes: Annotated[
         str | None, typer.Option(help="Limit of the device tier, as in 2GiB or 500MB.")
     ] = None,
-    rotation: Annotated[str, typer.Option(help="none, keys, values or both.")] = "none",
+    rotation: Annotated[
+        str | None, typer.Option(help="none, keys, values or both.", show_default="none")
+    ] = None,
     packed_slots: Annotated[
         bool | None,
         typer.Option(
@@ -69,43 +89,103 @@ def describe(
             show_default="packed on cuda",
         ),
     ] = None,
-    index: Index = "tokens",
+    index: Annotated[
+        str | None,
+        typer.Option(
+            help="How pages are rated.", show_default="tokens", autocompletion=complete("index")
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; it need not be here.")] = "cuda",
+    config: Config = None,
+    settings: Set = None,
     as_json: Json = False,
+    output: Output = None,
+    quiet: Quiet = False,
 ) -> None:
-    """Say what a cache will take, in each format, before anything is loaded."""
-    with told_in_a_line("describe"):
-        from arkcache.config import CacheConfig
+    """Say what a cache will take, in each format, and where its settings come from.
+
+    Nothing is loaded but a model's config.
+
+        arkcache describe --model my/model --context 65536 --device-bytes 2GiB
+
+        arkcache describe --layers 36 --kv-heads 8 --head-dim 128 --format K4V4 --json
+    """
+    with told_in_a_line("describe", output):
         from arkcache.demo.describe import render
-        from arkcache.formats import PRESETS
         from arkcache.memory import plan_memory
 
         sizes = {"layers": layers, "kv-heads": kv_heads, "head-dim": head_dim}
         shape, numbers = _shape(model, sizes | {"value-dim": value_dim}, dtype)
-        num_dense = sum(number < dense_layers for number in numbers) if dense_layers > 0 else 0
-        settings: dict[str, Any] = {
-            "page_size": page_size,
-            "group_size": group_size,
-            "num_dense_layers": dense_layers if dense_layers < 0 else num_dense,
-            "budget_tokens": "auto" if budget is None else budget,
-            "device_bytes": None if device_bytes is None else parse_bytes(device_bytes),
-            "rotation": rotation,
-            "packed_slots": packed_slots,
-            "index": index,
-        }
+        given = settings_given(
+            config,
+            settings,
+            page_size=("--page-size", page_size),
+            group_size=("--group-size", group_size),
+            num_dense_layers=("--dense-layers", dense_layers),
+            budget_tokens=("--budget", budget),
+            device_bytes=(
+                "--device-bytes",
+                None if device_bytes is None else parse_bytes(device_bytes),
+            ),
+            rotation=("--rotation", rotation),
+            packed_slots=("--packed-slots" if packed_slots else "--unpacked-slots", packed_slots),
+            index=("--index", index),
+        )
+        configs = _configs(_counting_only(numbers, given), formats)
         plans = {
-            name: plan_memory(CacheConfig.preset(name, **settings), shape, context, batch, device)
-            for name in formats or PRESETS
+            name: plan_memory(config, shape, context, batch, device)
+            for name, config in configs.items()
         }
+        resolved = _resolved(configs, given, formats)
         heading = f"What a cache of {model or 'these sizes'} takes on {device}."
         values = {
             "model": model,
             "device": device,
-            "settings": settings,
+            "settings": {name: value for name, (value, _) in resolved.items()},
+            "sources": {name: source for name, (_, source) in resolved.items()},
             "shape": vars(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")},
             "formats": {name: plan.to_dict() for name, plan in plans.items()},
         }
-        print_result(values, lambda: render(plans, shape, heading), as_json)
+        print_result(
+            values, lambda: render(plans, shape, heading, resolved, quiet), as_json, output
+        )
+
+
+def _counting_only(numbers: list[int], given: dict[str, Given]) -> dict[str, Given]:
+    """The settings with those dense layers alone that are among layers of these numbers."""
+    dense = given.get("num_dense_layers")
+    if dense is None or dense.value < 0:
+        return given
+    count = sum(number < dense.value for number in numbers)
+    return given | {"num_dense_layers": Given(count, dense.source)}
+
+
+def _configs(given: dict[str, Given], formats: list[str] | None) -> dict[str, CacheConfig]:
+    """The settings by name of the format: those asked for, else that of the settings, else all."""
+    from arkcache.formats import PRESETS
+
+    if not formats and any(name in given for name in BITS_SETTINGS):
+        config = build(given)
+        coarse = config.coarse_format
+        return {config.format.name + (f"+{coarse.name}" if coarse else ""): config}
+    others = {name: one for name, one in given.items() if name not in BITS_SETTINGS}
+    return {name: build(others, partial(CacheConfig.preset, name)) for name in formats or PRESETS}
+
+
+def _resolved(
+    configs: dict[str, CacheConfig], given: dict[str, Given], formats: list[str] | None
+) -> dict[str, tuple[Any, str]]:
+    """Each setting's value and where it comes from."""
+    first, *more = configs.values()
+    found = {}
+    for name in (field.name for field in fields(CacheConfig)):
+        value = vars(first)[name]
+        alike = all(vars(config)[name] == value for config in more)
+        source = given[name].source if name in given else "default"
+        if formats and name in BITS_SETTINGS:
+            source = "--format"
+        found[name] = (value if alike else "by format", source)
+    return found
 
 
 def _shape(

@@ -87,8 +87,20 @@ def _size(config: Any, model: str, *names: str, default: int | None = None) -> i
     return size
 
 
-def render(plans: dict[str, MemoryPlan], shape: CacheShape, heading: str) -> RenderableType:
-    """The table: a row for each format; what was asked above it, how to read it below."""
+def render(
+    plans: dict[str, MemoryPlan],
+    shape: CacheShape,
+    heading: str,
+    settings: dict[str, tuple[Any, str]],
+    quiet: bool = False,
+) -> RenderableType:
+    """Tables with a row for each format, then one of the settings.
+
+    What was asked is above them, how to read them, unless `quiet`, below.
+
+    Args:
+        settings: values by name, with where they come from.
+    """
     any_plan = next(iter(plans.values()))
     dtype = str(shape.dtype).removeprefix("torch.")
     lines = (
@@ -100,8 +112,18 @@ def render(plans: dict[str, MemoryPlan], shape: CacheShape, heading: str) -> Ren
         Padding(Text(lines), (1, 1, 0, 1)),
         _table(plans, _PAGE),
         _table(plans, _CACHE),
-        Padding(Text(_LEGEND), (0, 1, 1, 1)),
+        _settings_table(settings),
+        *([] if quiet else [Padding(Text(_LEGEND), (0, 1, 1, 1))]),
     )
+
+
+def _settings_table(settings: dict[str, tuple[Any, str]]) -> Table:
+    """As they are written in TOML."""
+    table = Table("setting", "value", "from", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name, (value, source) in settings.items():
+        shown = str(value).lower() if value is None or isinstance(value, bool) else str(value)
+        table.add_row(Text(name), Text(shown), Text(source))
+    return table
 
 
 def _table(plans: dict[str, MemoryPlan], columns: dict[str, Callable[[MemoryPlan], str]]) -> Table:

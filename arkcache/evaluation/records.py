@@ -185,7 +185,8 @@ def load(path: Path) -> Result:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
-            f"{path}: expected what `arkcache eval --json` wrote ({type(error).__name__}: {error})"
+            f"{path}: expected what `arkcache eval --output` wrote "
+            f"({type(error).__name__}: {error})"
         ) from None
 
 

@@ -255,6 +255,7 @@ class KVCacheManager:
             output = steps.layers[layer].launch_attend(step)
         elif new_tokens == 1 and (state.attends_everything or not exact):
             output = state.attend_one(step)
+            state.counters.decode_steps += 1
         else:
             last_visible = self._log.last_visible(state.tokens.columns, new_tokens)
             output = attend_blocks(step, state.blocks(), self.num_kv_heads, last_visible)

@@ -86,6 +86,8 @@ class CacheStats:
     Attributes:
         attended_tokens: attended by each layer's latest step.
         total_tokens: held, in all tiers together.
+        decode_steps: steps of one token, of each layer.
+        host_tokens: those of `total_tokens` that are in the host tier, as sealed pages.
         pages_hit: selected and already in the device tier. On the kernels of a CPU, which read
             pages in the host tier: selected, and read by the step before.
         pages_recalled: selected and copied in from the host tier; on a CPU read anew.
@@ -110,6 +112,8 @@ class CacheStats:
 
     attended_tokens: int = 0
     total_tokens: int = 0
+    decode_steps: int = 0
+    host_tokens: int = 0
     pages_hit: int = 0
     pages_recalled: int = 0
     pages_evicted: int = 0

@@ -45,6 +45,7 @@ MAY_IMPORT["saving"] = {*MAY_IMPORT, "saving"} - {"backend", "planning", "valida
 MAY_IMPORT["huggingface"] = {*MAY_IMPORT, "huggingface"}
 MAY_IMPORT["chat"] = {*MAY_IMPORT, "chat"}
 MAY_IMPORT["arkcache"] = {*MAY_IMPORT}
+MAY_IMPORT["metrics"] = {"errors", "stats"}
 MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "layers", "manager", "pages"}
 MAY_IMPORT["memory"] |= {"planning", "tiering"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
@@ -72,6 +73,7 @@ IMPORTED_BY = {
     "cupy": {"tiering"},
     "transformers": {"chat", "huggingface", "demo", "evaluation", "cli"},
     "matplotlib": {"evaluation"},
+    "prometheus_client": {"metrics"},
     "psutil": {"cli", "demo"},
     "rich": {"chat", "cli", "demo", "evaluation"},
     "typer": {"cli"},

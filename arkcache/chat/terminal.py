@@ -20,6 +20,7 @@ from rich.table import Table
 from arkcache.chat.documents import load_document
 from arkcache.chat.session import Session
 from arkcache.errors import ArkCacheError, InputError
+from arkcache.stats import CacheStats
 
 QUOTES = '"""'
 """Before and after what takes several lines."""
@@ -215,6 +216,10 @@ class Chat:
     def session(self) -> Session:
         """The conversation: another one after a load."""
         return self._session
+
+    def stats(self) -> CacheStats:
+        """Counters and sizes of the conversation's cache."""
+        return self._session.cache.stats()
 
     def load(self, folder: Path, **settings: Any) -> None:
         """Go on with a saved conversation, with a progress bar on a terminal.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from arkcache.settings import Given, build
 
 if TYPE_CHECKING:
     from arkcache.chat.session import Session
+    from arkcache.chat.terminal import Chat
     from arkcache.config import CacheConfig
 
 Model = Annotated[
@@ -66,6 +69,10 @@ def chat(
         Path | None,
         typer.Option(help="Go on with a conversation that /save has saved in this folder."),
     ] = None,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(help="Serve Prometheus metrics at this port of 127.0.0.1; 0 is any."),
+    ] = None,
     config: Config = None,
     settings: Set = None,
     as_json: Annotated[
@@ -104,12 +111,13 @@ def chat(
         session = _session(model, device, dtype, build(given), system, past_limit, quiet)
         ask_line = _ask_on_stderr if as_json else input
         talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet)
-        if load is not None:
-            talk.load(load, **_typed(given))
-        for name, text in texts:
-            talk.read(name, text)
-        use_line_editing()
-        talk.run()
+        with _metrics_of(talk, metrics_port):
+            if load is not None:
+                talk.load(load, **_typed(given))
+            for name, text in texts:
+                talk.read(name, text)
+            use_line_editing()
+            talk.run()
         session = talk.session
         values = {"turns": [turn._asdict() for turn in session.turns]} | _figures(session)
         if as_json:
@@ -206,6 +214,20 @@ def _session(
     logging.disable_progress_bar()
     loaded, tokenizer = load_model(model, pick_device(device), dtype)
     return Session(loaded, tokenizer, config, system=system, past_limit=past_limit)
+
+
+@contextmanager
+def _metrics_of(talk: Chat, port: int | None) -> Iterator[None]:
+    """Metrics of the conversation's cache, if a port is given; says where they are."""
+    if port is None:
+        yield
+        return
+    from arkcache.metrics import CacheMetrics, served
+
+    metrics = CacheMetrics()
+    with metrics.watching(talk, "chat"), served(metrics, port) as taken:
+        typer.echo(f"Metrics at http://127.0.0.1:{taken}/metrics", err=True)
+        yield
 
 
 def _figures(session: Session) -> dict[str, Any]:

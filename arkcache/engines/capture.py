@@ -278,6 +278,7 @@ class CapturableSteps:
             for layer, attended in zip(self.layers, counts.attended(), strict=True):
                 layer.tokens.columns += 1
                 layer.counters.attended_tokens = attended
+                layer.counters.decode_steps += 1
             self._log.extend(1, None)
         except BaseException:  # interrupted, too
             planned.undo()

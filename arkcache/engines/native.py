@@ -7,6 +7,7 @@ from the host tier itself. The decode step is `run` in `kernels/numba_step.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from operator import is_
 from typing import Any
 
@@ -39,6 +40,7 @@ from arkcache.kernels.numba_record import (
 )
 from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE
 from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.counts import Counters
 from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, copy_sequences
@@ -251,7 +253,7 @@ class NativeEngine(Engine):
         copy_sequences(before, parts.working_set.windows, on_device)
         self._digests.keep_sequences(on_device)
         self._allot(num_selected)
-        self._settle()
+        vars(parts.counters).update(vars(self._counted()))
         pages, num_pages, counters = self._lists
         self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
         self._steps.clear()
@@ -283,18 +285,20 @@ class NativeEngine(Engine):
         """See `Engine`."""
         self._is_bound = False
 
-    def _settle(self) -> None:
-        """Bring what rows have counted to the layer's own counters."""
-        counters, layout = self.parts.counters, self.parts.packer.layout
-        if not self._attended_all:
-            attended = int(self._lists.counters[:, ATTENDED].sum())
-            counters.attended_tokens = round(attended / self.parts.geometry.num_kv_heads)
+    def _counted(self) -> Counters:
+        """What the layer has counted, and what its rows have.
+
+        Nothing is moved: another thread may ask while a kernel counts.
+        """
+        counters, layout = replace(self.parts.counters), self.parts.packer.layout
         total = self._lists.counters.sum(axis=0).tolist()
+        if not self._attended_all:
+            counters.attended_tokens = round(total[ATTENDED] / self.parts.geometry.num_kv_heads)
         counters.pages_hit += total[HIT]
         counters.pages_recalled += total[RECALLED]
         counters.pages_evicted += total[EVICTED]
         counters.bytes_recalled += total[RECALLED] * layout.nbytes
-        self._lists.counters[:, HIT:] = 0
+        return counters
 
     # -- to look at -------------------------------------------------------------------------------
 
@@ -325,8 +329,7 @@ class NativeEngine(Engine):
 
     def stats(self) -> CacheStats:
         """See `Engine`."""
-        self._settle()
-        return self.parts.counters.stats(self.parts.tokens) + CacheStats(
+        return self._counted().stats(self.parts.tokens) + CacheStats(
             digest_bytes=self._digests.nbytes
         )
 

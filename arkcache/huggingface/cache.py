@@ -364,7 +364,8 @@ class ArkCache(DynamicCache):
 
     def stats(self) -> CacheStats:
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""
-        return sum((manager.stats() for manager in self._core.managers.values()), CacheStats())
+        managers = tuple(self._core.managers.values())  # another thread may ask, while one is made
+        return sum((manager.stats() for manager in managers), CacheStats())
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers."""

@@ -176,7 +176,8 @@ class PagedLayer(SealingLayer):
 
     def stats(self) -> CacheStats:
         """See `Layer`."""
-        return self.engine.stats()
+        host_tokens = int(self.tokens.sealed.sum()) * self.config.page_size
+        return self.engine.stats() + CacheStats(host_tokens=host_tokens)
 
     def rate_with(self, make: Callable[[], PageIndex]) -> None:
         """See `Layer`; what is sealed is digested anew."""

@@ -79,6 +79,7 @@ class Counters:
     """What a layer did since the last reset; see `CacheStats` for the units."""
 
     attended_tokens: int = 0
+    decode_steps: int = 0
     pages_hit: int = 0
     pages_recalled: int = 0
     pages_evicted: int = 0

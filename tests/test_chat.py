@@ -430,6 +430,35 @@ def test_talk(shipped: tuple[Any, Any], tmp_path: Path) -> None:
     assert session.ids == []
 
 
+@pytest.mark.parametrize(("width", "terminal"), [(80, True), (30, True), (80, False)])
+def test_figures_are_live_on_a_terminal_alone(
+    shipped: tuple[Any, Any], width: int, terminal: bool
+) -> None:
+    lines = iter(["What is the value of amber?", None])
+
+    def ask_line(prompt: str) -> str:
+        line = next(lines)
+        if line is None:
+            raise EOFError
+        return line
+
+    session, out = session_of(shipped, budget_tokens=128), io.StringIO()
+    session.read(TEXT)
+    console = Console(file=out, width=width, height=24, force_terminal=terminal, _environ={})
+    Chat(session, Sampling(40, temperature=5.0), console, ask_line, live=True).run()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue())
+    rows = [line.rstrip() for line in shown.replace("\r", "\n").splitlines()]
+    assert max(map(len, rows)) <= (width if terminal else 10_000)
+    assert any(row.startswith("╭") for row in rows) == terminal
+    assert ("steps" in shown) == terminal
+    answer = session.turns[-1].text.split()
+    after = shown[shown.rindex("╯") :] if terminal else shown
+    assert answer[-1][-width // 2 :] in after.replace("\n", "")  # its last row stays
+    assert len(answer) > 10
+    found = iter("".join(rows))  # all of it is there, in order
+    assert all(character in found for character in "".join(answer))
+
+
 def test_several_lines(shipped: tuple[Any, Any]) -> None:
     session = session_of(shipped)
     talk(session, "one \\", "two", '"""three', "four", 'five"""')
@@ -580,16 +609,20 @@ PROMPT = r"\n> $"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_a_chat_in_a_real_terminal(text: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--live"]])
+def test_a_chat_in_a_real_terminal(text: Path, more: list[str]) -> None:
     """A question, Ctrl-C in an answer, a question after it, Ctrl-C at the prompt, Ctrl-D."""
     ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1", "--temperature", "5"]
-    chat = ["--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never]
+    chat = ["--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never, *more]
     with Terminal(*chat) as terminal:
         terminal.wait(PROMPT)
         assert "text.txt: " in terminal.shown
         os.write(terminal._main, b"What is the value of amber?\n")
         terminal.wait(r"amber\?\r\n.{20}")
+        if more:
+            terminal.wait(r"[\d,]+ tokens, device .* host [\d.]+ MiB ")
         stopped = terminal.type("\x03", PROMPT)
+        assert ("\x1b[2K" in stopped) == bool(more)  # the panel is wiped away
         assert "stopped; everything before is kept" in stopped
         assert "Traceback" not in terminal.shown
         assert "tokens held" in terminal.type("/stats\n", PROMPT)

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from arkcache.chat.documents import load_document
+from arkcache.chat.live import live_answer
 from arkcache.chat.session import Session
 from arkcache.errors import ArkCacheError, InputError
 from arkcache.stats import CacheStats
@@ -45,6 +46,7 @@ class Chat:
         console: where everything is printed.
         ask_line: shows a prompt and returns a line; raises `EOFError` at the end of the input.
         quiet: print answers and what commands say, but no progress, hints or figures.
+        live: on a terminal, show below an answer what the cache does, as long as it comes.
     """
 
     def __init__(
@@ -54,9 +56,11 @@ class Chat:
         console: Console,
         ask_line: Callable[[str], str] = input,
         quiet: bool = False,
+        live: bool = False,
     ) -> None:
         self._session, self._sampling, self._quiet = session, sampling, quiet
         self._console, self._ask_line = console, ask_line
+        self._live = live and not quiet and console.is_terminal
         self._goes_on = True
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "file": (self._read_file, "PATH", "read a text file into the conversation"),
@@ -159,13 +163,11 @@ class Chat:
         before, held, start = session.cache.stats(), len(session.ids), time.perf_counter()
         first = start
         answer = session.ask(question, **asdict(sampling), exact=exact)
-        try:
+        with self._shown() as show:
             for number, part in enumerate(_spelled(answer)):
                 if number == 0:
                     held, first = len(session.ids), time.perf_counter()
-                self._console.out(part, end="", highlight=False)
-        finally:
-            self._console.out("")
+                show(part)
         count, seconds = len(session.ids) - held, time.perf_counter() - first
         stats = session.cache.stats()
         layers = max(1, stats.total_tokens // max(1, len(session.ids)))
@@ -179,6 +181,18 @@ class Chat:
         if hits + recalled:
             words.append(f"{hits / (hits + recalled):.0%} of pages at hand")
         self._hint(", ".join(words))
+
+    @contextmanager
+    def _shown(self) -> Iterator[Callable[[str], None]]:
+        """Shows the parts of an answer."""
+        if self._live:
+            with live_answer(self._console, self._session) as show:
+                yield show
+            return
+        try:
+            yield lambda part: self._console.out(part, end="", highlight=False)
+        finally:
+            self._console.out("")
 
     def _ask_full(self, question: str) -> None:
         question = question or self._session.undo()

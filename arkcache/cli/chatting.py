@@ -69,6 +69,9 @@ def chat(
         Path | None,
         typer.Option(help="Go on with a conversation that /save has saved in this folder."),
     ] = None,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show below an answer what the cache does meanwhile.")
+    ] = False,
     metrics_port: Annotated[
         int | None,
         typer.Option(help="Serve Prometheus metrics at this port of 127.0.0.1; 0 is any."),
@@ -110,7 +113,7 @@ def chat(
         given = settings_given(config, settings, budget_tokens=("--budget", budget))
         session = _session(model, device, dtype, build(given), system, past_limit, quiet)
         ask_line = _ask_on_stderr if as_json else input
-        talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet)
+        talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet, live=live)
         with _metrics_of(talk, metrics_port):
             if load is not None:
                 talk.load(load, **_typed(given))

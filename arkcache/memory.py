@@ -50,6 +50,21 @@ class CacheShape:
         dims = self.head_dim + self.value_dim
         return self.num_layers * self.num_kv_heads * dims * self.dtype.itemsize
 
+    def split(self, ranks: int) -> CacheShape:
+        """What each of so many processes keeps when tensor parallelism splits the KV heads.
+
+        Raises `InputError` where they do not divide.
+        """
+        if ranks < 1:
+            raise InputError(f"ranks={ranks}: expected at least 1")
+        if self.num_kv_heads % ranks:
+            fits = [n for n in range(1, self.num_kv_heads + 1) if self.num_kv_heads % n == 0]
+            raise InputError(
+                f"{self.num_kv_heads} KV heads over {ranks} ranks: transformers does not split a "
+                f"head; expected one of {', '.join(map(str, fits))} ranks"
+            )
+        return replace(self, num_kv_heads=self.num_kv_heads // ranks)
+
 
 @dataclass(frozen=True)
 class MemoryPlan:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import distributed
 
 AUDIT_MARGIN = 0.01
 """An estimate of missed mass is low where the truth exceeds it by more than this."""
@@ -138,6 +144,40 @@ class CacheStats:
         """Share of selected pages that were already in the device tier; 1.0 before any step."""
         selected = self.pages_hit + self.pages_recalled
         return self.pages_hit / selected if selected else 1.0
+
+    def over_ranks(self, group: distributed.ProcessGroup | None = None) -> CacheStats:
+        """What the caches of all processes of a group did and hold together, on each of them.
+
+        For tensor parallelism, whose ranks keep a share of the KV heads each: every rank must call
+        it, as often as the others. Bytes, pages and what was missed are of all ranks together;
+        tokens, which are counted per KV head, are the mean. Without process groups, `self`.
+
+        group: None is the default group.
+        """
+        from torch import distributed  # without it, torch need not be there to look at figures
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return self
+        parts: list[CacheStats] = [self] * distributed.get_world_size(group)
+        distributed.all_gather_object(parts, self, group)
+        return CacheStats.of_ranks(parts)
+
+    @classmethod
+    def of_ranks(cls, parts: Sequence[CacheStats]) -> CacheStats:
+        """See `over_ranks`: parts are the ranks', at least one."""
+        together = {
+            field.name: [getattr(part, field.name) for part in parts] for field in fields(cls)
+        }
+        heads = zip(*together.pop("missed_by_layer"), strict=True)
+        tokens = {
+            name: round(sum(together.pop(name)) / len(parts))
+            for name in ("attended_tokens", "total_tokens")
+        }
+        return cls(
+            **tokens,
+            **{name: sum(values) for name, values in together.items()},
+            missed_by_layer=tuple(tuple(chain(*layer)) for layer in heads),
+        )
 
     def __add__(self, other: CacheStats) -> CacheStats:
         return CacheStats(

@@ -192,6 +192,24 @@ def test_describe_counts_only_layers_that_attend_their_whole_past(tmp_path: Path
     assert found["settings"]["num_dense_layers"] == 1  # of the first two layers, one slides
 
 
+def test_describe_splits_the_heads_over_ranks(tmp_path: Path) -> None:
+    whole, half = described(*SIZES), described(*SIZES, "--ranks", "2")
+    assert (whole["ranks"], half["ranks"], half["shape"]["num_kv_heads"]) == (1, 2, 4)
+    for name, plan in half["formats"].items():
+        assert plan["host_bytes"] * 2 == whole["formats"][name]["host_bytes"]
+    assert described("--model", str(SHIPPED), "--ranks", "2")["shape"]["num_kv_heads"] == 1
+    # A model whose plan gathers the keys of all heads keeps them all on every rank.
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmo2"}))
+    assert described("--model", str(tmp_path), "--ranks", "3")["shape"]["num_kv_heads"] == 32
+
+
+def test_describe_says_when_there_is_no_plan_for_ranks(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    done = runner.invoke(cli.app, ["describe", "--model", str(tmp_path), "--ranks", "2"])
+    assert done.exit_code == 1
+    assert "transformers has no tensor-parallel plan for 'gpt2'" in done.stderr
+
+
 def test_describe_takes_two_formats() -> None:
     done = runner.invoke(cli.app, ["describe", *SIZES, "--format", "K8V4+K4V2"])
     assert done.exit_code == 0, done.output
@@ -214,6 +232,8 @@ def test_describe_takes_two_formats() -> None:
         ([*SIZES, "--device", "abacus"], "device 'abacus': expected cpu or cuda"),
         ([*SIZES, "--rotation", "sideways"], "rotation='sideways'"),
         ([*SIZES, "--dense-layers", "-1"], "num_dense_layers=-1"),
+        ([*SIZES, "--ranks", "3"], "8 KV heads over 3 ranks"),
+        (["--model", str(SHIPPED), "--ranks", "0"], "ranks=0: expected at least 1"),
         (["--layers", "0", *SIZES[2:]], "num_layers=0: expected an integer of at least 1"),
     ],
 )

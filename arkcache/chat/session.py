@@ -33,6 +33,7 @@ from arkcache.config import CacheConfig
 from arkcache.errors import InputError, SessionError
 from arkcache.huggingface import ArkCache
 from arkcache.huggingface.saving import load_cache
+from arkcache.huggingface.attachment import device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -287,7 +288,7 @@ class Session:
         for start in range(0, len(ids), CHUNK_TOKENS):
             progress(start, len(ids))
             chunk = ids[start : start + CHUNK_TOKENS]
-            given = torch.tensor([chunk], device=self.model.device)
+            given = torch.tensor([chunk], device=device_of(self.model))
             with torch.inference_mode(), interrupts_wait(), self._whole():
                 output = self.model(given, past_key_values=self.cache, logits_to_keep=1)
                 logits = output.logits[0, -1].float()

@@ -95,6 +95,9 @@ def describe(
             help="How pages are rated.", show_default="tokens", autocompletion=complete("index")
         ),
     ] = None,
+    ranks: Annotated[
+        int, typer.Option(help="Processes of tensor parallelism; all sizes are of one of them.")
+    ] = 1,
     device: Annotated[str, typer.Option(help="cuda or cpu; it need not be here.")] = "cuda",
     config: Config = None,
     settings: Set = None,
@@ -115,7 +118,7 @@ def describe(
         from arkcache.memory import plan_memory
 
         sizes = {"layers": layers, "kv-heads": kv_heads, "head-dim": head_dim}
-        shape, numbers = _shape(model, sizes | {"value-dim": value_dim}, dtype)
+        shape, numbers = _shape(model, sizes | {"value-dim": value_dim}, dtype, ranks)
         given = settings_given(
             config,
             settings,
@@ -137,10 +140,12 @@ def describe(
             for name, config in configs.items()
         }
         resolved = _resolved(configs, given, formats)
-        heading = f"What a cache of {model or 'these sizes'} takes on {device}."
+        each = "" if ranks == 1 else f", on each of {ranks} ranks"
+        heading = f"What a cache of {model or 'these sizes'} takes on {device}{each}."
         values = {
             "model": model,
             "device": device,
+            "ranks": ranks,
             "settings": {name: value for name, (value, _) in resolved.items()},
             "sources": {name: source for name, (_, source) in resolved.items()},
             "shape": vars(shape) | {"dtype": str(shape.dtype).removeprefix("torch.")},
@@ -189,9 +194,9 @@ def _resolved(
 
 
 def _shape(
-    model: str | None, sizes: dict[str, int | None], dtype: str | None
+    model: str | None, sizes: dict[str, int | None], dtype: str | None, ranks: int
 ) -> tuple[CacheShape, list[int]]:
-    """The sizes to plan for, and the numbers of the layers that they are of."""
+    """The sizes to plan for, of one rank, and the numbers of the layers that they are of."""
     from arkcache.demo.describe import parse_dtype, shape_of_model
     from arkcache.memory import CacheShape
 
@@ -201,7 +206,7 @@ def _shape(
             raise arkcache.InputError(
                 f"{', '.join(given)} beside --model: expected one or the other"
             )
-        return shape_of_model(model, dtype)
+        return shape_of_model(model, dtype, ranks)
     layers, kv_heads, head_dim, value_dim = sizes.values()
     if layers is None or kv_heads is None or head_dim is None:
         raise arkcache.InputError(
@@ -210,4 +215,4 @@ def _shape(
         )
     value_dim = head_dim if value_dim is None else value_dim
     shape = CacheShape(layers, kv_heads, head_dim, value_dim, parse_dtype(dtype or "bfloat16"))
-    return shape, list(range(layers))
+    return shape.split(ranks), list(range(layers))

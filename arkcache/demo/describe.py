@@ -21,15 +21,17 @@ from arkcache.memory import CacheShape, MemoryPlan
 _GIVE_SIZES = "give --layers, --kv-heads and --head-dim instead of --model"
 
 
-def shape_of_model(name: str, dtype: str | None) -> tuple[CacheShape, list[int]]:
-    """What a model's cache stores, read from its config alone, and the numbers of its layers that
-    attend their whole past.
+def shape_of_model(name: str, dtype: str | None, ranks: int = 1) -> tuple[CacheShape, list[int]]:
+    """What a model's cache stores, read from its config alone.
 
     Args:
         name: a folder, an id of the Hugging Face hub, or "smollm2".
         dtype: None is what the model was saved in.
+        ranks: processes of tensor parallelism; the shape is one's, as the model's plan splits it.
 
-    Raises `InputError` where there is no such model or its config does not say all sizes.
+    Returns the shape and the numbers of the layers that attend their whole past. Raises
+    `InputError` where there is no such model, its config does not say all sizes, or it cannot be
+    split so.
     """
     try:
         whole = AutoConfig.from_pretrained(where_is(name))
@@ -65,7 +67,27 @@ def shape_of_model(name: str, dtype: str | None) -> tuple[CacheShape, list[int]]
         value_dim=_size(config, name, "v_head_dim", default=head_dim),
         dtype=parse_dtype(dtype or config.dtype or whole.dtype or torch.float32),
     )
-    return shape, full
+    return shape.split(ranks) if _splits_heads(config, name, ranks) else shape, full
+
+
+def _splits_heads(config: Any, name: str, ranks: int) -> bool:
+    """Whether the tensor-parallel plan of a model gives each rank KV heads of its own.
+
+    Where a plan gathers the keys that it projects, every rank keeps all heads.
+    """
+    if ranks <= 1:
+        return True
+    plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        raise InputError(
+            f"model {name}: transformers has no tensor-parallel plan for {config.model_type!r}; "
+            "leave --ranks out, or give --layers, --kv-heads and --head-dim for a plan of your own"
+        )
+    projections = ("k_proj", "qkv_proj", "query_key_value")
+    return any(
+        style == "colwise" and module.rpartition(".")[2] in projections
+        for module, style in plan.items()
+    )
 
 
 def parse_dtype(dtype: Any) -> torch.dtype:

@@ -109,6 +109,16 @@ class LayerShape:
         return cls(key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device, latent)
 
 
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where a model's inputs belong.
+
+    Weights that accelerate offloads are on "meta" between steps; its hook says where they run.
+    """
+    hook = getattr(model.get_input_embeddings(), "_hf_hook", None)
+    device = getattr(hook, "execution_device", None) if model.device.type == "meta" else None
+    return model.device if device is None else torch.device(device)
+
+
 def detach(model: PreTrainedModel) -> None:
     """Give a model back the attention implementation that it had before `ArkCache(model)`."""
     for config in attention_configs(model):

@@ -105,9 +105,16 @@ def _latent_query(module: Any, query: Tensor) -> Tensor:
     section 2.1: the up-projection of the keys is absorbed into the query.
     """
     nope = module.qk_nope_head_dim
-    weight = module.kv_b_proj.weight.unflatten(0, (query.shape[1], -1))[:, :nope]
+    weight = _of_this_rank(module.kv_b_proj.weight)
+    weight = weight.unflatten(0, (query.shape[1], -1))[:, :nope]
     absorbed = torch.einsum("bhnd,hdr->bhnr", query[..., :nope], weight.to(query.dtype))
     return torch.cat((absorbed, query[..., nope:]), dim=-1)
+
+
+def _of_this_rank(weight: Tensor) -> Tensor:
+    """The part of a weight whose heads this process attends, under tensor parallelism."""
+    local: Callable[[], Tensor] | None = getattr(weight, "to_local", None)  # a DTensor's
+    return weight if local is None else local()
 
 
 def latent_query_fits(module: Any) -> bool:

@@ -24,6 +24,7 @@ from arkcache.huggingface.attachment import (
     LayerShape,
     attention_configs,
     detach,
+    device_of,
 )
 from arkcache.huggingface.attention import TAG
 from arkcache.huggingface.core import CacheCore
@@ -197,7 +198,7 @@ class ArkCache(DynamicCache):
     def _build(self, model: PreTrainedModel, config: CacheConfig) -> None:
         super().__init__(config=model.config)
         self._check_layers(model, config)
-        device_type = model.device.type
+        device_type = device_of(model).type
         self._core = CacheCore(config.on(device_type), model.config, device_type)
         for index, layer in enumerate(self.layers):
             if type(layer) is DynamicLayer:

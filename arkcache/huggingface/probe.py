@@ -21,6 +21,7 @@ from arkcache.huggingface.attachment import (
     LayerShape,
     attention_configs,
     detach,
+    device_of,
     set_attachment,
 )
 from arkcache.huggingface.attention import latent_query_fits
@@ -128,8 +129,7 @@ def _probe(
 
 def _probe_logits(model: PreTrainedModel, cache: DynamicCache) -> Tensor:
     """Logits (or hidden states of an encoder-decoder) of the last prompt token and 3 more."""
-    embeddings: Any = model.get_input_embeddings()
-    device = embeddings.weight.device
+    device = device_of(model)
     config = model.config.get_text_config(decoder=True)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(config.vocab_size, (2, 12), generator=generator).to(device)
@@ -165,7 +165,7 @@ def follows_positions(model: PreTrainedModel, forward: Callable[..., Any]) -> bo
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     # Distinct: between equal tokens attention gives the same, however it weighs them.
     ids = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))[:8]
-    ids = ids[None].to(model.device)
+    ids = ids[None].to(device_of(model))
     with _evaluating(model), torch.no_grad():
         here, again, *moved = (_logits_at(forward, model, ids, away) for away in (0, 0, 1, 3, 8))
     noise, effect = (here - again).abs().max(), (torch.cat(moved) - here).abs().max()
@@ -178,7 +178,7 @@ def _logits_at(
     """Logits [1, vocabulary] of the last token, in fp32, `away` from where it follows the rest."""
     cache, prompt = DynamicCache(config=model.config), ids.shape[1] - 1
     for first, last in ((0, prompt), (prompt, prompt + 1)):
-        positions = torch.arange(first, last, device=model.device)[None]
+        positions = torch.arange(first, last, device=ids.device)[None]
         result = forward(
             input_ids=ids[:, first:last],
             position_ids=positions + (away if first else 0),

@@ -31,7 +31,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
+.PHONY: help demo chat docs test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -58,10 +58,14 @@ test-5.17: $(VENV_OLDEST)/.ready ## the integration tests, with the oldest trans
 	$(IN_WORKERS) $(VENV_OLDEST)/bin/python -m pytest $(SIDE_BY_SIDE) -m "not slow" $(PYTEST_ARGS) \
 		tests/test_architectures.py $(wildcard tests/test_huggingface*.py)
 
-lint: $(VENV)/.ready ## style, formatting and types
+lint: $(VENV)/.ready docs ## style, formatting, types, and whether the site builds
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.ready ## the site of docs/, in site/
+	$(BIN)/mkdocs build --quiet --strict
 
 format: $(VENV)/.ready ## apply what lint can mend itself
 	$(BIN)/ruff check --fix .
@@ -92,7 +96,7 @@ dist: $(VENV)/.ready ## the sdist and the wheel, in dist/
 	$(BIN)/python -m build --no-isolation
 
 clean: ## remove environments, caches and build products
-	rm -rf $(VENV) $(VENV_BENCH) $(VENV_EVAL) $(VENV_OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(VENV_BENCH) $(VENV_EVAL) $(VENV_OLDEST) build dist site *.egg-info
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

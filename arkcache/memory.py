@@ -72,7 +72,7 @@ class MemoryPlan:
 
     All sizes are in bytes, over all layers, KV heads and sequences unless said otherwise. They are
     what is allocated, but for digests and dense layers of 16 bits: these are counted as far as they
-    are in use, and have room for up to 1.5 times as much, and for 64 tokens or pages at least.
+    are in use, and have room for up to an eighth more, and for 64 tokens or pages at least.
 
     Attributes:
         format: in which pages are sealed, "K4V2"; with a second one, "K8V4+K4V2".

@@ -164,7 +164,7 @@ def test_heads_that_do_not_divide_are_refused_on_every_rank(
 
 @pytest.mark.slow
 def test_every_family_that_can_be_split(tmp_path: Path) -> None:
-    """As full caches in one process, wherever transformers splits the model itself."""
+    """Wherever transformers splits the model itself, ranks say what one process says."""
     everything = SETTINGS["everything"]
     jobs = {}
     for name, architecture in ARCHITECTURES.items():

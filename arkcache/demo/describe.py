@@ -186,7 +186,7 @@ _CACHE: dict[str, Callable[[MemoryPlan], str]] = {
 _LEGEND = (
     "A page is one KV head's; 16 bits are the model's own dtype. The device tier (slots, windows, "
     "streaming block) stays as it is; dense layers and index grow with the context, the index and "
-    "dense layers of 16 bits with room for up to half as much again. Tokens attended are per step "
+    "dense layers of 16 bits with room for up to an eighth more. Tokens attended are per step "
     "and KV head of the layers that are not dense. / full: of a full cache; on the device, "
     "everything counted. Spare slots are what a GPU with memory to spare may add to its device "
     "tier where device_pool_factor is left out, at most 1/16 of what is free there; they are in no "

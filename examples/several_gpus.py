@@ -30,8 +30,8 @@ output = model.generate(**inputs, past_key_values=cache, max_new_tokens=64, pref
 
 own = cache.stats()
 total = own.over_ranks()  # every rank must call it
-print(f"rank {rank}: {own.device_bytes:,} bytes on its device, {own.host_bytes:,} on the host")
 if rank == 0:
+    print(f"rank 0: {own.device_bytes:,} bytes on its device, {own.host_bytes:,} on the host")
     print(f"in all: {total.device_bytes:,} bytes on devices, {total.host_bytes:,} on the host")
     print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 if distributed.is_initialized():

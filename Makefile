@@ -63,9 +63,10 @@ lint: $(VENV)/.ready docs ## style, formatting, types, and whether the site buil
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Not --quiet: warnings that are not shown are not counted, and it would be strict no more.
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.ready ## the site of docs/, in site/
-	$(BIN)/mkdocs build --quiet --strict
+	$(BIN)/mkdocs build --strict
 
 format: $(VENV)/.ready ## apply what lint can mend itself
 	$(BIN)/ruff check --fix .

@@ -150,7 +150,8 @@ class CacheStats:
 
         For tensor parallelism, whose ranks keep a share of the KV heads each: every rank must call
         it, as often as the others. Bytes, pages and what was missed are of all ranks together;
-        tokens, which are counted per KV head, are the mean. Without process groups, `self`.
+        steps, and tokens, which are counted per KV head, are the mean. Without process groups,
+        `self`.
 
         group: None is the default group.
         """
@@ -171,7 +172,7 @@ class CacheStats:
         heads = zip(*together.pop("missed_by_layer"), strict=True)
         tokens = {
             name: round(sum(together.pop(name)) / len(parts))
-            for name in ("attended_tokens", "total_tokens")
+            for name in ("attended_tokens", "total_tokens", "host_tokens", "decode_steps")
         }
         return cls(
             **tokens,

@@ -32,8 +32,8 @@ from arkcache.chat.template import (
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError, SessionError
 from arkcache.huggingface import ArkCache
-from arkcache.huggingface.saving import load_cache
 from arkcache.huggingface.attachment import device_of
+from arkcache.huggingface.saving import load_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from arkcache.errors import SessionError
-from arkcache.huggingface.attachment import LayerShape
+from arkcache.huggingface.attachment import LayerShape, device_of
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.identity import identity_of
 from arkcache.manager import KVCacheManager
@@ -77,7 +77,9 @@ def load_cache(
                 for number in range(len(contents["managers"]))
             ]
             for number, described in enumerate(contents["layers"]):
-                _restore(reader, cache.layers[number], number, described, managers, model.device)
+                _restore(
+                    reader, cache.layers[number], number, described, managers, device_of(model)
+                )
         except BaseException:
             cache.reset()
             raise
@@ -130,7 +132,7 @@ def _shape(
         sizes["head_dim"],
         sizes["value_dim"],
         getattr(torch, sizes["dtype"]),
-        model.device if known is None else known.device,
+        device_of(model) if known is None else known.device,
         sizes["latent"],
     )
 

@@ -423,18 +423,32 @@ class KVCacheManager:
         page; None for a layer that attends everything, for latents, and on the Triton backend.
         """
         self._check_attend(layer, query, expanded=self.latent)
-        state = self._layers[layer]
         if self.latent:
             return None
-        step = Step(
+        ratings = self._layers[layer].ratings(self._plain_step(query, scale))
+        if ratings is None:
+            return None
+        return ratings.view(self.batch, self.num_kv_heads, ratings.shape[1])
+
+    @on_own_device
+    def time_parts(
+        self, layer: int, query: Tensor, *, scale: float | None = None
+    ) -> dict[str, float] | None:
+        """Run a layer's step with its parts launched one by one, to see where its time goes.
+
+        query, scale: as in `attend`, one new token. Returns the seconds of each part; None but on
+        the numba backend, and for a layer that attends everything.
+        """
+        self._check_attend(layer, query, expanded=self.latent)
+        return self._layers[layer].time_parts(self._plain_step(query, scale))
+
+    def _plain_step(self, query: Tensor, scale: float | None) -> Step:
+        """A step without masks or whatever else a model may have."""
+        return Step(
             query=rotate(query) if self.config.rotates_keys else query,
             scale=query.shape[3] ** -0.5 if scale is None else scale,
             index_query=query,
         )
-        ratings = state.ratings(step)
-        if ratings is None:
-            return None
-        return ratings.view(self.batch, self.num_kv_heads, ratings.shape[1])
 
     def log_missed(self, layer: int, log: MissedLog) -> None:
         """Note in `log` what the decode steps of a layer miss from now on.

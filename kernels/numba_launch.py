@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numba import carray, cfunc, types
+from numba.core.caching import FunctionCache
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -49,6 +50,9 @@ Array = NDArray[Any]
 FEW_ROWS = 4
 """With fewer rows than this for each thread, and not as many for each, pages are shared out: a
 thread with one row more than the others would have them wait for a quarter of the step or more."""
+
+PARTS = {"score": SCORE, "select": SELECT, "attend pages": ATTEND, "merge": MERGE}
+"""The parts of a step, in order."""
 
 SLOW_SECONDS = 2.0
 """After so long it is said what one waits for; a kernel that was kept is read in a tenth of it."""
@@ -116,6 +120,17 @@ def compile_all() -> None:
     """
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         list(pool.map(task_of, TASKS))
+
+
+def kept_dtypes() -> list[str]:
+    """The dtypes whose task was compiled by an earlier run and is kept: to be had at once."""
+    found = []
+    with own_cache() as kept:
+        for dtype, task in TASKS.items() if kept else ():
+            folder = Path(FunctionCache(task).cache_path)
+            if any(folder.glob(f"*.{task.__name__}-*.nbc")):
+                found.append(str(dtype).removeprefix("torch."))
+    return found
 
 
 _Task = ctypes.PYFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -296,6 +311,25 @@ class DecodeStep:
         self._fill(query, pieces, counts, output.data_ptr())
         self._launch(batch * self._sizes["kv_heads"])
         return output
+
+    def attend_in_parts(
+        self, query: Query, pieces: Tensor, counts: Counts
+    ) -> tuple[Tensor, dict[str, float]]:
+        """`attend` with its parts launched one by one, and the seconds that each of them takes."""
+        batch, heads = self._sizes["batch"], self._sizes["kv_heads"] * self._sizes["group"]
+        rows, threads = batch * self._sizes["kv_heads"], torch.get_num_threads()
+        output = query.query.new_empty((batch, heads, 1, self._sizes["value_dim"]))
+        self._fill(query, pieces, counts, output.data_ptr())
+        self._share_out(rows, threads, max(rows, threads))
+        seconds = {}
+        for name, phase in PARTS.items():
+            start = perf_counter()
+            if phase == MERGE:
+                self._run_alone(phase)
+            else:
+                self._run(phase, threads)
+            seconds[name] = perf_counter() - start
+        return output, seconds
 
     def _fill(self, query: Query, pieces: Tensor, counts: Counts, output: int) -> None:
         """Tell the step what it attends, and where its output is to go."""

@@ -71,9 +71,9 @@ class CopyPath:
         """target[i] = pieces[lines[i]], from memory that the target's device reaches by itself."""
         runs = runs_of(lines, lines_per_chunk)
         if self._wins(pieces, lines, target, lines_per_chunk) * len(runs) <= target.numel():
-            _copy_runs(pieces, runs, target)
+            copy_runs(pieces, runs, target)
         else:
-            _gather(pieces, lines, target)
+            gather(pieces, lines, target)
 
     def _wins(
         self, pieces: Tensor, lines: NDArray[np.int64], target: Tensor, lines_per_chunk: int
@@ -96,9 +96,9 @@ def measure_run_bytes(sample: Tensor, device: torch.device) -> float:
     target = torch.empty(sample.shape, dtype=torch.uint8, device=device)
     order = np.random.default_rng(0).permutation(count)
     short = [Run(row, row, 1) for row in order[:NUM_SHORT].tolist()]
-    copy_time = _seconds(lambda: _copy_runs(sample, [Run(0, 0, count)], target), device)
-    short_time = _seconds(lambda: _copy_runs(sample, short, target), device)
-    kernel_time = _seconds(lambda: _gather(sample, order, target), device)
+    copy_time = _seconds(lambda: copy_runs(sample, [Run(0, 0, count)], target), device)
+    short_time = _seconds(lambda: copy_runs(sample, short, target), device)
+    kernel_time = _seconds(lambda: gather(sample, order, target), device)
     per_byte, saved_per_byte = (t / (count * nbytes) for t in (copy_time, kernel_time - copy_time))
     per_copy = max(0.0, short_time / len(short) - nbytes * per_byte)
     return per_copy / saved_per_byte if saved_per_byte > 0 else math.inf
@@ -116,13 +116,16 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
     return min(times)
 
 
-def _copy_runs(pieces: Tensor, runs: list[Run], target: Tensor) -> None:
+def copy_runs(pieces: Tensor, runs: list[Run], target: Tensor) -> None:
+    """target[entry : entry + length] = pieces[first : first + length] for each run, one copy each;
+    the host does not wait."""
     for first, entry, length in runs:
         source = pieces[first : first + length]
         target[entry : entry + length].copy_(source, non_blocking=True)
 
 
-def _gather(pieces: Tensor, lines: NDArray[np.int64], target: Tensor) -> None:
+def gather(pieces: Tensor, lines: NDArray[np.int64], target: Tensor) -> None:
+    """target[i] = pieces[lines[i]], by a kernel on the target's device."""
     from arkcache.kernels.triton_copy import gather_lines
 
     gather_lines(pieces, upload(lines, target.device), target)

@@ -28,6 +28,11 @@ class _Bound(NamedTuple):
     available: int
 
 
+def machine_memory_bytes(root: Path = ROOT) -> int:
+    """Bytes of RAM that the machine has, whatever a control group allows."""
+    return _machine(root).total
+
+
 def physical_memory_bytes(root: Path = ROOT) -> int:
     """Bytes of RAM that this process may use: the machine's, or the least that a group allows."""
     return min(bound.total for bound in _bounds(root))

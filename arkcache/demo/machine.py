@@ -1,24 +1,24 @@
-"""What the demonstration ran on: kept beside its figures."""
+"""What something was measured on: kept beside its figures. Needs no optional package."""
 
 from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
-import transformers
 
 import arkcache
+from arkcache.tiering.system_memory import physical_memory_bytes
 
 
 def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """Processor, cores, memory in bytes, system; the GPU's name if it is used."""
+    """Processor, cores, bytes of memory for this process, system; the GPU's name if it is used."""
     machine: dict[str, str | int] = {
         "processor": _processor(),
         "num_cores": os.cpu_count() or 1,
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": physical_memory_bytes(),
         "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
@@ -26,14 +26,19 @@ def describe_machine(device: torch.device) -> dict[str, str | int]:
     return machine
 
 
-def versions() -> dict[str, str]:
-    """Of ArkCache, Python, torch and transformers."""
-    return {
+def versions(*packages: str) -> dict[str, str]:
+    """Of ArkCache, Python, torch and transformers, and of more packages; only what is installed."""
+    found = {
         "arkcache": arkcache.__version__,
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
     }
+    for package in ("transformers", *packages):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def _processor() -> str:

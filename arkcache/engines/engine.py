@@ -203,5 +203,9 @@ class Engine(ABC):
         """See `Layer.ratings`."""
         return None
 
+    def time_parts(self, _step: Step) -> dict[str, float] | None:
+        """See `Layer.time_parts`."""
+        return None
+
     def log_missed(self, log: MissedLog) -> None:  # noqa: B027
         """Note what steps miss in this log from now on."""

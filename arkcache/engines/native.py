@@ -157,6 +157,16 @@ class NativeEngine(Engine):
         pieces = parts.store.host.pieces()
         return runner.attend(self._query(step, group), pieces, self._counts(self._budgets))
 
+    def time_parts(self, step: Step) -> dict[str, float]:
+        """See `Engine`."""
+        parts, group = self.parts, step.query.shape[1] // self.parts.geometry.num_kv_heads
+        runner = self._steps.get(group)
+        if runner is None or not self._is_bound:
+            runner = self._bind(group)
+        self._attended_all = False
+        pieces, counts = parts.store.host.pieces(), self._counts(self._budgets)
+        return runner.attend_in_parts(self._query(step, group), pieces, counts)[1]
+
     def _query(self, step: Step, group: int) -> Query:
         parts, bias, hidden = self.parts, None, None
         if step.bias is not None:

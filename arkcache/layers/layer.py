@@ -185,5 +185,10 @@ class Layer(ABC):
         where nothing is selected, or where it cannot be looked at."""
         return None
 
+    def time_parts(self, _step: Step) -> dict[str, float] | None:
+        """Run a step in parts that are launched one by one: the seconds of each; None where a step
+        has no parts."""
+        return None
+
     def log_missed(self, _log: MissedLog) -> None:  # noqa: B027
         """Note what steps miss in this log from now on, if the layer can tell."""

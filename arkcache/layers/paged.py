@@ -187,6 +187,10 @@ class PagedLayer(SealingLayer):
         """See `Layer`."""
         return self.engine.ratings(step)
 
+    def time_parts(self, step: Step) -> dict[str, float] | None:
+        """See `Layer`."""
+        return self.engine.time_parts(step)
+
     def log_missed(self, log: MissedLog) -> None:
         """See `Layer`."""
         self.engine.log_missed(log)

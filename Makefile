@@ -6,6 +6,7 @@
 #               or where they share a GPU)
 # CHAT_ARGS     more arguments for the chat, as in: make chat CHAT_ARGS="--file book.txt"
 # BENCH_ARGS    more arguments for the benchmarks
+# BENCH_JSON    where the benchmarks under pytest write what they measured
 # TORCH_INDEX   an index with the small CPU build of torch, tried once, if pip's own index does not
 #               have it: there, on Linux, torch is the CUDA build of several gigabytes
 
@@ -13,6 +14,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 WORKERS ?= auto
 BENCH_ARGS ?=
+BENCH_JSON ?= benchmarks/results/tests.json
 CHAT_ARGS ?=
 TORCH_INDEX ?=
 
@@ -31,7 +33,7 @@ OLDEST := transformers==5.17.0 huggingface_hub==1.33.0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo chat docs test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-formats eval kernels gpu-check dist clean
+.PHONY: help demo chat docs test test-slow test-bounds test-5.17 lint format bench bench-prefill bench-tests bench-formats eval kernels gpu-check dist clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -77,6 +79,10 @@ bench: $(VENV_BENCH)/.ready ## decode speed here, against the caches of transfor
 
 bench-prefill: $(VENV)/.ready ## seconds to read a prompt here, against a full cache
 	$(BIN)/python benchmarks/bench_prefill.py $(BENCH_ARGS)
+
+bench-tests: $(VENV)/.ready ## the cases of `arkcache bench` under pytest-benchmark; writes BENCH_JSON
+	$(BIN)/python -m pytest benchmarks --benchmark-only \
+		--benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
 
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches
 	$(IN_BENCH) python benchmarks/bench_formats.py $(BENCH_ARGS)

@@ -39,17 +39,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bench_common import (
-    RESULTS,
-    VOCABULARY,
-    Past,
-    append_to_ledger,
-    fill,
-    ledger_entry,
-    make_model,
-    make_past,
-    time_steps,
-)
+from bench_common import RESULTS
 from torch import Tensor
 from transformers import (
     Cache,
@@ -61,6 +51,8 @@ from transformers import (
 )
 
 from arkcache import ArkCache, CacheConfig, detach
+from arkcache.bench.ledger import append_to_ledger, entry_of
+from arkcache.bench.models import VOCABULARY, Past, fill, make_model, make_past, time_steps
 from arkcache.demo.conversation import encode, load_text, plan, shipped_voice
 from arkcache.demo.models import load_model
 from arkcache.formats import PageFormat, PageLayout
@@ -608,7 +600,7 @@ def main() -> int:
             tell("Interrupted: keeping the contexts that are finished.")
     for name, reason in skipped.items():
         print(f"not measured: {name}: {reason}")
-    entry = ledger_entry(
+    entry = entry_of(
         "formats",
         vars(options),
         methods=built,

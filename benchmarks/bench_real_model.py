@@ -20,10 +20,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from bench_common import RESULTS, Past, append_to_ledger, fill, ledger_entry
+from bench_common import RESULTS
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from arkcache import ArkCache
+from arkcache.bench.ledger import append_to_ledger, entry_of
+from arkcache.bench.models import Past, fill
 from arkcache.demo.conversation import load_text
 from arkcache.demo.models import load_model
 
@@ -114,7 +116,7 @@ def main() -> None:
             f"{row.cache:<22} {row.median_ms:7.1f} ms (least {row.fastest_ms:.1f})  "
             f"{row.ratio:.3f} x the bare model ({row.ratio_low:.3f} to {row.ratio_high:.3f})"
         )
-    entry = ledger_entry("real_model", vars(options), rows=[asdict(row) for row in rows])
+    entry = entry_of("real_model", vars(options), rows=[asdict(row) for row in rows])
     if options.write:
         append_to_ledger(LEDGER, entry)
     print(json.dumps(entry))

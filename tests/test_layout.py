@@ -50,6 +50,7 @@ MAY_IMPORT["memory"] = {"backend", "config", "errors", "formats", "layers", "man
 MAY_IMPORT["memory"] |= {"planning", "tiering"}
 MAY_IMPORT["demo"] = {*MAY_IMPORT, "demo"}
 MAY_IMPORT["evaluation"] = {*MAY_IMPORT, "evaluation"}
+MAY_IMPORT["bench"] = {*MAY_IMPORT, "bench"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "cli"}
 MAY_IMPORT["__main__"] = {"cli"}
 
@@ -71,11 +72,11 @@ IMPORTED_BY = {
     "numba": {"kernels"},
     "llvmlite": {"kernels"},
     "cupy": {"tiering"},
-    "transformers": {"chat", "huggingface", "demo", "evaluation", "cli"},
-    "matplotlib": {"evaluation"},
+    "transformers": {"bench", "chat", "huggingface", "demo", "evaluation", "cli"},
+    "matplotlib": {"bench", "evaluation"},
     "prometheus_client": {"metrics"},
-    "psutil": {"cli", "demo"},
-    "rich": {"chat", "cli", "demo", "evaluation"},
+    "psutil": {"bench"},
+    "rich": {"bench", "chat", "cli", "demo", "evaluation"},
     "typer": {"cli"},
 }
 # Heavy or optional: these import it inside functions, so that they start without it.

@@ -40,9 +40,11 @@ def _root(
 
 
 if _missing is None:
+    from arkcache.cli.benching import bench
     from arkcache.cli.chatting import chat, generate
     from arkcache.cli.common import EXIT_CODES
     from arkcache.cli.comparing import demo, sweep
+    from arkcache.cli.diagnosing import doctor
     from arkcache.cli.evaluating import evaluate
     from arkcache.cli.planning import describe
 
@@ -54,5 +56,7 @@ if _missing is None:
     app.command()(describe)
     app.command()(sweep)
     app.command("eval")(evaluate)
-    for command in app.registered_commands:
-        command.epilog = EXIT_CODES
+    app.add_typer(bench, name="bench")
+    app.command()(doctor)
+    for command in (*app.registered_commands, *bench.registered_commands):
+        command.epilog = command.epilog or EXIT_CODES

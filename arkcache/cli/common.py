@@ -32,12 +32,15 @@ T = TypeVar("T")
 
 
 @contextmanager
-def told_in_a_line(command: str, output: Path | None = None) -> Iterator[None]:
+def told_in_a_line(
+    command: str, output: Path | None = None, code: int = 1
+) -> Iterator[None]:
     """Turns what a user can mend into a line on stderr and an exit code.
 
     Args:
         command: for the line.
         output: a file that is to be written in the end; that it can be is seen to first.
+        code: the exit code.
     """
     try:
         if output is not None:
@@ -47,21 +50,27 @@ def told_in_a_line(command: str, output: Path | None = None) -> Iterator[None]:
         say_what_to_install(error.name or str(error))
     except arkcache.ArkCacheError as error:
         typer.echo(f"arkcache {command}: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise typer.Exit(code) from None
     except KeyboardInterrupt:
         typer.echo(f"arkcache {command}: interrupted; nothing was kept.", err=True)
         raise typer.Exit(INTERRUPTED) from None
 
 
 def with_progress(work: Callable[[Progress], T], quiet: bool = False) -> T:
-    """Does work that tells what is under way: a bar on a terminal, else a line for each stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    """`with_bar`, in the place of the bars of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours says what is loaded
+    return with_bar(work, quiet)
+
+
+def with_bar(work: Callable[[Progress], T], quiet: bool = False) -> T:
+    """Does work that tells what is under way: a bar on a terminal, else a line for each stage."""
     if quiet:
         return work(lambda *_: None)
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description:30}"),

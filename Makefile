@@ -81,7 +81,7 @@ bench-prefill: $(VENV)/.ready ## seconds to read a prompt here, against a full c
 	$(BIN)/python benchmarks/bench_prefill.py $(BENCH_ARGS)
 
 bench-tests: $(VENV)/.ready ## the cases of `arkcache bench` under pytest-benchmark; writes BENCH_JSON
-	$(BIN)/python -m pytest benchmarks --benchmark-only \
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds \
 		--benchmark-json=$(BENCH_JSON) $(PYTEST_ARGS)
 
 bench-formats: $(VENV_BENCH)/.ready ## quantised pages here, against quantised caches

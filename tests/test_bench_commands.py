@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import arkcache
 from arkcache import cli
 from arkcache.bench import decode, kernels, models, prefill, tiers
+from arkcache.bench.comparing import compare
 from arkcache.bench.models import fill, make_model, make_past
 from arkcache.demo.run import threads
 from arkcache.errors import InputError
@@ -263,3 +264,25 @@ def test_every_round_appends_one_token() -> None:
         rows = kernels.measure(manager, "tokens", 640, rounds=3)
     assert manager.num_columns == 640 + 4  # the first round warms up
     assert {len(row.rounds_us) for row in rows} == {3}
+
+
+@pytest.mark.slow
+def test_the_same_cases_under_pytest(tmp_path: Path) -> None:
+    """What `make bench-tests` runs, a part of it; what it writes can be compared."""
+    written = tmp_path / "tests.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q"]
+    command += [f"--benchmark-json={written}", "-k", "RAM or bare or tokens-append or pageable"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    found = compare(written, written)
+    names = " ".join(case.name for case in found.cases)
+    for part in ("test_route[RAM to RAM, gather-16384-1]", "bare model", "tokens-append"):
+        assert part in names
+
+
+def test_quick_leaves_what_is_given() -> None:
+    given = ["bench", "tiers", "--quick", "--pool", "2MiB", "--rounds", "1", "--json"]
+    settings = json.loads(runner.invoke(cli.app, given).stdout)["settings"]
+    assert (settings["pool_bytes"], settings["rounds"]) == (2 << 20, 1)
+    assert settings["piece_bytes"] == [16 << 10, 256 << 10]

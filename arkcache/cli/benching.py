@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine, and compare measurements.")
 
-Rounds = Annotated[int, typer.Option(help="How often everything is timed.")]
+def _open(said: str, default: str) -> Any:
+    """An option that --quick decides where it is left out."""
+    return typer.Option(help=said, show_default=default)
+
+
 Threads = Annotated[
     int | None, typer.Option(help="Threads to compute with.", show_default="as torch has it")
 ]
-Contexts = Annotated[str, typer.Option(help="Tokens, with commas between.")]
+CONTEXTS = "Tokens, with commas between."
+ROUNDS = "How often everything is timed."
 Quick = Annotated[bool, typer.Option("--quick", help="Less of everything: some seconds.")]
 
 TROUBLE = 2
@@ -43,16 +49,17 @@ TROUBLE = 2
 
 @bench.command()
 def tiers(
-    piece_bytes: Annotated[
-        str, typer.Option("--pieces", help="Sizes of a piece, with commas between.")
-    ] = "4KiB,16KiB,64KiB,256KiB,1MiB",
+    pieces: Annotated[
+        str | None, _open("Sizes of a piece, with commas between.", "4KiB,16KiB,64KiB,256KiB,1MiB")
+    ] = None,
     counts: Annotated[
-        str, typer.Option(help="Pieces per step, with commas between.")
-    ] = "1,8,64,512",
-    rounds: Rounds = 15,
+        str | None, _open("Pieces per step, with commas between.", "1,8,64,512")
+    ] = None,
+    rounds: Annotated[int | None, _open(ROUNDS, "15")] = None,
     pool: Annotated[
-        str, typer.Option(help="Memory that pieces are read from, and size of the temporary file.")
-    ] = "256MiB",
+        str | None,
+        _open("Memory that pieces are read from, and size of the temporary file.", "256MiB"),
+    ] = None,
     folder: Annotated[
         Path | None,
         typer.Option(help="Where the temporary file is made.", show_default="the system's"),
@@ -70,7 +77,8 @@ def tiers(
 
     Takes 512 MiB of memory, and 256 MiB of disk for a file without a name, which is gone with the
     process whatever happens; --pool sets both (the memory is 256 MiB more). Ctrl-C shows the rounds
-    so far. --quick is two sizes, two counts, five rounds and a pool of 64 MiB.
+    so far. --quick has two sizes, two counts, five rounds and a pool of 64 MiB, where nothing else
+    is given.
     """
     with told_in_a_line("bench tiers", output), _threads(threads):
         from arkcache.bench import tiers as measuring
@@ -80,15 +88,17 @@ def tiers(
         if plot is not None:
             check_writable(plot)
             from arkcache.bench.plot_tiers import draw  # what is missing is missed now
-        settings = measuring.Settings(
-            tuple(parse_bytes(size) for size in listed(piece_bytes, ",")),
-            _numbers("counts", counts),
-            rounds,
-            parse_bytes(pool),
-            folder,
-        )
-        if quick:
-            settings = measuring.Settings.quick(folder)
+        settings = measuring.Settings.quick(folder) if quick else measuring.Settings(folder=folder)
+        given: dict[str, Any] = {}
+        if pieces is not None:
+            given["piece_bytes"] = tuple(parse_bytes(size) for size in listed(pieces, ","))
+        if counts is not None:
+            given["counts"] = _numbers("counts", counts)
+        if rounds is not None:
+            given["rounds"] = rounds
+        if pool is not None:
+            given["pool_bytes"] = parse_bytes(pool)
+        settings = replace(settings, **given)
         result = with_bar(lambda progress: measuring.run(settings, progress), quiet)
         values = result.to_dict()
         values["settings"]["file_system"] = file_system_of(folder or Path(tempfile.gettempdir()))
@@ -101,10 +111,10 @@ def tiers(
 
 @bench.command()
 def decode(
-    contexts: Contexts = "4096,16384,65536",
+    contexts: Annotated[str | None, _open(CONTEXTS, "4096,16384,65536")] = None,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and KV head.")] = 2048,
-    rounds: Rounds = 3,
-    steps: Annotated[int, typer.Option(help="Steps of a round.")] = 40,
+    rounds: Annotated[int, typer.Option(help=ROUNDS)] = 3,
+    steps: Annotated[int | None, _open("Steps of a round.", "40")] = None,
     methods: Annotated[str, typer.Option(help="Only those whose name contains this.")] = "",
     threads: Threads = None,
     quick: Quick = False,
@@ -114,13 +124,13 @@ def decode(
 ) -> None:
     """A decode step of a small random model on the CPU, against the caches of transformers.
 
-    --quick is 4096 tokens and 10 steps.
+    --quick is 4096 tokens and 10 steps, where nothing else is given.
     """
     with told_in_a_line("bench decode", output), _threads(threads):
         from arkcache.bench import decode as measuring
 
-        if quick:
-            contexts, steps = "4096", 10
+        contexts = contexts or ("4096" if quick else "4096,16384,65536")
+        steps = (10 if quick else 40) if steps is None else steps
         settings = measuring.Settings(
             _numbers("contexts", contexts), budget, rounds, steps, methods
         )
@@ -132,11 +142,11 @@ def decode(
 
 @bench.command()
 def prefill(
-    contexts: Contexts = "7168,16384",
-    chunk: Annotated[int, typer.Option(help="Tokens that are read at a time.")] = 2048,
+    contexts: Annotated[str | None, _open(CONTEXTS, "7168,16384")] = None,
+    chunk: Annotated[int | None, _open("Tokens that are read at a time.", "2048")] = None,
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
     dense: Annotated[int, typer.Option(help="Layers that attend everything.")] = 0,
-    rounds: Rounds = 3,
+    rounds: Annotated[int | None, _open(ROUNDS, "3")] = None,
     threads: Threads = None,
     quick: Quick = False,
     output: Output = None,
@@ -145,13 +155,14 @@ def prefill(
 ) -> None:
     """Seconds to read a prompt into a small random model on the CPU, against a full cache.
 
-    --quick is 2048 tokens in chunks of 512, once.
+    --quick is 2048 tokens in chunks of 512, once, where nothing else is given.
     """
     with told_in_a_line("bench prefill", output), _threads(threads):
         from arkcache.bench import prefill as measuring
 
-        if quick:
-            contexts, chunk, rounds = "2048", 512, 1
+        contexts = contexts or ("2048" if quick else "7168,16384")
+        chunk = (512 if quick else 2048) if chunk is None else chunk
+        rounds = (1 if quick else 3) if rounds is None else rounds
         settings = measuring.Settings(_numbers("contexts", contexts), chunk, layers, dense, rounds)
         done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
         entry = _entry("prefill", vars(settings), rows=[vars(row) for row in done.rows])
@@ -161,9 +172,9 @@ def prefill(
 
 @bench.command()
 def kernels(
-    contexts: Contexts = "4096,65536",
+    contexts: Annotated[str | None, _open(CONTEXTS, "4096,65536")] = None,
     budget: Annotated[int, typer.Option(help="Tokens attended per step and KV head.")] = 2048,
-    rounds: Rounds = 25,
+    rounds: Annotated[int | None, _open(ROUNDS, "25")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Threads = None,
     quick: Quick = False,
@@ -173,14 +184,14 @@ def kernels(
 ) -> None:
     """The parts of one layer's decode step, on the backend that this machine has.
 
-    --quick is 4096 tokens and 5 rounds.
+    --quick is 4096 tokens and 5 rounds, where nothing else is given.
     """
     with told_in_a_line("bench kernels", output), _threads(threads):
         from arkcache.bench import kernels as measuring
         from arkcache.demo.models import pick_device
 
-        if quick:
-            contexts, rounds = "4096", 5
+        contexts = contexts or ("4096" if quick else "4096,65536")
+        rounds = (5 if quick else 25) if rounds is None else rounds
         chosen = pick_device(device)
         settings = measuring.Settings(_numbers("contexts", contexts), budget, rounds, str(chosen))
         done = with_bar(lambda progress: measuring.run(settings, progress), quiet)
@@ -208,8 +219,6 @@ def compare(
     2 for a file that is missing or no ledger. Of a ledger with several entries, the last is taken.
     """
     with told_in_a_line("bench compare", output, TROUBLE):
-        from dataclasses import asdict
-
         from arkcache.bench import comparing
         from arkcache.bench.comparing_table import render
 

@@ -33,8 +33,9 @@ def _heading(result: Result) -> str:
     said = (
         f"Random pieces out of {settings['pool_bytes'] >> 20} MiB, {settings['num_threads']} "
         f"threads, median of {result.rounds} rounds ± half of what lies between the quartiles. "
-        "GB/s are 1e9 bytes that arrive; below is the time of one piece; "
-        "of peak is the best."
+        "GB/s are 1e9 bytes that arrive; below are the microseconds of one piece. The best rate of "
+        "a line is compared with the peak, which small steps may pass: they arrive in the "
+        "processor's cache."
     )
     if not result.finished:
         said += f" Interrupted after {result.rounds} of {settings['rounds']} rounds."
@@ -63,7 +64,7 @@ def _table(route: str, rows: list[Row], peak: PeakRow) -> RenderableType:
 def cell(row: Row) -> str:
     """GB/s; microseconds of a piece; how far the rounds are apart."""
     spread = (row.high_us - row.low_us) / 2 / row.median_us
-    return f"{rate_text(row.gb_s)} GB/s\n{time_text(row.us_per_piece)} us ±{spread:.0%}"
+    return f"{rate_text(row.gb_s)} GB/s\n{time_text(row.us_per_piece)} ±{spread:.0%}"
 
 
 def rate_text(rate: float) -> str:

@@ -45,7 +45,7 @@ def check_route(route: routes.Route, source: Tensor, size: int) -> None:
     route.finish()
     wanted = routes.pieces_of(source, size)[torch.from_numpy(POSITIONS)]
     assert torch.equal(arrived[: len(POSITIONS)].view(torch.uint8), wanted)
-    assert wanted.unique().numel() > 200  # no zeros that would agree with anything
+    assert wanted.unique().numel() > 100  # no zeros that would agree with anything
 
 
 @pytest.mark.parametrize("size", [4096, 12288, 100])
@@ -218,6 +218,16 @@ def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "available_memory_bytes", lambda: 2 * MIB)
     with pytest.raises(InputError, match="need 5 MiB of memory, and 2 are available"):
         run(Settings(*SMALL))
+
+
+def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tiers, "why_no_device", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (5 * MIB, 80 << 30))
+    result = run(Settings((4096,), (1,), 1, MIB, tmp_path))
+    reasons = dict(result.absent)
+    assert {*reasons} >= {*device_routes.EVERY}
+    assert "the GPU has 5 MiB free, and 257 are needed" in reasons[device_routes.PAGEABLE]
+    assert {row.route for row in result.rows} >= {routes.GATHER}
 
 
 def test_figures_agree_with_each_other(tmp_path: Path) -> None:

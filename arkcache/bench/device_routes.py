@@ -44,6 +44,14 @@ def why_no_device() -> str | None:
     return "there is no CUDA device that torch finds"
 
 
+def why_no_room(pool_bytes: int) -> str | None:
+    """Why the current GPU cannot take a copy of the pool; None where it can."""
+    needed, free = pool_bytes + 4 * MOVED_BYTES, torch.cuda.mem_get_info()[0]
+    if needed <= free:
+        return None
+    return f"the GPU has {free >> 20} MiB free, and {needed >> 20} are needed (less with --pool)"
+
+
 def why_no_kernel() -> str | None:
     """Why the gather kernel cannot run here; None where it can."""
     return None if importlib.util.find_spec("triton") else "Triton is not installed"

@@ -17,7 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from arkcache.bench.device_routes import device_paths, no_device_paths, why_no_device
+from arkcache.bench.device_routes import (
+    device_paths,
+    no_device_paths,
+    why_no_device,
+    why_no_room,
+)
 from arkcache.bench.file_pool import FilePool
 from arkcache.bench.routes import (
     MOVED_BYTES,
@@ -155,6 +160,8 @@ def all_paths(settings: Settings) -> Iterator[tuple[Paths, int]]:
     """
     _check_memory(settings)
     reason = why_no_device()
+    if reason is None:
+        reason = why_no_room(settings.pool_bytes)
     device = None if reason is not None else torch.device("cuda")
     host, pool = make_pool(settings.pool_bytes, device)
     folder = settings.folder or Path(tempfile.gettempdir())

@@ -25,11 +25,10 @@ from arkcache.cli.common import (
 from arkcache.cli.options import Json, Output, Quiet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from rich.console import RenderableType
+    pass
 
 bench = typer.Typer(no_args_is_help=True, help="Measure this machine, and compare measurements.")
+
 
 def _open(said: str, default: str) -> Any:
     """An option that --quick decides where it is left out."""

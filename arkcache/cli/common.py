@@ -32,9 +32,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def told_in_a_line(
-    command: str, output: Path | None = None, code: int = 1
-) -> Iterator[None]:
+def told_in_a_line(command: str, output: Path | None = None, code: int = 1) -> Iterator[None]:
     """Turns what a user can mend into a line on stderr and an exit code.
 
     Args:

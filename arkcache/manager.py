@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from arkcache.engines.missed import MissedLog
     from arkcache.layers.layer import Layer
     from arkcache.pages.index import PageIndex
+    from arkcache.tracing.recorder import Recorder
 
 
 class KVCacheManager:
@@ -99,6 +101,8 @@ class KVCacheManager:
         self.head_dim, self.value_dim = head_dim, value_dim
         self._like = empty_on(device, dtype)
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
+        self._recorder: Recorder | None = None
+        self._traced_as: Sequence[int] = ()
         self._configure(CacheConfig() if config is None else config)
         self._clear()
 
@@ -257,6 +261,8 @@ class KVCacheManager:
             output = state.attend_one(step)
             state.counters.decode_steps += 1
         else:
+            if self._recorder is not None:
+                self._recorder.end_run()
             last_visible = self._log.last_visible(state.tokens.columns, new_tokens)
             output = attend_blocks(step, state.blocks(), self.num_kv_heads, last_visible)
         # The rotation is its own inverse.
@@ -459,6 +465,41 @@ class KVCacheManager:
         if self._layers:
             self._layers[layer].log_missed(log)
 
+    @contextmanager
+    def trace(self, recorder: Recorder, numbers: Sequence[int] | None = None) -> Iterator[None]:
+        """Within it, tell a recorder what decode steps do; see docs/trace.md.
+
+        numbers: what to call the layers, ascending; None is 0, 1, ... Layers that attend everything
+        have nothing to tell, nor have steps that are replayed as graphs. Raises `InputError` inside
+        another trace.
+        """
+        if self._recorder is not None:
+            raise InputError("this cache is being traced already: one recorder at a time")
+        recorder.about |= {
+            "backend": self.planner.backend,
+            "page_size": self.config.page_size,
+            "num_sink_pages": self.config.num_sink_pages,
+            "num_recent_tokens": self.config.num_recent_tokens,
+        }
+        self._recorder = recorder
+        self._traced_as = range(self.num_layers) if numbers is None else numbers
+        self._tell_layers()
+        try:
+            yield
+        finally:
+            recorder.end_run()
+            self._recorder = None
+            self._tell_layers()
+
+    def _tell_layers(self) -> None:
+        """Have the layers trace their steps, or cease to."""
+        for layer, state in enumerate(self._layers):
+            if self._recorder is None or state.attends_everything:
+                state.trace(None)
+                continue
+            trace = self._recorder.layer(self._traced_as[layer], self.num_kv_heads)
+            state.trace(trace)
+
     def check_batch(self, batch: int) -> None:
         """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""
         self.planner.pages_that_fit(batch)
@@ -621,6 +662,8 @@ class KVCacheManager:
             layers = [one for one in capturable if one is not None]
             self.steps = CapturableSteps(layers, self._log, host)
         self._host, self._device_tier, self._max_selected = host, tier, max_selected
+        if self._recorder is not None:
+            self._tell_layers()
 
     def _make_host(self) -> HostTier | None:
         """The host tier, if any layer needs one.

@@ -30,9 +30,11 @@ from arkcache.errors import InputError
 from arkcache.kernels.numba_compile import own_cache
 from arkcache.kernels.numba_record import (
     ATTEND,
+    ATTEND_ROWS,
     MERGE,
     NUM_COUNTERS,
     SCORE,
+    SCORE_ROWS,
     SEAL,
     SELECT,
     STEP,
@@ -50,9 +52,6 @@ Array = NDArray[Any]
 FEW_ROWS = 4
 """With fewer rows than this for each thread, and not as many for each, pages are shared out: a
 thread with one row more than the others would have them wait for a quarter of the step or more."""
-
-PARTS = {"score": SCORE, "select": SELECT, "attend pages": ATTEND, "merge": MERGE}
-"""The parts of a step, in order."""
 
 SLOW_SECONDS = 2.0
 """After so long it is said what one waits for; a kernel that was kept is read in a tenth of it."""
@@ -304,32 +303,22 @@ class DecodeStep:
         self._record[AT["pieces"]] = pieces.data_ptr()
         self._run_alone(SEAL)
 
-    def attend(self, query: Query, pieces: Tensor, counts: Counts) -> Tensor:
-        """Run a step: [batch, heads, 1, value_dim]. pieces: uint8, the host tier."""
-        batch, heads = self._sizes["batch"], self._sizes["kv_heads"] * self._sizes["group"]
-        output = query.query.new_empty((batch, heads, 1, self._sizes["value_dim"]))
-        self._fill(query, pieces, counts, output.data_ptr())
-        self._launch(batch * self._sizes["kv_heads"])
-        return output
+    def attend(
+        self,
+        query: Query,
+        pieces: Tensor,
+        counts: Counts,
+        lap: Callable[[int], None] | None = None,
+    ) -> Tensor:
+        """Run a step: [batch, heads, 1, value_dim]. pieces: uint8, the host tier.
 
-    def attend_in_parts(
-        self, query: Query, pieces: Tensor, counts: Counts
-    ) -> tuple[Tensor, dict[str, float]]:
-        """`attend` with its parts launched one by one, and the seconds that each of them takes."""
+        lap: told after each part, `SCORE`, `SELECT` and `ATTEND`, which are run one by one for it.
+        """
         batch, heads = self._sizes["batch"], self._sizes["kv_heads"] * self._sizes["group"]
-        rows, threads = batch * self._sizes["kv_heads"], torch.get_num_threads()
         output = query.query.new_empty((batch, heads, 1, self._sizes["value_dim"]))
         self._fill(query, pieces, counts, output.data_ptr())
-        self._share_out(rows, threads, max(rows, threads))
-        seconds = {}
-        for name, phase in PARTS.items():
-            start = perf_counter()
-            if phase == MERGE:
-                self._run_alone(phase)
-            else:
-                self._run(phase, threads)
-            seconds[name] = perf_counter() - start
-        return output, seconds
+        self._launch(batch * self._sizes["kv_heads"], lap)
+        return output
 
     def _fill(self, query: Query, pieces: Tensor, counts: Counts, output: int) -> None:
         """Tell the step what it attends, and where its output is to go."""
@@ -390,15 +379,33 @@ class DecodeStep:
         )
         self._counts = counts
 
-    def _launch(self, rows: int) -> None:
+    def _launch(self, rows: int, lap: Callable[[int], None] | None) -> None:
         threads = torch.get_num_threads()
         whole_rows = threads == 1 or rows % threads == 0 or rows >= FEW_ROWS * threads
+        if lap is not None:
+            self._launch_parts(rows, threads, whole_rows, lap)
+            return
         if (threads, self._scratch.generation) != self._shared_out:
             self._share_out(rows, threads, threads if whole_rows else max(rows, threads))
         for phase in (WHOLE_ROWS,) if whole_rows else (SCORE, SELECT, ATTEND):
             self._run(phase, threads)
         if not whole_rows:
             self._run_alone(MERGE)
+
+    def _launch_parts(
+        self, rows: int, threads: int, whole_rows: bool, lap: Callable[[int], None]
+    ) -> None:
+        """The same step in parts, to the bit."""
+        self._share_out(rows, threads, max(rows, threads))
+        score, attend = (SCORE_ROWS, ATTEND_ROWS) if whole_rows else (SCORE, ATTEND)
+        self._run(score, threads)
+        lap(SCORE)
+        self._run(SELECT, threads)
+        lap(SELECT)
+        self._run(attend, threads)
+        if not whole_rows:
+            self._run_alone(MERGE)
+        lap(ATTEND)
 
     def _run(self, phase: int, shares: int) -> None:
         self._record[AT["phase"]] = phase

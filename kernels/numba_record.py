@@ -14,10 +14,11 @@ from numba import carray
 from arkcache.kernels.numba_compile import kernel
 from arkcache.kernels.numba_numbers import floats, integers, pointer
 
-WHOLE_ROWS, SCORE, SELECT, ATTEND, MERGE, WRITE, SEAL = range(7)
+WHOLE_ROWS, SCORE, SELECT, ATTEND, MERGE, SCORE_ROWS, ATTEND_ROWS, WRITE, SEAL = range(9)
 """What is to be done: by a parallel region everything for rows of its own, or one part for shares
-of all; by one thread merging what they have summed, writing a new token into the window, or sealing
-pages that are full."""
+of all; by one thread merging what they have summed; the parts of `WHOLE_ROWS` one by one (with
+`SELECT`), to be timed; by one thread writing a new token into the window, or sealing pages that are
+full."""
 
 CUBOID, SPHERE, CENTROID, TOKEN_ROWS, TOKEN_CODES = range(5)
 """What digests are."""

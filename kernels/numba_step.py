@@ -39,13 +39,16 @@ from arkcache.kernels.numba_numbers import (
 )
 from arkcache.kernels.numba_record import (
     ATTEND,
+    ATTEND_ROWS,
     ATTENDED,
     CUBOID,
     EVICTED,
     HIT,
+    MERGE,
     NUM_COUNTERS,
     RECALLED,
     SCORE,
+    SCORE_ROWS,
     SELECT,
     SPHERE,
     TOKEN_CODES,
@@ -474,27 +477,35 @@ def run(step: Any, begin: Any, end: Any, like: Any, meta: Any) -> None:
 def run_share(step: Any, share: Any, parts: Any, part_size: Any, like: Any, meta: Any) -> None:
     """One share of the phase under way; parts: room for what each share of each row sums."""
     rows, shares = step.batch * step.kv_heads, step.shares
-    # Not literals, for each of which numba would compile what they are given to anew.
-    none, one, all_units = np.int64(0), np.int64(1), np.int64(1 << 40)
-    if step.phase == WHOLE_ROWS:
-        own = parts[share * part_size : (share + 1) * part_size]
-        for row in range(share, rows, shares):
-            score_row(step, row, share, none, one, like)
-            select_row(step, row, share, like, meta)
-            attend_row(step, row, share, none, all_units, none, own, like, meta)
-            merge_row(step, row, own, one, like)
-    elif step.phase == SCORE:
+    if step.phase == SCORE:
         for row in range(rows):
             score_row(step, row, row, share, shares, like)
-    elif step.phase == SELECT:
-        for row in range(share, rows, shares):
-            select_row(step, row, row, like, meta)
     elif step.phase == ATTEND:
         attend_share(step, share, parts, part_size, like, meta)
-    else:
+    elif step.phase == MERGE:
         for row in range(rows):
             size = shares * part_size
             merge_row(step, row, parts[row * size : (row + 1) * size], shares, like)
+    else:
+        own = parts[share * part_size : (share + 1) * part_size]
+        for row in range(share, rows, shares):
+            run_row(step, row, share, own, like, meta)
+
+
+@kernel
+def run_row(step: Any, row: Any, share: Any, part: Any, like: Any, meta: Any) -> None:
+    """All that is done of a whole row, or the part of it that is under way."""
+    # Not literals, for each of which numba would compile what they are given to anew.
+    none, one, all_units = np.int64(0), np.int64(1), np.int64(1 << 40)
+    is_whole = step.phase == WHOLE_ROWS
+    slot = share if is_whole else row  # what is scored now is selected from later
+    if is_whole or step.phase == SCORE_ROWS:
+        score_row(step, row, slot, none, one, like)
+    if is_whole or step.phase == SELECT:
+        select_row(step, row, slot, like, meta)
+    if is_whole or step.phase == ATTEND_ROWS:
+        attend_row(step, row, slot, none, all_units, none, part, like, meta)
+        merge_row(step, row, part, one, like)
 
 
 @kernel

@@ -233,7 +233,7 @@ def test_a_step_in_parts_is_the_step(index: str) -> None:
     before = manager.stats()
     parts = manager.time_parts(0, query)
     assert parts is not None
-    assert [*parts] == ["score", "select", "attend pages", "merge"]
+    assert [*parts] == ["score", "select", "attend"]
     assert all(seconds > 0 for seconds in parts.values())
     after = manager.stats()
     assert after.pages_recalled == before.pages_recalled  # the same query selects the same pages

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "stats": set(),
     "kernels": {"config", "errors", "formats", "kernels"},
     "tiering": {"errors", "formats", "kernels", "tiering"},
+    "tracing": {"errors", "tracing"},
 }
 MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}
@@ -374,7 +375,8 @@ def installed_files() -> set[str]:
         for path in (ROOT / folder).glob("*.py")
     }
     model = (ROOT / "arkcache" / "demo" / "model").glob("*")
-    return modules | {"arkcache/py.typed"} | {str(path.relative_to(ROOT)) for path in model}
+    data = {"arkcache/py.typed", "arkcache/tracing/page.html"}
+    return modules | data | {str(path.relative_to(ROOT)) for path in model}
 
 
 def test_wheel_holds_the_library_and_nothing_else(built: Built) -> None:

@@ -47,6 +47,7 @@ if _missing is None:
     from arkcache.cli.diagnosing import doctor
     from arkcache.cli.evaluating import evaluate
     from arkcache.cli.planning import describe
+    from arkcache.cli.tracing import report, trace
 
     app = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
     app.callback()(_root)
@@ -58,5 +59,7 @@ if _missing is None:
     app.command("eval")(evaluate)
     app.add_typer(bench, name="bench")
     app.command()(doctor)
+    app.command()(trace)
+    app.command()(report)
     for command in (*app.registered_commands, *bench.registered_commands):
         command.epilog = command.epilog or EXIT_CODES

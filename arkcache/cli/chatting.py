@@ -111,7 +111,7 @@ def chat(
             texts = [(f"Python's help on {HELP_TOPIC}", help_text())]
         sampling = Sampling(max_tokens, temperature, top_p, repetition_penalty)
         given = settings_given(config, settings, budget_tokens=("--budget", budget))
-        session = _session(model, device, dtype, build(given), system, past_limit, quiet)
+        session = make_session(model, device, dtype, build(given), system, past_limit, quiet)
         ask_line = _ask_on_stderr if as_json else input
         talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet, live=live)
         with _metrics_of(talk, metrics_port):
@@ -163,7 +163,7 @@ def generate(
         texts = [load_document(path) for path in file or []]
         asked = sys.stdin.read() if question == "-" else question
         cache = _config(config, settings, budget)
-        session = _session(model, device, dtype, cache, system, past_limit, quiet)
+        session = make_session(model, device, dtype, cache, system, past_limit, quiet)
         start = time.perf_counter()
         for text in texts:
             session.read(text)
@@ -198,7 +198,7 @@ def _typed(given: dict[str, Given]) -> dict[str, Any]:
     return {name: one.value for name, one in given.items() if one.source.startswith("--")}
 
 
-def _session(
+def make_session(
     model: str,
     device: str,
     dtype: str,
@@ -207,6 +207,7 @@ def _session(
     past_limit: bool,
     quiet: bool,
 ) -> Session:
+    """A session with a model that is loaded now; what is impossible is said before."""
     from transformers.utils import logging
 
     from arkcache.chat.session import Session

@@ -124,7 +124,11 @@ def check_writable(path: Path) -> None:
 
 def replace_file(path: Path, values: dict[str, Any]) -> None:
     """Write a file of JSON whole, so that an interrupt leaves the one before it."""
-    text = json.dumps(values, indent=1, default=str) + "\n"
+    write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file whole, so that an interrupt leaves the one before it."""
     try:
         if path.exists() and not path.is_file():
             path.write_text(text, encoding="utf-8")

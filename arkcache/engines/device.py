@@ -20,6 +20,7 @@ from arkcache.engines.device_tokens import DeviceTokens
 from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.offloaded_pages import OffloadedPages
 from arkcache.engines.step import Step
+from arkcache.engines.traced import attended_mass, note
 from arkcache.engines.views import hidden_pages, page_bias
 from arkcache.kernels.arguments import Estimates, PageSet, Scores, Selection
 from arkcache.pages.bookkeeping import Ids, sealed_pages
@@ -27,6 +28,7 @@ from arkcache.pages.windows import RingWindow
 from arkcache.stats import CacheStats, MissedMass
 from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.streams import Event, Streams, streams_of
+from arkcache.tracing.recorder import LayerTrace
 
 
 class Speculation(NamedTuple):
@@ -58,6 +60,7 @@ class DeviceEngine(Engine, Capturable):
         self.pages = OffloadedPages(parts, num_selected)
         self._nothing = self._make_nothing()
         self._speculation: Speculation | None = None
+        self._latest: Selection | None = None
 
     def _make_nothing(self) -> Selection:
         """No page chosen: what is attended anyhow."""
@@ -105,7 +108,42 @@ class DeviceEngine(Engine, Capturable):
 
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         """See `Engine`; the kernels do not audit, so that nothing is compared with everything."""
+        if self._trace is not None:
+            return self._attend_traced(self._trace, step)
         return self.attend_token(step)
+
+    def _attend_traced(self, trace: LayerTrace, step: Step) -> Tensor:
+        """Attend, wait, and tell what that was; phases are not timed."""
+        before, earlier = self._page_of(), self.stats()
+        trace.begin()
+        output = self.attend_token(step)
+        assert self._latest is not None
+        number = self._latest.num_chosen.cpu().numpy()
+        trace.stop()
+        chosen, self._latest = self._latest.chosen.cpu().numpy(), None
+        is_one = np.arange(chosen.shape[1]) < number[:, None]
+        # A speculative recall takes places that the step did not choose.
+        held = np.take_along_axis(self._page_of(), np.where(is_one, chosen, 0), axis=1)
+        pages, mass = np.where(is_one, held, -1), None
+        if trace.wants_mass:
+            with trace.apart():
+                mass = attended_mass(self.parts, self.window, step, pages)
+        now = self.stats()
+        own = (
+            now.pages_hit - earlier.pages_hit,
+            now.pages_recalled - earlier.pages_recalled,
+            now.pages_evicted - earlier.pages_evicted,
+            now.bytes_recalled - earlier.bytes_recalled,
+        )
+        told = pages, before, mass
+        note(trace, self.parts, now.attended_tokens, own, told, has_phases=False)
+        return output
+
+    def _page_of(self) -> Ids:
+        """The page in each place [rows, places], once what is under way is over."""
+        self.join()
+        page_of: Ids = self.pages.page_table.page_of.cpu().numpy()
+        return page_of.copy()
 
     def launch_attend(self, step: Step) -> Tensor:
         """Queue the attention of one new token over sinks, selected pages and recent window, and
@@ -119,6 +157,8 @@ class DeviceEngine(Engine, Capturable):
         fixed = self._fixed_mass(step, bias)
         scores = self._score(step, bias)
         selection = pages.page_table.select(scores, self._tokens.counts.sealed, fixed)
+        if self._trace is not None:
+            self._latest = selection
         pages.recall(selection)
         output = self._attend(
             step,

@@ -27,6 +27,7 @@ from arkcache.pages.store import PageStore
 from arkcache.pages.windows import Window
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, Geometry, PackedWorkingSet, WorkingSet
+from arkcache.tracing.recorder import LayerTrace
 
 Blocks: TypeAlias = Iterator[tuple[Tensor, Tensor, Ids]]
 """Tokens block by block: key, value [batch, kv_heads, tokens, dim] and token numbers [batch,
@@ -96,6 +97,7 @@ class Engine(ABC):
 
     def __init__(self, parts: PagedParts) -> None:
         self.parts = parts
+        self._trace: LayerTrace | None = None
 
     @property
     def capturable(self) -> Capturable | None:
@@ -209,3 +211,7 @@ class Engine(ABC):
 
     def log_missed(self, log: MissedLog) -> None:  # noqa: B027
         """Note what steps miss in this log from now on."""
+
+    def trace(self, trace: LayerTrace | None) -> None:
+        """Tell this what decode steps do from now on; None is nothing."""
+        self._trace = trace

@@ -18,6 +18,7 @@ from arkcache.engines.places import Places
 from arkcache.engines.rating import PageRatings
 from arkcache.engines.step import Step, attend_parts, attend_view, page_mass
 from arkcache.engines.summaries import PageSummaries, PseudoTokens
+from arkcache.engines.traced import attended_mass, note
 from arkcache.engines.views import Held, pages_left_out, view_mask, view_tokens
 from arkcache.pages.bookkeeping import Ids
 from arkcache.pages.importance import Importance
@@ -26,6 +27,7 @@ from arkcache.pages.policy import fewest_pages, ranked_pages, top_pages
 from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet
+from arkcache.tracing.recorder import ATTEND, RECALL, SCORE, SELECT, LayerTrace
 
 
 class HostEngine(Engine):
@@ -51,6 +53,7 @@ class HostEngine(Engine):
         self._may_demote = False
         self._missed: MissedLog | None = None
         self._is_audit = False
+        self._chosen: Held | None = None
         if config.target_missed_mass is not None or config.audit_every is not None:
             num_layers = len(parts.device_tier.working_sets)
             every, heads = config.audit_every, geometry.num_kv_heads
@@ -101,6 +104,11 @@ class HostEngine(Engine):
 
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         """See `Engine`."""
+        if self._trace is not None:
+            return self._attend_traced(self._trace, step, everything)
+        return self._attend(step, everything)
+
+    def _attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         target, places = self.parts.config.target_missed_mass, self.places
         if self._missed is not None:
             self._is_audit = self._missed.begin_step()
@@ -113,6 +121,7 @@ class HostEngine(Engine):
             chosen, rating = self._select(step, selectable, max_selectable)
         else:
             places.complete(selectable)
+            self._lap(RECALL)
             if self._missed is not None and target is not None:
                 rows = self.parts.geometry.num_rows
                 self._missed.note(np.zeros(rows), np.zeros(rows, dtype=np.bool_))
@@ -126,11 +135,15 @@ class HostEngine(Engine):
         rating, summaries = None, self._summaries
         if selectable > num_selected and (num_selected > 0 or summaries is not None):
             rating = self._score(step, selectable)
+            self._lap(SCORE)
         if rating is not None and num_selected > 0:
-            self.places.recall(top_pages(rating, num_selected), None, None)
+            selected = top_pages(rating, num_selected)
+            self._lap(SELECT)
+            self.places.recall(selected, None, None)
         elif 0 < selectable <= num_selected:
             self.places.complete(np.full(geometry.batch, selectable))
-        held, estimated = None, None
+        self._lap(RECALL)
+        held, estimated, self._chosen = None, None, None
         if self._importance is not None or summaries is not None or self._is_audit:
             held = self.places.held
             estimated = self._leave_out(step, held, rating, everything)
@@ -177,6 +190,7 @@ class HostEngine(Engine):
         places, heads = self.places, self.parts.geometry.num_kv_heads
         count = np.minimum(places.num_selected, np.repeat(selectable, heads))
         rating = self._score(step, max_selectable)
+        self._lap(SCORE)
         target = self.parts.config.target_missed_mass
         if target is None:
             selected = ranked_pages(rating, int(count.max()))
@@ -185,7 +199,9 @@ class HostEngine(Engine):
             selected, count = cover.pages, cover.num_taken
             assert self._missed is not None
             self._missed.note(cover.missed, cover.is_capped)
+        self._lap(SELECT)
         places.recall(selected, count, rating if places.spare else None)
+        self._lap(RECALL)
         return places.chosen(selected, count) if places.spare else None, rating
 
     def _attend_rows(
@@ -198,7 +214,7 @@ class HostEngine(Engine):
         """Attend what each row has selected; chosen: `None` is all that its places hold."""
         tokens = self.parts.tokens
         sink_pages, recent = self._fixed()
-        held = self.places.held if chosen is None else chosen
+        held, self._chosen = self.places.held if chosen is None else chosen, chosen
         estimated = self._leave_out(step, held, rating, everything)
         per_row = held.sum(axis=1)
         self._count_attended(per_row, sink_pages, recent)
@@ -268,6 +284,32 @@ class HostEngine(Engine):
         places = slice(0, received.shape[1])
         pages = np.where(held, self.places.page_of, -1)[:, places]
         importance.observe(pages, received)
+
+    # -- a traced step ----------------------------------------------------------------------------
+
+    def _attend_traced(
+        self, trace: LayerTrace, step: Step, everything: Callable[[], Blocks]
+    ) -> Tensor:
+        """Attend, and tell what that was; audits count to attending."""
+        places, counters = self.places, self.parts.counters
+        before, earlier = places.page_of.astype(np.int32), counters.moved
+        trace.begin()
+        output = self._attend(step, everything)
+        self._lap(ATTEND)
+        trace.stop()
+        held = places.held if self._chosen is None else self._chosen
+        pages, mass = np.where(held, places.page_of, -1).astype(np.int32), None
+        if trace.wants_mass:
+            with trace.apart():
+                mass = attended_mass(self.parts, self.window, step, pages)
+        hits, recalled, evicted, moved = np.subtract(counters.moved, earlier).tolist()
+        own = (hits, recalled, evicted, moved)
+        note(trace, self.parts, counters.attended_tokens, own, (pages, before, mass))
+        return output
+
+    def _lap(self, phase: int) -> None:
+        if self._trace is not None:
+            self._trace.lap(phase)
 
     # -- what is left out -------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from operator import is_
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from torch import Tensor
 from arkcache.config import MASS_INDEXES
 from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.native_digests import NativeDigests
+from arkcache.engines.native_trace import StepNote
 from arkcache.engines.step import Step
+from arkcache.engines.traced import attended_mass
 from arkcache.engines.views import hidden_pages
 from arkcache.errors import IntegrityError
 from arkcache.kernels.numba_launch import (
@@ -31,11 +34,14 @@ from arkcache.kernels.numba_launch import (
     task_of,
 )
 from arkcache.kernels.numba_record import (
+    ATTEND,
     ATTENDED,
     EVICTED,
     HIT,
     NUM_COUNTERS,
     RECALLED,
+    SCORE,
+    SELECT,
     TOKEN_ROWS,
 )
 from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE
@@ -44,9 +50,17 @@ from arkcache.pages.counts import Counters
 from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, copy_sequences
+from arkcache.tracing import recorder
+from arkcache.tracing.recorder import LayerTrace
 
 FIRST_PAGES = 64
 """Pages that a row's list has room for at first."""
+
+PHASES = {SCORE: recorder.SCORE, SELECT: recorder.SELECT, ATTEND: recorder.ATTEND}
+"""What the parts of a step are called in a trace."""
+
+PARTS = {SCORE: "score", SELECT: "select", ATTEND: "attend"}
+"""What they are called elsewhere."""
 
 
 class NativeEngine(Engine):
@@ -75,6 +89,9 @@ class NativeEngine(Engine):
         self._is_bound = False
         self._seals_itself = self._digests.kind == TOKEN_ROWS and parts.config.format.is_raw
         self._attended_all = True
+        config, geometry = parts.config, parts.geometry
+        sizes = geometry.num_kv_heads, config.num_sink_pages, config.page_size
+        self._of_trace = (*sizes, parts.packer.layout.nbytes)
 
     def _allot(self, num_selected: Ids) -> None:
         self._budgets: Ids = np.tile(num_selected, self.parts.geometry.batch).astype(np.int64)
@@ -148,6 +165,12 @@ class NativeEngine(Engine):
 
     def attend(self, step: Step, everything: Callable[[], Blocks]) -> Tensor:
         """See `Engine`; nothing is audited."""
+        if self._trace is not None:
+            return self._attend_traced(self._trace, step)
+        return self._run(step)
+
+    def _run(self, step: Step, lap: Callable[[int], None] | None = None) -> Tensor:
+        """Run a step; lap: told after each part of it, which are then launched one by one."""
         parts, heads = self.parts, self.parts.geometry.num_kv_heads
         group = step.query.shape[1] // heads
         runner = self._steps.get(group)
@@ -155,17 +178,44 @@ class NativeEngine(Engine):
             runner = self._bind(group)
         self._attended_all = False
         pieces = parts.store.host.pieces()
-        return runner.attend(self._query(step, group), pieces, self._counts(self._budgets))
+        return runner.attend(self._query(step, group), pieces, self._counts(self._budgets), lap)
+
+    def _attend_traced(self, trace: LayerTrace, step: Step) -> Tensor:
+        """Attend, and tell what that was; what is read for the first time counts to attending."""
+        parts, (pages, num_pages, counters) = self.parts, self._lists
+        before = None if trace.follows else (pages.copy(), num_pages.copy())
+        earlier = counters.copy()
+        lap = trace.begin()
+        output = self._run(step, None if lap is None else lambda part: lap(PHASES[part]))
+        trace.stop()
+        noted = StepNote(
+            self._of_trace,
+            pages.astype(np.int32),
+            num_pages.copy(),
+            counters - earlier,
+            parts.tokens.lengths.copy(),
+            parts.tokens.sealed.copy(),
+            before,
+        )
+        if trace.wants_mass:
+            with trace.apart():
+                noted = noted._replace(
+                    mass=attended_mass(parts, self.window, step, noted.told().pages)
+                )
+        trace.note(noted.told, noted.nbytes)
+        return output
 
     def time_parts(self, step: Step) -> dict[str, float]:
         """See `Engine`."""
-        parts, group = self.parts, step.query.shape[1] // self.parts.geometry.num_kv_heads
-        runner = self._steps.get(group)
-        if runner is None or not self._is_bound:
-            runner = self._bind(group)
-        self._attended_all = False
-        pieces, counts = parts.store.host.pieces(), self._counts(self._budgets)
-        return runner.attend_in_parts(self._query(step, group), pieces, counts)[1]
+        seconds, begun = {}, perf_counter()
+
+        def lap(part: int) -> None:
+            nonlocal begun
+            now = perf_counter()
+            seconds[PARTS[part]], begun = now - begun, now
+
+        self._run(step, lap)
+        return seconds
 
     def _query(self, step: Step, group: int) -> Query:
         parts, bias, hidden = self.parts, None, None
@@ -253,6 +303,7 @@ class NativeEngine(Engine):
         rows = self.parts.geometry.rows_of(slice(sequence, sequence + 1))
         self._lists.num_pages[rows] = 0
         self._is_bound = False
+        self._break_trace()
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Engine`."""
@@ -268,6 +319,12 @@ class NativeEngine(Engine):
         self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
         self._steps.clear()
         self._is_bound = False
+        self._break_trace()
+
+    def _break_trace(self) -> None:
+        """What the latest step read is not what the next one compares with."""
+        if self._trace is not None:
+            self._trace.follows = False
 
     @property
     def digest_kind(self) -> str:

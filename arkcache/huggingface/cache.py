@@ -32,6 +32,7 @@ from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
 from arkcache.manager import KVCacheManager
 from arkcache.saving.pages import Progress
 from arkcache.stats import CacheStats
+from arkcache.tracing.recorder import Recorder
 
 
 class PagedCacheLayer(CacheLayerMixin):
@@ -301,6 +302,25 @@ class ArkCache(DynamicCache):
         from arkcache.huggingface.graphed import replayed  # it imports this module
 
         return replayed(model, self, new_tokens)
+
+    @contextmanager
+    def trace(self, recorder: Recorder) -> Iterator[None]:
+        """Within it, tell a recorder what decode steps do; see docs/trace.md.
+
+            with cache.trace(recorder):
+                model.generate(**inputs, past_key_values=cache)
+            save(trace_of(recorder), "generation.trace")
+
+        Layers are numbered as in the model. Steps are not replayed as graphs within it. Raises
+        `InputError` inside another trace.
+        """
+        with self._core.trace(recorder):
+            yield
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a recorder is told what decode steps do."""
+        return self._core.recorder is not None
 
     def set_budget(self, budget_tokens: int | tuple[Any, ...]) -> None:
         """Attend so many tokens per step from now on, as in `CacheConfig`; what is held stays.

@@ -6,6 +6,8 @@ freed as soon as the last reference to the cache goes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import ReferenceType
@@ -17,6 +19,7 @@ from arkcache.config import CacheConfig
 from arkcache.errors import InputError
 from arkcache.huggingface.attachment import Attachment, LayerShape, find_attachment
 from arkcache.manager import KVCacheManager
+from arkcache.tracing.recorder import Recorder
 
 
 @dataclass(eq=False)
@@ -34,6 +37,7 @@ class CacheCore:
         model: the model itself, which the cache does not keep alive; None after unpickling.
         managers: of layers that are alike, by their shape or, where it is unknown, by layer.
         exact: every step attends everything, whatever its size: see `ArkCache.exact`.
+        recorder: told what decode steps do, within `traces`; see `ArkCache.trace`.
     """
 
     config: CacheConfig
@@ -46,6 +50,8 @@ class CacheCore:
     managers: dict[LayerShape | int, KVCacheManager] = field(default_factory=dict)
     exact: bool = False
     model: ReferenceType[PreTrainedModel] | None = None
+    recorder: Recorder | None = None
+    traces: ExitStack | None = None
 
     def attached(self) -> Attachment:
         """The attachment; raises `InputError` where there is none."""
@@ -76,6 +82,7 @@ class CacheCore:
             if not self.managers:
                 self._check_batch(key.shape[0])
             self.managers[group] = self._make_manager(shape, members)
+            self._trace(self.managers[group], members)
         return self.managers[group], members.index(layer)
 
     def add_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
@@ -89,7 +96,27 @@ class CacheCore:
         if self._members(group) != layers:
             raise InputError(f"layers {layers} do not share a manager: {self._members(group)} do")
         self.managers[group] = self._make_manager(shape, layers)
+        self._trace(self.managers[group], layers)
         return self.managers[group]
+
+    @contextmanager
+    def trace(self, recorder: Recorder) -> Iterator[None]:
+        """See `ArkCache.trace`."""
+        if self.recorder is not None:
+            raise InputError("this cache is being traced already: one recorder at a time")
+        with ExitStack() as traces:
+            self.recorder, self.traces = recorder, traces
+            try:
+                for group, manager in self.managers.items():
+                    self._trace(manager, self._members(group))
+                yield
+            finally:
+                self.recorder = self.traces = None
+
+    def _trace(self, manager: KVCacheManager, layers: list[int]) -> None:
+        """Trace these layers of the model, until `trace` ends."""
+        if self.recorder is not None and self.traces is not None:
+            self.traces.enter_context(manager.trace(self.recorder, layers))
 
     def _members(self, group: LayerShape | int) -> list[int]:
         """The layers of the model that a manager holds, by its key in `managers`."""
@@ -175,6 +202,7 @@ class CacheCore:
         state = dict(vars(self))
         state["model"] = None
         state["attachment"] = None if self.attachment is None else self.attachment.name
+        state["recorder"] = state["traces"] = None  # a copy is not traced
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -96,6 +96,7 @@ class Replayer:
             and kwargs.get("return_dict") is not False
             and self.cache.get_seq_length() > 0
             and not self.cache.next_is_exact
+            and not self.cache.is_traced
         )
 
     def _why_not(self, mask: Tensor | None) -> str | None:

@@ -19,6 +19,7 @@ from arkcache.pages.index import PageIndex
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, Geometry
 from arkcache.tiering.host import HostTier
+from arkcache.tracing.recorder import LayerTrace
 
 
 class Layer(ABC):
@@ -192,3 +193,6 @@ class Layer(ABC):
 
     def log_missed(self, _log: MissedLog) -> None:  # noqa: B027
         """Note what steps miss in this log from now on, if the layer can tell."""
+
+    def trace(self, _trace: LayerTrace | None) -> None:  # noqa: B027
+        """Tell this what decode steps do from now on, if the layer selects any pages."""

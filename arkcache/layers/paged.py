@@ -26,6 +26,7 @@ from arkcache.tiering.device import DeviceTier
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.read_ahead import read_ahead
 from arkcache.tiering.streams import streams_of
+from arkcache.tracing.recorder import LayerTrace
 
 
 class PagedLayer(SealingLayer):
@@ -194,3 +195,7 @@ class PagedLayer(SealingLayer):
     def log_missed(self, log: MissedLog) -> None:
         """See `Layer`."""
         self.engine.log_missed(log)
+
+    def trace(self, trace: LayerTrace | None) -> None:
+        """See `Layer`."""
+        self.engine.trace(trace)

@@ -88,6 +88,11 @@ class Counters:
     bytes_backed_up: int = 0
     pages_demoted: int = 0
 
+    @property
+    def moved(self) -> tuple[int, int, int, int]:
+        """Pages hit, recalled and evicted, and bytes recalled."""
+        return self.pages_hit, self.pages_recalled, self.pages_evicted, self.bytes_recalled
+
     def stats(self, tokens: LayerTokens) -> CacheStats:
         """As `CacheStats`, without sizes."""
         return CacheStats(total_tokens=tokens.total, **vars(self))

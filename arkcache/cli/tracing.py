@@ -53,7 +53,7 @@ def trace(
     time_every: Annotated[int, typer.Option(help="Time the parts of one step in so many.")] = 8,
     mass_every: Annotated[
         int, typer.Option(help="Look at attention masses in one step in so many.")
-    ] = 32,
+    ] = 64,
     config: Config = None,
     settings: Set = None,
     quiet: Quiet = False,

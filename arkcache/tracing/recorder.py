@@ -190,7 +190,7 @@ class Recorder:
         max_steps: int = 1024,
         max_bytes: int = 256 << 20,
         time_every: int | None = 8,
-        mass_every: int | None = 32,
+        mass_every: int | None = 64,
     ) -> None:
         for name, number in (("max_steps", max_steps), ("max_bytes", max_bytes)):
             if number < 1:

@@ -255,7 +255,9 @@ class Browser:
         )
         assert done.returncode == 0, done.stderr
         said = re.findall(r"CONSOLE.*", done.stderr)
-        asked = re.findall(r'"url":"((?:https?|wss?|ftp):[^"]*)"', log.read_text(errors="replace"))
+        # Requests of the browser itself, such as for the time, have no origin.
+        request = r'"initiator":"(?!not an origin)[^"]*".*"url":"((?:https?|wss?|ftp):[^"]*)"'
+        asked = re.findall(request, log.read_text(errors="replace"))
         return done.stdout, said, asked
 
 

@@ -5,9 +5,9 @@ and decodes one token after another; 64 MiB are read between any two measurement
 caches of the processor hold no more of the layer than they would within a model.
 
 `append` and `step` are the two calls of a manager. `rate` is what pages are selected by, without
-selecting. On a CPU with numba a step is taken apart: `score`, `select` and `attend` are launched one
-by one. On a GPU the host's launches are part of every figure: `make gpu-check`, in
-the source tree, measures kernels within CUDA graphs.
+selecting. On a CPU with numba a step is taken apart: `score`, `select` and `attend` are launched
+one by one. On a GPU the host's launches are part of every figure: `make gpu-check`, in the source
+tree, measures kernels within CUDA graphs.
 """
 
 from __future__ import annotations

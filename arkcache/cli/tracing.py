@@ -85,7 +85,9 @@ def trace(
             "repetition_penalty": repetition_penalty,
         }
         try:
-            with_progress(lambda told: _record(session, recorder, texts, question, how, told), quiet)
+            with_progress(
+                lambda told: _record(session, recorder, texts, question, how, told), quiet
+            )
         except KeyboardInterrupt:
             if not recorder.num_steps:
                 raise

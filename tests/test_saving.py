@@ -136,7 +136,7 @@ def test_layers_that_attend_everything(name: str, backend: str, tmp_path: Path) 
 
 
 @needs_interpreter
-@pytest.mark.parametrize("name", ["K16V16", "K4V4"])
+@pytest.mark.parametrize("name", ["K16V16", pytest.param("K4V4", marks=pytest.mark.slow)])
 def test_dense_layers_on_kernels_of_a_gpu(name: str, tmp_path: Path) -> None:
     config = config_of(name, backend="triton", budget_tokens=None)
     twins = filled(config, LEFT_PADDED, prompt=89, num_layers=1)

@@ -108,6 +108,8 @@ def why_not_settings(
         return "latents are expanded by the model's own code"
     if config.coarse_format is not None:
         return "pages of two formats move in the host tier"
+    if config.host_path is not None and backend == "triton":
+        return "a host tier in a file cannot be pinned"
     if config.audit_every is not None:
         return "audit_every asks for audits, which read all keys beside the step"
     if config.packed_slots is False and not config.format.is_raw:

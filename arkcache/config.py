@@ -126,6 +126,11 @@ class CacheConfig:
             to spare. As it grows it looks at what is available to this process, and to every
             control group (container) around it, less a margin of a sixteenth; so all caches share
             what there is, and a context that is too long ends in `HostTierFullError`.
+        host_path: a folder on a disk, in which the host tier is a file: pages are written to it and
+            come back when they are recalled; RAM holds those in use. The file has no name and goes
+            with the cache, unless `save` gives it one; what is saved to the same disk is not
+            copied. `host_bytes` is its limit then, None what the disk has free. Pages are of one
+            format, and on a GPU steps run on plain torch, as a file cannot be pinned.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
             several new tokens attend all of it (chunked prefill, a next turn, drafted tokens). On a
             GPU there are two such blocks, so that one is read while the other is attended. None:
@@ -158,6 +163,7 @@ class CacheConfig:
     audit_every: int | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
+    host_path: str | None = None
     stream_block_tokens: int | None = None
 
     def __new__(cls, **settings: Any) -> CacheConfig:
@@ -401,6 +407,15 @@ class CacheConfig:
                 raise ConfigError(f"{name}={value!r}: expected one of {expected}")
 
     def _check_formats(self) -> None:
+        if self.host_path is not None and not (isinstance(self.host_path, str) and self.host_path):
+            raise ConfigError(
+                f"host_path={self.host_path!r}: expected the name of a folder, or None"
+            )
+        if self.host_path is not None and self.coarse_format is not None:
+            raise ConfigError(
+                f"host_path={self.host_path!r} beside a second format, whose pages move: leave one "
+                "of the two out"
+            )
         coarse = self.coarse_format
         if coarse is None:
             return

@@ -675,7 +675,8 @@ class KVCacheManager:
             return None
         sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
         pin_to = self.device if planner.backend == "triton" else None
-        host = HostTier(sizes, config.host_bytes, pin_to=pin_to)
+        folder = None if config.host_path is None else Path(config.host_path)
+        host = HostTier(sizes, config.host_bytes, pin_to=pin_to, folder=folder)
         if planner.backend == "triton":
             host.check_room([1])  # whether memory can be pinned is known once some is reserved
         if planner.backend == "triton" and self.device.type == "cuda" and not host.pinned:

@@ -2,6 +2,9 @@
 
 import copy
 import pickle
+import random
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +22,7 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from arkcache import CacheConfig
+from arkcache import CacheConfig, KVCacheManager, SessionError
 from arkcache.config import GROUP_REDUCTIONS, INDEXES, MASS_INDEXES, SHARE_MEAN
 from tests.marks import needs_interpreter
 from tests.twins import Twins, check_references
@@ -49,8 +52,10 @@ def formats(draw: st.DrawFn, index: str, head_dim: int, value_dim: int) -> dict[
 
 
 @st.composite
-def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> CacheConfig:
-    """Every setting, at sizes that a few dozen tokens outgrow."""
+def configs(
+    draw: st.DrawFn, head_dim: int, value_dim: int, backend: str, folder: str
+) -> CacheConfig:
+    """Every setting, at sizes that a few dozen tokens outgrow; some with a tier in that folder."""
     index = draw(st.sampled_from(INDEXES))
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     sinks = draw(st.integers(0, 2 * page_size))
@@ -68,6 +73,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         target = draw(st.sampled_from([None, 0.01, 0.2, 0.7]))
     if "coarse_value_bits" not in page_format and target is None:
         whole |= st.none()
+    may_lie_there = backend != "triton" and "coarse_value_bits" not in page_format
     return CacheConfig(
         page_size=page_size,
         num_sink_tokens=sinks,
@@ -83,6 +89,7 @@ def configs(draw: st.DrawFn, head_dim: int, value_dim: int, backend: str) -> Cac
         audit_every=None if backend == "triton" else draw(st.sampled_from([None, None, 1, 2])),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),
         backend=backend,
+        host_path=draw(st.sampled_from([None, None, folder])) if may_lie_there else None,
         **page_format,
     )
 
@@ -132,6 +139,7 @@ class Conversations(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.alive: list[Twins] = []
+        self.folder = tempfile.TemporaryDirectory()
 
     @initialize(
         target=caches,
@@ -146,7 +154,9 @@ class Conversations(RuleBasedStateMachine):
     def begin(self, seed: int, pages: int, data: st.DataObject, **sizes: Any) -> Twins:
         """A prompt that fills some pages, or an empty cache."""
         head_dim = sizes["head_dim"]
-        config = data.draw(configs(head_dim, sizes["value_dim"] or head_dim, self.backend))
+        config = data.draw(
+            configs(head_dim, sizes["value_dim"] or head_dim, self.backend, self.folder.name)
+        )
         twins = Twins(
             config, num_layers=NUM_LAYERS, num_kv_heads=NUM_KV_HEADS, seed=1000 * seed, **sizes
         )
@@ -223,12 +233,45 @@ class Conversations(RuleBasedStateMachine):
             twins.reset()
 
     @precondition(lambda self: len(self.alive) < 3)
-    @rule(target=caches, twins=caches, how=st.sampled_from(["deepcopy", "pickle"]))
+    @rule(target=caches, twins=caches, how=st.sampled_from(["deepcopy", "pickle", "saved"]))
     def duplicate(self, twins: Twins, how: str) -> Any:
         """A copy lives its own life, and so does what it was copied from."""
-        clone = copy.deepcopy(twins) if how == "deepcopy" else pickle.loads(pickle.dumps(twins))
+        if how == "pickle" and twins.config.host_path is None:
+            clone = pickle.loads(pickle.dumps(twins))
+        else:
+            clone = copy.deepcopy(twins)
+        if how == "saved":
+            twins.manager.save(self.saved)
+            clone.manager = KVCacheManager.load(self.saved)
         self.alive.append(clone)
         return multiple(clone)
+
+    @property
+    def saved(self) -> Path:
+        return Path(self.folder.name) / "saved"
+
+    @rule(twins=caches, seed=st.integers(0, 1 << 20))
+    def damage(self, twins: Twins, seed: int) -> None:
+        """A flipped bit or an end that is missing, in any file of a saved cache: an error, or what
+        was saved; and saving again mends it."""
+        chance = random.Random(seed)
+        twins.manager.save(self.saved)
+        # A linked file is that of the tier itself.
+        own = [path for path in self.saved.iterdir() if path.stat().st_size < 1 << 20]
+        path = chance.choice(sorted(own))
+        content = bytearray(path.read_bytes())
+        if content and chance.random() < 0.7:
+            content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+        else:
+            del content[chance.randrange(len(content) + 1) :]
+        path.write_bytes(content)
+        try:
+            loaded = KVCacheManager.load(self.saved)
+        except SessionError:
+            return
+        for layer in range(NUM_LAYERS if loaded.batch else 0):
+            held = twins.manager.gather(layer)
+            assert all(map(torch.equal, loaded.gather(layer), held))
 
     @invariant()
     def metadata_balances(self) -> None:
@@ -245,7 +288,9 @@ class Conversations(RuleBasedStateMachine):
                 twins.attend()
             twins.reset()
             twins.check()
-        assert all(host is None or host.num_pieces == 0 for host in hosts.values())
+        # What was saved of a tier in a file stays there.
+        assert all(host is None or host.num_pieces == len(host._kept) for host in hosts.values())
+        self.folder.cleanup()
 
 
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}

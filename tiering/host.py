@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,6 +31,7 @@ from torch import Tensor
 
 from arkcache.errors import HostTierFullError, InputError, IntegrityError
 from arkcache.tiering.allowance import Allowance
+from arkcache.tiering.mapped_file import MappedFile, free_bytes
 from arkcache.tiering.mapping import map_anonymous
 from arkcache.tiering.pieces import Ids, Side, Stack, copy_pieces, lengthened, put_pieces
 from arkcache.tiering.pinned import PinnedArena
@@ -47,6 +50,8 @@ class HostTier:
         limit_bytes: the most it may hold, whatever the system has. None: it may grow while the
             system has memory to spare (`Allowance`), which it asks as it grows.
         pin_to: a CUDA device that is to reach the pieces by itself; they are of one size then.
+        folder: on a disk: the arena is a file there, mapped, and RAM holds what is in use of it.
+            Pieces are of one size then and have checksums, and stay where they are.
 
     Raises `HostTierFullError` from `allocate` before anything has changed.
     """
@@ -57,11 +62,15 @@ class HostTier:
         limit_bytes: int | None,
         *,
         pin_to: torch.device | None = None,
+        folder: Path | None = None,
     ) -> None:
-        self.piece_bytes, self.pin_to = tuple(piece_bytes), pin_to
-        self._allowance = Allowance() if limit_bytes is None else None
+        self.piece_bytes, self.pin_to, self.folder = tuple(piece_bytes), pin_to, folder
+        assert folder is None or (len(piece_bytes) == 1 and pin_to is None)
+        self._allowance = Allowance() if limit_bytes is None and folder is None else None
         self._pinning = self._new_pinning()
-        self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
+        if limit_bytes is None:
+            limit_bytes = physical_memory_bytes() if folder is None else free_bytes(folder)
+        self.limit_bytes = limit_bytes
         self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
         self._starts, self._end = self._lay_out()
         if len(self.piece_bytes) > 1:
@@ -97,6 +106,9 @@ class HostTier:
         if self._allowance is not None:
             self._allowance.give_back(0)
         self._mapping: mmap.mmap | None = None
+        self._file: MappedFile | None = None
+        self._checksums: Ids = np.zeros(0, dtype=np.int64)
+        self._kept: Ids = np.zeros(0, dtype=np.int64)
         self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
         self._sides = [Side() for _ in self.piece_bytes]
         self._references: Ids = np.zeros(0, dtype=np.int64)
@@ -166,6 +178,8 @@ class HostTier:
             self._allowance.require(needed)
         if needed and self._mapping is None:
             self._reserve()
+        if self._file is not None:
+            self._file.reserve(needed)
         self._pinning.extend(extents[0])  # pieces of two kinds are not pinned
         if self._allowance is not None:
             self._allowance.touch(self._pinning.nbytes)
@@ -235,6 +249,37 @@ class HostTier:
         if len(handles):
             pieces = self._pieces[int(self._kind[handles[0]])]
             put_pieces(pieces, self.positions(handles), packed.to(pieces.device))
+            self.written(handles)
+
+    def written(self, handles: Ids) -> None:
+        """Note that new pieces have been filled, by whoever knows where they are."""
+        if self._file is None:
+            return
+        if len(self._checksums) < len(self._references):
+            self._checksums = lengthened(self._checksums, len(self._references))
+        pieces = self._pieces[0].numpy()
+        self._checksums[handles] = [zlib.crc32(pieces[at].data) for at in self._position[handles]]
+        self.touch(len(handles))
+
+    def touch(self, num_pieces: int) -> None:
+        """Note that so many pieces, anywhere, were read or written, of a tier in a file."""
+        if self._file is not None:
+            self._file.touch(num_pieces, self.piece_bytes[0])
+
+    def checksums(self, handles: Ids) -> Ids:
+        """The CRC-32 of pieces as they were written, of a tier in a file."""
+        return self._checksums[handles]
+
+    def keep_in(self, path: Path, handles: Ids) -> bool:
+        """Give the file of the tier a name, so that it outlives the tier, with these pieces in it:
+        none of them is ever overwritten. Returns False, and nothing has happened, where the tier is
+        no file or the name cannot be given."""
+        if self._file is None or not self._file.link(path):
+            return False
+        new = np.setdiff1d(handles, self._kept)
+        self.retain(new)
+        self._kept = np.concatenate((self._kept, new))
+        return True
 
     def pieces(self, kind: int = 0) -> Tensor:
         """The bytes of a kind's pieces, [places, bytes of a piece]: a view of the arena.
@@ -293,8 +338,10 @@ class HostTier:
         """Close all holes and give the memory between the two sides back to the system.
 
         Free space is one run afterwards. Rows change, handles do not. What is pinned stays in
-        memory: the device would go on seeing what was there.
+        memory: the device would go on seeing what was there. A file stays as it is.
         """
+        if self.folder is not None:
+            return
         self._close_holes()
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -334,6 +381,11 @@ class HostTier:
 
         It is pinned by itself, for the same device.
         """
+        if self.folder is not None:
+            raise InputError(
+                f"this cache keeps its pages in a file in {self.folder}, which no pickle can hold: "
+                "use save(folder) and load(folder)"
+            )
         limit = self.limit_bytes if self._allowance is None else None
         tier = HostTier(self.piece_bytes, limit, pin_to=self.pin_to)
         self._pinning.synchronize()
@@ -386,7 +438,7 @@ class HostTier:
     def check(self, holders: list[Ids]) -> None:
         """Raise `IntegrityError` unless `holders` account for all references and places agree."""
         expected = np.zeros_like(self._references)
-        for handles in holders:
+        for handles in (*holders, self._kept):
             np.add.at(expected, handles, 1)
         if not np.array_equal(expected, self._references):
             raise IntegrityError("the host tier's references differ from what the caches hold")
@@ -404,13 +456,16 @@ class HostTier:
 
     def _reserve(self) -> None:
         """Map address space for the limit; the mapping goes when the last view of it does."""
-        mapping = map_anonymous(max(1, self._end))
+        if self.folder is not None:
+            self._file = MappedFile(self.folder, max(1, self._end))
+        mapping = map_anonymous(max(1, self._end)) if self._file is None else self._file.mapping
         places = zip(self._starts, self._capacity, self.piece_bytes, strict=True)
         with torch.inference_mode(False):
             arena = torch.frombuffer(mapping, dtype=torch.uint8)
             pieces = [arena[at : at + n * size].view(n, size) for at, n, size in places]
         self._pinning.open(mapping, arena.data_ptr(), self._end)
         self._mapping, self._pieces = mapping, pieces
+        where = "" if self.folder is None else f", a file in {self.folder}"
         how = (
             f"pinned for {self.pin_to} at the host's own addresses, reached by its kernels and "
             "copies"
@@ -420,4 +475,4 @@ class HostTier:
         most = f"at most {self._end} bytes"
         if self._allowance is not None:
             most += " while the system has memory to spare"
-        logger.info("host tier: %s, %s", most, how)
+        logger.info("host tier: %s, %s%s", most, how, where)

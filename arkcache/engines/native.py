@@ -150,7 +150,8 @@ class NativeEngine(Engine):
             return False
         pages = tokens.sealed[seqs]
         before = parts.store.handles, self._digests.data, self._lists
-        parts.store.enter(seqs, pages, parts.store.host.allocate(len(seqs)))
+        handles = parts.store.host.allocate(len(seqs))
+        parts.store.enter(seqs, pages, handles)
         self._digests.reserve(int(pages.max()) + 1)
         self._make_room(int(pages.max()) + 1)
         after = parts.store.handles, self._digests.data, self._lists
@@ -158,6 +159,7 @@ class NativeEngine(Engine):
             self._bind(next(iter(self._steps)))
         runner.write(key, value, self._counts(self._budgets))
         runner.seal(parts.store.host.pieces())
+        parts.store.host.written(handles)
         parts.counters.bytes_backed_up += len(seqs) * parts.store.host.piece_bytes[0]
         return True
 
@@ -177,8 +179,13 @@ class NativeEngine(Engine):
         if runner is None or not self._is_bound:
             runner = self._bind(group)
         self._attended_all = False
-        pieces = parts.store.host.pieces()
-        return runner.attend(self._query(step, group), pieces, self._counts(self._budgets), lap)
+        host, recalled = parts.store.host, self._lists.counters[:, RECALLED]
+        before = 0 if host.folder is None else int(recalled.sum())
+        query, counts = self._query(step, group), self._counts(self._budgets)
+        output = runner.attend(query, host.pieces(), counts, lap)
+        if host.folder is not None:
+            host.touch((int(recalled.sum()) - before) // heads)
+        return output
 
     def _attend_traced(self, trace: LayerTrace, step: Step) -> Tensor:
         """Attend, and tell what that was; what is read for the first time counts to attending."""

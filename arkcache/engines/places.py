@@ -152,6 +152,7 @@ class Places:
         assert isinstance(working_set, WorkingSet)
         rows = np.arange(parts.geometry.num_rows)[:, None]
         pieces = parts.store.locate(rows, self.page_of)
+        parts.store.host.touch(len(np.unique(pieces // parts.geometry.num_kv_heads)))
         source = parts.store.pieces().view(parts.geometry.dtype)
         num_sink_pages = parts.config.num_sink_pages
         working_set.load_places(num_sink_pages, source, torch.from_numpy(pieces))

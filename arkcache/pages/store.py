@@ -131,6 +131,7 @@ class PageStore:
 
     def read(self, rows: Ids, pages: Ids) -> Iterator[PackedPages]:
         """The bytes of page `pages[i]` of row `rows[i]`, format by format."""
+        self.host.touch(-(-len(rows) // self.num_kv_heads))
         if len(self.packers) == 1:
             packed = take(self.pieces(), self.locate(rows, pages))
             yield PackedPages(slice(None), packed, self.packers[0])

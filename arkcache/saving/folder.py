@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -65,6 +65,16 @@ class FolderWriter:
             file.flush()
             os.fsync(file.fileno())
         self._files[name] |= {"bytes": path.stat().st_size}
+
+    def add_link(self, name: str, link: Callable[[Path], bool]) -> bool:
+        """A file that is called `name`, by what gives a path to one that is there; False where it
+        could not. It may grow, and has no checksum of its own."""
+        path = self._new_file(name, "bin")
+        if not link(path):
+            del self._files[name]
+            return False
+        self._files[name] |= {"bytes": path.stat().st_size, "grows": True}
+        return True
 
     def _new_file(self, name: str, suffix: str) -> Path:
         path = self.folder / f"{name}-{self._token}.{suffix}"
@@ -157,7 +167,8 @@ class FolderReader:
         path = self.folder / str(entry["file"])
         if not path.exists():
             raise damaged(path, "it is missing")
-        if (size := path.stat().st_size) != entry["bytes"]:
+        size, grows = path.stat().st_size, entry.get("grows", False)
+        if size != entry["bytes"] and not (grows and size > entry["bytes"]):
             raise damaged(path, f"it has {size} bytes instead of {entry['bytes']}")
         return path
 

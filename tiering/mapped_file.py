@@ -1,0 +1,121 @@
+"""A file on a disk as memory: the third tier, behind the pages of the host tier."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+
+from arkcache.errors import ConfigError, HostTierFullError
+
+STEP_BYTES = 64 << 20
+"""The file grows by so much at a time, at most: what it has, the disk has set aside."""
+
+RESIDENT_BYTES = 1 << 30
+"""About as much of the file as this process has in RAM at a time. The system may keep more of it,
+as of any file, for as long as nothing else needs the memory."""
+
+AROUND_BYTES = 64 << 10
+"""Linux maps so much around what is read, of what it has in RAM anyhow."""
+
+
+class MappedFile:
+    """A file without a name, mapped: gone with the process, whatever becomes of that, unless `link`
+    has given it one.
+
+    What the mapping holds beyond `nbytes` must not be touched: the disk may have no room for it.
+
+    Args:
+        folder: on the disk; made if it is not there.
+        size: bytes of address space, the most that the file may have.
+
+    Raises `ConfigError` where no file can be made there.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.nbytes, self._touched = folder, 0, 0
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._descriptor = _open_unnamed(folder)
+        except OSError as error:
+            raise ConfigError(
+                f"host_path={str(folder)!r}: no file can be made there ({error.strerror or error})"
+            ) from None
+        self.close = weakref.finalize(self, os.close, self._descriptor)
+        try:
+            os.ftruncate(self._descriptor, size)  # a mapping may not be longer when it is made
+            self.mapping = mmap.mmap(self._descriptor, size)
+            os.ftruncate(self._descriptor, 0)
+        except (OSError, ValueError, OverflowError) as error:
+            self.close()
+            raise HostTierFullError(
+                f"the system refused a file of {size} bytes in {folder} ({error}): set host_bytes "
+                "to what the disk may hold"
+            ) from error
+
+    def reserve(self, nbytes: int) -> None:
+        """Have the disk set aside so many bytes in all.
+
+        Raises `HostTierFullError` where it has no room; what was there stays.
+        """
+        while self.nbytes < nbytes:
+            needed, room = nbytes - self.nbytes, len(self.mapping) - self.nbytes
+            ahead = min(max(needed, STEP_BYTES), room)
+            for more in (ahead, needed):
+                try:
+                    os.posix_fallocate(self._descriptor, self.nbytes, more)
+                except OSError as error:
+                    if more == needed:
+                        raise HostTierFullError(
+                            f"the disk of {self.folder} has no room for {nbytes} bytes of pages "
+                            f"({error.strerror}): free some, shorten the context, or release "
+                            "another cache with reset()"
+                        ) from error
+                else:
+                    self.nbytes += more
+                    break
+
+    def touch(self, count: int, nbytes: int) -> None:
+        """Note that so many runs of so many bytes were read or written, and let go of all when it
+        is much: what was written is the file's, and comes back when it is read."""
+        self._touched += count * max(nbytes, AROUND_BYTES)
+        if self._touched > RESIDENT_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self.mapping.madvise(mmap.MADV_DONTNEED)
+            self._touched = 0
+
+    def link(self, path: Path) -> bool:
+        """Give the file a name, once all that was written is on the disk; False where that cannot
+        be: on another disk, or where files without a name cannot get one."""
+        self.mapping.flush()
+        os.fsync(self._descriptor)
+        own = f"/proc/self/fd/{self._descriptor}"
+        try:
+            # With a folder beside it, though it has no part in an absolute path: only then does
+            # Python follow the link.
+            os.link(own, path, src_dir_fd=self._descriptor, follow_symlinks=True)
+        except OSError:
+            return False
+        return True
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that the disk of a folder has free; the folder need not be there yet."""
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def _open_unnamed(folder: Path) -> int:
+    if hasattr(os, "O_TMPFILE"):
+        try:
+            return os.open(folder, os.O_TMPFILE | os.O_RDWR, 0o600)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+    descriptor, name = tempfile.mkstemp(prefix="arkcache-", dir=folder)
+    Path(name).unlink()
+    return descriptor

@@ -543,6 +543,16 @@ def test_generate_says_what_is_wrong(arguments: list[str], message: str) -> None
     assert "Traceback" not in done.output
 
 
+TAKE_TERMINAL = """
+import fcntl, runpy, signal, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
+runpy.run_module("arkcache.cli", run_name="__main__", alter_sys=True)
+"""
+"""Makes the pseudo-terminal the process's own, so that Ctrl-C typed there reaches it, and runs the
+command line. Not before the program starts: that would fork a process of much memory."""
+
+
 class Terminal:
     """A chat in a pseudo-terminal of its own."""
 
@@ -553,7 +563,7 @@ class Terminal:
             "TERM": "xterm",
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", "arkcache.cli", "chat", *arguments]
+        command = [sys.executable, "-c", TAKE_TERMINAL, "chat", *arguments]
         self._process = subprocess.Popen(
             command,
             stdin=inner,
@@ -562,7 +572,6 @@ class Terminal:
             env=environment,
             cwd=ROOT,
             start_new_session=True,
-            preexec_fn=_take_terminal,
         )
         os.close(inner)
         self.shown = ""
@@ -594,15 +603,6 @@ class Terminal:
         self._process.kill()
         self._process.wait()
         os.close(self._main)
-
-
-def _take_terminal() -> None:
-    """Make the pseudo-terminal the process's own, so that Ctrl-C typed there reaches it."""
-    import fcntl
-    import termios
-
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # whatever the tests were started with
 
 
 PROMPT = r"\n> $"

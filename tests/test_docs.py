@@ -88,7 +88,10 @@ def stand_ins(
     text = "The value of amber is 4821. Nobody wrote a letter. " * 40
     for file in ("a_long_report.txt", "book.txt"):
         (tmp_path / file).write_text(text)
+    (tmp_path / "mine.toml").write_text("num_recent_tokens = 64\n")
     monkeypatch.chdir(tmp_path)
+    session = arkcache.Session(model, tokenizer, budget_tokens=256)
+    session.read("The value of amber is 4821. " * 20)
     yield {
         "__name__": "__main__",
         "arkcache": arkcache,
@@ -96,6 +99,10 @@ def stand_ins(
         "AutoModelForCausalLM": transformers.AutoModelForCausalLM,
         "model": model,
         "tokenizer": tokenizer,
+        "session": session,
+        "cache": arkcache.ArkCache(model, budget_tokens=256),
+        "Session": arkcache.Session,
+        "Path": Path,
         "inputs": tokenizer(text, return_tensors="pt"),
         "name": "a/model",
         "text": text,

@@ -218,7 +218,7 @@ def test_ctrl_c_keeps_what_was_recorded(tmp_path: Path, monkeypatch: pytest.Monk
 def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
     done = record(tmp_path, "--output", str(tmp_path / "none" / "one.trace"))
     assert done.exit_code == 1
-    assert "expected a file in a folder that there is" in done.stderr
+    assert "one.trace: No such file or directory" in done.stderr
     done = record(tmp_path, "--output", str(tmp_path / "one.trace"), "--time-every", "0")
     assert "time_every=0: expected at least 1" in done.stderr
     page = tmp_path / "page.html"

@@ -74,7 +74,6 @@ def trace(
             question = question or "How do I set a breakpoint?"
         question = question or "What is this text about?"
         recorder = Recorder(max_steps=steps, time_every=time_every, mass_every=mass_every)
-        _check_folder(output)
         cache = build(settings_given(config, settings, budget_tokens=("--budget", budget)))
         session = make_session(model, device, dtype, cache, system, past_limit, quiet)
         recorder.about |= _about(session, model, question, [*texts])
@@ -119,13 +118,6 @@ def report(
         write_whole(target, page)
         if not quiet:
             typer.echo(f"{target}: {in_bytes(len(page.encode()))}")
-
-
-def _check_folder(output: Path) -> None:
-    if not output.parent.is_dir() or output.is_dir():
-        raise arkcache.InputError(
-            f"--output {output}: expected a file in a folder that there is; make it first"
-        )
 
 
 def _record(

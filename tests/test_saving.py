@@ -99,7 +99,9 @@ def test_formats(name: str, rotation: str, backend: str, tmp_path: Path) -> None
 
 
 @needs_interpreter
-@pytest.mark.parametrize(("name", "estimate_pages"), [("K16V16", None), ("K4V2", 0)])
+@pytest.mark.parametrize(
+    ("name", "estimate_pages"), [("K16V16", None), pytest.param("K4V2", 0, marks=pytest.mark.slow)]
+)
 def test_kernels_of_a_gpu(name: str, estimate_pages: int | None, tmp_path: Path) -> None:
     config = config_of(
         name,

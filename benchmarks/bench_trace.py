@@ -18,18 +18,11 @@ import json
 import statistics
 
 import torch
-from bench_common import (
-    RESULTS,
-    VOCABULARY,
-    append_to_ledger,
-    fill,
-    ledger_entry,
-    make_model,
-    make_past,
-    time_steps,
-)
+from bench_common import RESULTS
 
 from arkcache import ArkCache
+from arkcache.bench.ledger import append_to_ledger, entry_of
+from arkcache.bench.models import VOCABULARY, fill, make_model, make_past, time_steps
 from arkcache.tracing.recorder import Recorder
 
 LEDGER = RESULTS / "trace.json"
@@ -77,7 +70,7 @@ def main() -> None:
         for name, samples in (("without samples", False), ("with samples", True)):
             rows[name] = measure(options.context, options.steps, options.budget, samples=samples)
             print(f"{name:16} {rows[name]}", flush=True)
-    entry = ledger_entry("trace", vars(options), rows=rows)
+    entry = entry_of("trace", vars(options), rows=rows)
     if options.write:
         append_to_ledger(LEDGER, entry)
     print(json.dumps(entry))

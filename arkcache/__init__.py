@@ -1,8 +1,7 @@
 """ArkCache: the KV cache of long contexts in two tiers, with recallable eviction.
 
 Importing this module imports neither torch nor transformers: `KVCacheManager` loads torch, and
-`ArkCache`, `detach`, `generate_graphed` and `Session` the Hugging Face integration, when they are
-first used.
+`ArkCache` and whatever else is for transformers its integration, when they are first used.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from arkcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from arkcache.chat.session import Session
-    from arkcache.huggingface import ArkCache, detach, generate_graphed
+    from arkcache.huggingface import ArkCache, PrefixCache, detach, generate_graphed
     from arkcache.manager import KVCacheManager
 
 __version__ = "0.1.0"
@@ -42,6 +41,7 @@ __all__ = [
     "InputError",
     "IntegrityError",
     "KVCacheManager",
+    "PrefixCache",
     "Session",
     "SessionError",
     "TransferError",
@@ -57,6 +57,7 @@ __all__ = [
 _WHERE = {
     "ArkCache": "arkcache.huggingface",
     "KVCacheManager": "arkcache.manager",
+    "PrefixCache": "arkcache.huggingface",
     "Session": "arkcache.chat.session",
     "detach": "arkcache.huggingface",
     "generate_graphed": "arkcache.huggingface",

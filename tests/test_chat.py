@@ -28,6 +28,7 @@ from arkcache import (
     ConfigError,
     InputError,
     KVCacheManager,
+    PrefixCache,
     Session,
     SessionError,
     cli,
@@ -238,6 +239,34 @@ def test_a_saved_conversation_goes_on(shipped: tuple[Any, Any], tmp_path: Path) 
     session.reset()
     session.save(tmp_path / "saved")
     assert Session.load(*shipped, tmp_path / "saved").turns == []
+
+
+def test_conversations_share_what_they_read(shipped: tuple[Any, Any]) -> None:
+    """The second reads a chunk less; what fails leaves an empty conversation."""
+    model, _ = shipped
+    prefixes = PrefixCache(model, budget_tokens=128)
+    first = Session(*shipped, prefixes=prefixes)
+    first.read(TEXT)
+    told: list[tuple[int, int]] = []
+    second = Session(*shipped, prefixes=prefixes)
+    length = second.read(TEXT, lambda *done: told.append(done))
+    assert length - told[0][0] <= prefixes.config.page_size
+    assert second.ids == first.ids
+    alone = session_of(shipped, budget_tokens=128)
+    alone.read(TEXT)
+    question = "What is the value of amber?"
+    assert said(second, question) == said(first, question) == said(alone, question)
+    third = Session(*shipped, prefixes=prefixes)
+
+    def fail(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        third.read(TEXT, fail)
+    assert (third.ids, third.turns, third.cache.get_seq_length()) == ([], [], 0)
+    assert said(third, question) == said(session_of(shipped, budget_tokens=128), question)
+    with pytest.raises(InputError, match="prefixes beside other settings"):
+        Session(*shipped, prefixes=prefixes, budget_tokens=128)
 
 
 def test_conversations_that_cannot_be_loaded(shipped: tuple[Any, Any], tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from arkcache.chat.template import (
 )
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError, SessionError
-from arkcache.huggingface import ArkCache
+from arkcache.huggingface import ArkCache, PrefixCache
 from arkcache.huggingface.attachment import device_of
 from arkcache.huggingface.saving import load_cache
 
@@ -71,6 +71,8 @@ class Session:
         config: settings of the cache; None is `CacheConfig()` with `settings` as its fields.
         system: who the assistant is said to be; None is what the chat template says by itself.
         past_limit: also read more tokens than the model was made for.
+        prefixes: shares what other conversations have read, and brings the settings; texts that are
+            read first are kept in it.
 
     Attributes:
         cache: holds the tokens `ids`.
@@ -88,12 +90,16 @@ class Session:
         *,
         system: str | None = None,
         past_limit: bool = False,
+        prefixes: PrefixCache | None = None,
         **settings: Any,
     ) -> None:
+        if prefixes is not None and (config is not None or settings):
+            raise InputError("prefixes beside other settings: they bring those of their caches")
         self.model, self.tokenizer, self.past_limit = model, tokenizer, past_limit
         self._system = system
         self._template = template_of(tokenizer, system)
-        self.cache = ArkCache(model, config, **settings)
+        self._prefixes = prefixes
+        self.cache = ArkCache(model, config, **settings) if prefixes is None else prefixes.begin([])
         self.turns: list[Turn] = []
         self.ids: list[int] = []
         self._asked: list[tuple[int, int]] = []
@@ -111,9 +117,12 @@ class Session:
         if self.limit is not None and len(text) > LONGEST_TOKEN * self.limit:
             self._refuse(f"{len(text):,} characters")  # without making tokens of them for minutes
         ids = self._encoded(text + "\n\n")
+        is_first = not self.ids
         with self._whole():
             self._feed(ids, progress)
         self.turns.append(Turn("user", text))
+        if self._prefixes is not None and is_first:
+            self._prefixes.keep(self.cache, self.ids)
         return len(ids)
 
     def ask(
@@ -284,8 +293,12 @@ class Session:
 
     def _feed(self, ids: list[int], progress: Progress = lambda *_: None) -> Tensor:
         """Give the model tokens; what it expects next: logits [vocabulary]."""
-        logits = torch.empty(0)
-        for start in range(0, len(ids), CHUNK_TOKENS):
+        logits, known = torch.empty(0), 0
+        if self._prefixes is not None and not self.ids:
+            self.cache = self._prefixes.begin(ids)
+            known = self.cache.get_seq_length()
+            self.ids += ids[:known]
+        for start in range(known, len(ids), CHUNK_TOKENS):
             progress(start, len(ids))
             chunk = ids[start : start + CHUNK_TOKENS]
             given = torch.tensor([chunk], device=device_of(self.model))
@@ -299,11 +312,12 @@ class Session:
     @contextmanager
     def _whole(self) -> Iterator[None]:
         """What fails or is interrupted within it has not happened."""
-        length = len(self.ids)
-        with self.cache.atomic():
+        length, cache = len(self.ids), self.cache
+        with cache.atomic():
             try:
                 yield
             except BaseException:
+                self.cache = cache  # not one that began with what is known
                 del self.ids[length:]
                 raise
 

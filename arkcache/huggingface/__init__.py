@@ -13,5 +13,6 @@ replayed (`graphed.py`, `replaying.py`, `recordings.py`).
 from arkcache.huggingface.attachment import detach
 from arkcache.huggingface.cache import ArkCache
 from arkcache.huggingface.graphed import generate_graphed
+from arkcache.huggingface.prefixes import PrefixCache
 
-__all__ = ["ArkCache", "detach", "generate_graphed"]
+__all__ = ["ArkCache", "PrefixCache", "detach", "generate_graphed"]

@@ -312,8 +312,8 @@ def test_public_names_resolve_and_are_sorted() -> None:
 
 
 def test_public_names_are_pinned() -> None:
-    promised = {"ArkCache", "CacheConfig", "CacheStats", "KVCacheManager", "__version__"}
-    promised |= {"Session", "detach", "generate_graphed", "load_config"}
+    promised = {"ArkCache", "CacheConfig", "CacheStats", "KVCacheManager", "PrefixCache"}
+    promised |= {"Session", "__version__", "detach", "generate_graphed", "load_config"}
     errors = {
         name
         for name, value in vars(arkcache.errors).items()

@@ -7,6 +7,8 @@ import ctypes
 import logging
 import mmap
 import os
+import platform
+import sys
 import weakref
 
 from arkcache.errors import HostTierFullError
@@ -16,13 +18,22 @@ logger = logging.getLogger("arkcache")
 HUGE_PAGE = 2 << 20
 """Bytes: on x86, and on most of ARM."""
 
+_X86_AND_ARM = 0x4000
+NO_RESERVE = getattr(
+    mmap,
+    "MAP_NORESERVE",
+    _X86_AND_ARM if sys.platform == "linux" and platform.machine() in ("x86_64", "aarch64") else 0,
+)
+"""Where Python has no name for it. Without it, mappings that lie side by side count as one which is
+larger than the memory, and Linux refuses to fork the process."""
+
 _parents_own: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
 def map_anonymous(size: int) -> mmap.mmap:
     """A private mapping of `size` bytes. Raises `HostTierFullError` if the system refuses it."""
     try:
-        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             # A recall reads scattered pieces: with huge pages it takes 15 % less time.
             with contextlib.suppress(OSError):  # a kernel built without them

@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import subprocess
 import sys
 
 import pytest
@@ -159,3 +160,22 @@ def test_a_system_that_cannot_keep_it_from_forks_says_so(
     tier.allocate(1)
     assert tier.pinned
     assert "a fork will copy" in caplog.text
+
+
+def test_a_process_with_several_caches_can_be_forked() -> None:
+    """Each may take all memory, and none has taken it."""
+    program = """
+import os
+import torch
+from arkcache.tiering.host import HostTier
+
+tiers = [HostTier([96], None) for _ in range(4)]
+for tier in tiers:
+    tier.write(tier.allocate(3), torch.ones(3, 96, dtype=torch.uint8))
+child = os.fork()
+if child == 0:
+    os._exit(0 if all((tier.pieces()[:3] == 1).all() for tier in tiers) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

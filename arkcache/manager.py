@@ -628,6 +628,10 @@ class KVCacheManager:
             self.steps.join()
         return self._layers[layer].state()
 
+    def lengths_of(self, num_columns: int) -> Ids:
+        """Tokens of each sequence among the first columns [batch]."""
+        return self._log.lengths(num_columns)
+
     def digest_kind(self, layer: int) -> str:
         """Says how a layer's pages are digested: the "digest..." of another kind are no use."""
         config = self.config

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 import arkcache
 from arkcache import (
@@ -31,6 +31,7 @@ from arkcache import (
     SessionError,
 )
 from arkcache.config import INDEXES
+from arkcache.huggingface.saving import load_cache
 from arkcache.saving import folder as saving
 from arkcache.saving.folder import HEADER
 from arkcache.saving.managers import NAME, read_manager
@@ -274,7 +275,7 @@ def test_damaged_files(saved: Path, damage: str) -> None:
     [
         ({"version": 2}, "of version 2, and this ArkCache reads version 1"),
         ({"format": "zip"}, "of the format 'zip'"),
-        ({"managers": []}, "checksum"),
+        ({"managers": []}, "checksum is another"),
     ],
 )
 def test_other_formats(saved: Path, change: dict[str, Any], message: str) -> None:
@@ -283,6 +284,74 @@ def test_other_formats(saved: Path, change: dict[str, Any], message: str) -> Non
     (saved / HEADER).write_text(json.dumps(header))
     with pytest.raises(SessionError, match=message):
         KVCacheManager.load(saved)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"managers": []},
+        {"managers": None},
+        {"files": {}},
+        {"files": {"manager0-log": {"file": "../x-0123456789ab.bin", "bytes": 0, "sha256": ""}}},
+        {"files": {"manager0-log": {"file": "/dev/zero", "bytes": 0, "sha256": ""}}},
+    ],
+)
+def test_headers_that_say_what_cannot_be(saved: Path, change: dict[str, Any]) -> None:
+    """With a checksum that is right."""
+    body = json.loads((saved / HEADER).read_text())["session"] | change
+    (saved / HEADER).write_text(json.dumps({"sha256": saving._digest(body), "session": body}))
+    with pytest.raises(SessionError, match="damaged"):
+        KVCacheManager.load(saved)
+
+
+@pytest.mark.parametrize("name", ["sealed", "lengths", "pieces", "columns"])
+def test_counts_that_cannot_be(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled kernels check nothing: what they read is checked when it is loaded."""
+    state = KVCacheManager.layer_state
+
+    def wrong(manager: KVCacheManager, layer: int) -> dict[str, Tensor]:
+        held = state(manager, layer)
+        held[name] = held[name] + 1
+        return held
+
+    with monkeypatch.context() as patch:
+        patch.setattr(KVCacheManager, "layer_state", wrong)
+        try:
+            filled(small_config()).manager.save(tmp_path / "saved")
+        except IndexError:
+            return  # no such piece can be written
+    with pytest.raises(SessionError, match="contradict each other"):
+        KVCacheManager.load(tmp_path / "saved")
+
+
+def test_what_attends_everything_stays_so(saved: Path, tmp_path: Path) -> None:
+    for settings in ({"budget_tokens": None}, {"num_dense_layers": 1}):
+        with pytest.raises(SessionError, match="layers that attend everything"):
+            KVCacheManager.load(saved, **settings)
+    filled(small_config(budget_tokens=None)).manager.save(tmp_path / "all")
+    with pytest.raises(SessionError, match="layers that attend everything"):
+        KVCacheManager.load(tmp_path / "all", budget_tokens=32)
+
+
+def test_files_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    (saved / "folder").mkdir()
+    filled(small_config()).manager.save(saved)
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert (saved / "folder").is_dir()
+    other = tmp_path / "editor"
+    other.mkdir()
+    (other / HEADER).write_text('{"editor": 1}')
+    with pytest.raises(SessionError, match="holds other files"):
+        filled(small_config()).manager.save(other)
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    (killed / "manager0-pages0-0123456789ab.bin").write_bytes(b"half of it")
+    filled(small_config()).manager.save(killed)
+    assert not (killed / "manager0-pages0-0123456789ab.bin").exists()
+    for name in ("x" * 300, "a\0b"):
+        with pytest.raises(SessionError, match="cannot save"):
+            KVCacheManager(1, 2, 8).save(tmp_path / name)
 
 
 def test_no_folder_and_no_session(tmp_path: Path) -> None:
@@ -357,13 +426,13 @@ def test_a_full_disk_is_said_before_anything_is_written(
     before = sorted(saved.iterdir())
     usage = shutil.disk_usage(saved)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(SessionError, match="are to be saved and 1048576 are free"):
+    with pytest.raises(SessionError, match=r"saving takes .* bytes, and 1048576 are free"):
         filled(small_config()).manager.save(saved)
     assert sorted(saved.iterdir()) == before
 
 
 def test_a_save_replaces_the_one_before_and_clears_up(saved: Path) -> None:
-    (saved / "manager0-log-0123.safetensors").write_bytes(b"of a save that was killed")
+    (saved / "manager0-log-0123456789ab.safetensors").write_bytes(b"of a save that was killed")
     twins = filled(small_config())
     twins.append(20)
     twins.manager.save(saved)
@@ -458,6 +527,35 @@ def test_layers_that_are_not_paged_are_saved_too(tmp_path: Path) -> None:
     assert torch.equal(continued(model, loaded, text), continued(model, cache, text))
 
 
+def test_notes_and_what_is_loaded_do_not_hang_on_files(tmp_path: Path) -> None:
+    """A note is what JSON makes of it; layers of transformers are in memory, not in the files."""
+    model = make_model()
+    cache = ArkCache(model, **SPARSE)
+    text = continued(model, cache, prompt(100))
+    cache.save(tmp_path / "saved", note={2: "a", 10: ["b", None]})
+    loaded, note = load_cache(model, tmp_path / "saved", lambda *_: None)
+    assert note == {"2": "a", "10": ["b", None]}
+    for path in (tmp_path / "saved").iterdir():
+        path.write_bytes(b"")
+    assert torch.equal(continued(model, loaded, text), continued(model, cache, text))
+
+
+def test_a_cache_in_the_middle_of_a_step_is_not_saved(tmp_path: Path) -> None:
+    model = make_model()
+    cache = ArkCache(model, **SPARSE)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("between two layers")
+
+    hook = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="between two layers"):
+        model(prompt(60), past_key_values=cache)
+    hook.remove()
+    with pytest.raises(InputError, match="interrupted in the middle"):
+        cache.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     model = make_model()
     cache = ArkCache(model, **SPARSE)
@@ -467,6 +565,7 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         (make_model(seed=1), "weights was"),
         (make_model(num_hidden_layers=2), "config was"),
         (make_model(rope_theta=1e6), "config was"),
+        (changed(make_model()), "weights was"),
         (make_model().bfloat16(), "dtype was torch.float32 and is torch.bfloat16"),
     ):
         with pytest.raises(SessionError, match=what):
@@ -475,6 +574,13 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     same.save_pretrained(tmp_path / "model")
     again = type(same).from_pretrained(tmp_path / "model")
     assert ArkCache.load(again, tmp_path / "saved").get_seq_length() == 123
+
+
+def changed(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """All but the first column of a weight is another."""
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[:, 1:] += 1
+    return model
 
 
 def test_other_settings_when_loaded(tmp_path: Path) -> None:

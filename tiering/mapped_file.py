@@ -10,7 +10,7 @@ import tempfile
 import weakref
 from pathlib import Path
 
-from arkcache.errors import ConfigError, HostTierFullError
+from arkcache.errors import ConfigError, HostTierFullError, InputError
 
 STEP_BYTES = 64 << 20
 """The file grows by so much at a time, at most: what it has, the disk has set aside."""
@@ -38,6 +38,7 @@ class MappedFile:
 
     def __init__(self, folder: Path, size: int) -> None:
         self.folder, self.nbytes, self._touched = folder, 0, 0
+        self._process = os.getpid()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._descriptor = _open_unnamed(folder)
@@ -57,11 +58,20 @@ class MappedFile:
                 "to what the disk may hold"
             ) from error
 
+    def check_process(self) -> None:
+        """Raise `InputError` in a fork: both would write to the same file."""
+        if os.getpid() != self._process:
+            raise InputError(
+                f"this cache keeps its pages in a file of process {self._process}, which has "
+                "forked: build a cache in each process, or load a saved one"
+            )
+
     def reserve(self, nbytes: int) -> None:
         """Have the disk set aside so many bytes in all.
 
         Raises `HostTierFullError` where it has no room; what was there stays.
         """
+        self.check_process()
         while self.nbytes < nbytes:
             needed, room = nbytes - self.nbytes, len(self.mapping) - self.nbytes
             ahead = min(max(needed, STEP_BYTES), room)
@@ -90,6 +100,7 @@ class MappedFile:
     def link(self, path: Path) -> bool:
         """Give the file a name, once all that was written is on the disk; False where that cannot
         be: on another disk, or where files without a name cannot get one."""
+        self.check_process()
         self.mapping.flush()
         os.fsync(self._descriptor)
         own = f"/proc/self/fd/{self._descriptor}"

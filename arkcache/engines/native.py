@@ -352,6 +352,7 @@ class NativeEngine(Engine):
             self._digests.restore(state["digests"])
         else:
             self.digest_anew()
+        self._digests.reserve(int(self.parts.tokens.sealed.max()))
         self._make_room(int(self.parts.tokens.sealed.max()))
         self._is_bound = False
 

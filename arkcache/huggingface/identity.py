@@ -52,7 +52,9 @@ def _without(value: Any, names: set[str]) -> Any:
 
 def _digest_weights(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if not isinstance(weight, Tensor):
+            continue
         local = getattr(weight, "_local_tensor", weight)  # of a weight that is split over ranks
         digest.update(f"{name} {tuple(local.shape)} {local.dtype}".encode())
         if local.device.type != "meta":  # loaded layer by layer, when it is used
@@ -61,6 +63,6 @@ def _digest_weights(model: PreTrainedModel) -> str:
 
 
 def _samples(weight: Tensor) -> bytes:
-    stride = max(1, weight.numel() // SAMPLES)
+    stride = weight.numel() // SAMPLES | 1  # odd, not to stay within one column
     sampled = weight.reshape(-1)[::stride][:SAMPLES].contiguous()
     return sampled.cpu().view(torch.uint8).numpy().tobytes()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from arkcache.errors import SessionError
+from arkcache.errors import InputError, SessionError
 from arkcache.huggingface.attachment import LayerShape, device_of
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.identity import identity_of
@@ -24,6 +24,9 @@ from arkcache.saving.managers import (
 )
 from arkcache.saving.pages import Progress
 
+STATE_ELSEWHERE = ("recurrent_gemma",)
+"""Types of models whose cache is not all there is of a conversation."""
+
 PARTS = {list: "list", tuple: "tuple", dict: "dict"}
 
 
@@ -31,6 +34,16 @@ def save_cache(
     cache: ArkCache, model: PreTrainedModel, folder: Path, note: Any, progress: Progress
 ) -> None:
     """See `ArkCache.save`. note: what JSON can say, given back by `load_cache`."""
+    if model.config.model_type in STATE_ELSEWHERE:
+        raise InputError(f"{type(model).__name__} keeps a part of its state in its own modules")
+    paged = [layer for layer in cache.layers if isinstance(layer, PagedCacheLayer)]
+    for manager in cache.managers:
+        columns = [layer.get_seq_length() for layer in paged if layer.manager is manager]
+        if len({*columns}) != 1 or len(columns) != manager.num_layers:
+            raise InputError(
+                f"layers of this cache hold {sorted({*columns})} tokens: a step was interrupted in "
+                "the middle; take it back with crop(), or decode within cache.atomic()"
+            )
     others = [layer for layer in cache.layers if not isinstance(layer, PagedCacheLayer)]
     total = sum(manager_bytes(manager) for manager in cache.managers)
     total += sum(t.nbytes for layer in others for t in vars(layer).values() if _is_tensor(t))

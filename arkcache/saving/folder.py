@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,15 +20,18 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor
 
-from arkcache.errors import SessionError
+from arkcache.errors import ArkCacheError, SessionError
 
 HEADER = "session.json"
 FORMAT = "arkcache-session"
 VERSION = 1
 """Of the format. A change that older code cannot read, or that older folders lack, is a new one."""
+
+OWN_NAMES = re.compile(r"session\.json(\.[0-9a-f]{12})?|.+-[0-9a-f]{12}\.(safetensors|bin)")
+"""What saves call their files: others in a folder are left alone."""
 
 SPARE_BYTES = 1 << 20
 """What a save may take on the disk beside what its contents add up to."""
@@ -84,6 +88,7 @@ class FolderWriter:
     def commit(self, contents: dict[str, Any]) -> None:
         """Make the files the folder's contents, described by `contents`, which JSON can say."""
         body = {"format": FORMAT, "version": VERSION, "files": self._files, **contents}
+        body = json.loads(json.dumps(body))  # as it will be read: numbers that are keys are not
         header = {"sha256": _digest(body), "session": body}
         draft = self.folder / f"{HEADER}.{self._token}"
         draft.write_text(json.dumps(header), encoding="utf-8")
@@ -97,7 +102,7 @@ class FolderWriter:
         """Remove what earlier saves, and those that were killed, have left."""
         own = {HEADER, *(entry["file"] for entry in self._files.values())}
         for path in self.folder.iterdir():
-            if path.name not in own:
+            if OWN_NAMES.fullmatch(path.name) and path.name not in own:
                 path.unlink()
 
     def discard(self) -> None:
@@ -114,19 +119,17 @@ class FolderWriter:
 def writing(folder: Path, nbytes: int) -> Iterator[FolderWriter]:
     """Save into a folder, new or that of an earlier save, what takes about so many bytes.
 
-    What is not committed in the end has not happened. Raises `SessionError` for a folder that holds
-    anything else, that cannot be written to, or whose disk is full.
+    What is not committed in the end has not happened. Raises `SessionError` for a folder of other
+    files, for one that cannot be written to, and for a full disk.
     """
-    is_new = not folder.exists()
+    is_new = False
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / HEADER).exists():
-            raise SessionError(
-                f"{folder} holds other files: give a new folder, or that of an earlier save"
-            )
-        free = shutil.disk_usage(folder).free
-        if nbytes + SPARE_BYTES > free:
-            raise SessionError(f"{folder}: {nbytes} bytes are to be saved and {free} are free")
+        _check_own(folder)
+        free, needed = shutil.disk_usage(folder).free, nbytes + SPARE_BYTES
+        if needed > free:
+            raise SessionError(f"{folder}: saving takes {needed} bytes, and {free} are free")
         with _locked(folder, exclusive=True):
             writer = FolderWriter(folder)
             try:
@@ -136,9 +139,29 @@ def writing(folder: Path, nbytes: int) -> Iterator[FolderWriter]:
                 raise
     except (OSError, SafetensorError) as error:
         raise SessionError(f"cannot save to {folder}: {_why(error)}") from error
+    except ValueError as error:
+        if isinstance(error, ArkCacheError):
+            raise
+        raise SessionError(f"cannot save to {str(folder)!r}: {error}") from error
     finally:
         if is_new and folder.exists() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _check_own(folder: Path) -> None:
+    """Raise `SessionError` for a folder of other files, without a save among them."""
+    header = folder / HEADER
+    if header.exists():
+        try:
+            is_own = json.loads(header.read_bytes())["session"]["format"] == FORMAT
+        except (ValueError, KeyError, TypeError, RecursionError):
+            is_own = False
+    else:  # perhaps a first save was killed here
+        is_own = all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
+    if not is_own:
+        raise SessionError(
+            f"{folder} holds other files: give a new folder, or that of an earlier save"
+        )
 
 
 class FolderReader:
@@ -154,18 +177,19 @@ class FolderReader:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of a file. Raises `SessionError` where it is missing or damaged."""
         path, entry = self.path(name), self.contents["files"][name]
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != entry["sha256"]:
+        content = path.read_bytes()  # not mapped: what is checked is what is used
+        if hashlib.sha256(content).hexdigest() != entry["sha256"]:
             raise damaged(path, "its checksum is another")
-        tensors: dict[str, Tensor] = load_file(path)
+        tensors: dict[str, Tensor] = load(content)
         return tensors
 
     def path(self, name: str) -> Path:
         """A file of the right length. Raises `SessionError` where there is none."""
         entry = self.contents["files"][name]
         path = self.folder / str(entry["file"])
-        if not path.exists():
+        if path.parent != self.folder or not OWN_NAMES.fullmatch(path.name):
+            raise damaged(self.folder / HEADER, f"{path} is no file of a session")
+        if not path.is_file():
             raise damaged(path, "it is missing")
         size, grows = path.stat().st_size, entry.get("grows", False)
         if size != entry["bytes"] and not (grows and size > entry["bytes"]):
@@ -184,6 +208,10 @@ def reading(folder: Path) -> Iterator[FolderReader]:
             yield FolderReader(folder, read_header(folder))
     except (OSError, SafetensorError) as error:
         raise SessionError(f"cannot read {folder}: {_why(error)}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        if isinstance(error, ArkCacheError):
+            raise
+        raise damaged(folder / HEADER, f"it says what cannot be ({error!r})") from error
 
 
 def read_header(folder: Path) -> dict[str, Any]:

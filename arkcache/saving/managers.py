@@ -11,9 +11,9 @@ import torch
 
 from arkcache.config import CacheConfig
 from arkcache.engines.engine import State
-from arkcache.errors import SessionError
+from arkcache.errors import ArkCacheError, SessionError
 from arkcache.manager import KVCacheManager
-from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.bookkeeping import Ids, sealed_counts
 from arkcache.saving.folder import FolderReader, FolderWriter, reading, writing
 from arkcache.saving.pages import Progress, read_pages, write_pages
 
@@ -52,9 +52,10 @@ def load_manager(
 
 
 def manager_bytes(manager: KVCacheManager) -> int:
-    """About as many bytes as `write_manager` writes."""
-    stats = manager.stats()
-    return stats.host_bytes + stats.digest_bytes + stats.device_bytes
+    """About as many bytes as `write_manager` writes; a file that it can link is not written."""
+    stats, host = manager.stats(), manager.host
+    host_bytes = 0 if host is None or host.folder is not None else stats.host_bytes
+    return host_bytes + stats.digest_bytes + stats.device_bytes
 
 
 def write_manager(
@@ -68,6 +69,7 @@ def write_manager(
         "sizes": manager.sizes | {"dtype": str(manager.dtype).removeprefix("torch.")},
         "config": config_to_dict(manager.config),
         "batch": manager.batch,
+        "dense": [manager.config.budget_of(layer) is None for layer in range(manager.num_layers)],
     }
     if manager.batch == 0:
         return held
@@ -107,25 +109,69 @@ def read_manager(
         return
     try:
         log = reader.tensors(f"{name}-log")
-        manager.refill(log)
+        _make_room(reader, held, manager, log)
         handles = np.zeros(0, dtype=np.int64)
         if manager.host is not None:
             handles = read_pages(reader, name, manager.host, log, progress)
         listings = np.zeros(len(handles), dtype=np.int64)
         for layer in range(manager.num_layers):
             state = reader.tensors(f"{name}-layer{layer}")
+            _check_counts(reader, manager, layer, state, len(handles))
             if "pieces" in state:
                 numbers = state["pieces"].numpy()
                 np.add.at(listings, numbers[numbers >= 0], 1)
                 state["pieces"] = torch.from_numpy(_named(numbers, handles))
             if held["digests"][layer] != manager.digest_kind(layer):
                 state = {key: one for key, one in state.items() if not key.startswith("digest")}
-            manager.restore_layer(layer, state)
+            _restore(reader, manager, layer, state)
         if manager.host is not None:
             manager.host.retain(np.repeat(handles, listings - 1))
     except BaseException:
         manager.reset()
         raise
+
+
+def _make_room(
+    reader: FolderReader, held: dict[str, Any], manager: KVCacheManager, log: State
+) -> None:
+    if int(log["batch"]) != held["batch"]:
+        raise SessionError(f"{reader.folder}: its log is of another number of sequences")
+    manager.refill(log)
+    if manager.host is not None and list(manager.host.piece_bytes) != held["piece_bytes"]:
+        raise SessionError(
+            f"{reader.folder} has pages of {held['piece_bytes']} bytes, and here they are of "
+            f"{list(manager.host.piece_bytes)}"
+        )
+
+
+def _restore(reader: FolderReader, manager: KVCacheManager, layer: int, state: State) -> None:
+    try:
+        manager.restore_layer(layer, state)
+    except RuntimeError as error:  # of torch, where shapes differ
+        if isinstance(error, ArkCacheError):
+            raise
+        raise SessionError(f"{reader.folder}: layer {layer} does not fit ({error})") from error
+
+
+def _check_counts(
+    reader: FolderReader, manager: KVCacheManager, layer: int, state: State, num_pieces: int
+) -> None:
+    """Raise `SessionError` unless tokens, pages and pieces of a layer are as many as they must be:
+    kernels that read them check nothing."""
+    lengths = manager.lengths_of(int(state["columns"]))
+    fits = np.array_equal(state["lengths"].numpy(), lengths)
+    if "sealed" in state:
+        config, sealed = manager.config, state["sealed"].numpy()
+        expected = sealed_counts(lengths, config.num_recent_tokens, config.page_size)
+        fits &= np.array_equal(sealed, expected)
+    if fits and "pieces" in state:
+        numbers = state["pieces"].numpy()
+        held = np.broadcast_to(np.arange(numbers.shape[2]) < sealed[:, None, None], numbers.shape)
+        fits = numbers.shape[2] == int(sealed.max()) and numbers.shape[0] == manager.batch
+        fits &= bool(((numbers[held] >= 0) & (numbers[held] < num_pieces)).all())
+        fits &= bool((numbers[~held] == -1).all())
+    if not fits:
+        raise SessionError(f"{reader.folder}: the counts of layer {layer} contradict each other")
 
 
 def _named(numbers: Ids, handles: Ids) -> Ids:
@@ -143,6 +189,14 @@ def _check_alike(reader: FolderReader, held: dict[str, Any], manager: KVCacheMan
                 f"{reader.folder} was saved with {what}={size!r}, and this is {own.get(what)!r}: "
                 "load it for the model that it was saved with, in the same dtype"
             )
+    dense = [manager.config.budget_of(layer) is None for layer in range(manager.num_layers)]
+    if dense != held["dense"]:
+        raise SessionError(
+            f"{reader.folder} was saved with layers that attend everything "
+            f"{[layer for layer, one in enumerate(held['dense']) if one]}, and here these are "
+            f"{[layer for layer, one in enumerate(dense) if one]}, which keep tokens in another "
+            "way: leave budgets of None and num_dense_layers as they were"
+        )
     settings = config_to_dict(manager.config)
     for what in STORED:
         if settings[what] != held["config"][what]:

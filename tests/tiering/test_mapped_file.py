@@ -6,6 +6,7 @@ import mmap
 import os
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,31 @@ def test_what_cannot_be(tmp_path: Path) -> None:
         config_of("K8V4+K4V2", host_path=str(tmp_path))
     reason = why_not_settings(small_config(host_path=str(tmp_path)), torch.float32, False)
     assert reason == "a host tier in a file cannot be pinned"
+
+
+def test_a_fork_cannot_write_to_the_file_of_its_parent(tmp_path: Path) -> None:
+    file = MappedFile(tmp_path, 1 << 20)
+    file.reserve(1000)
+    child = os.fork()
+    if child == 0:
+        try:
+            file.reserve(2000)
+        except InputError:
+            os._exit(7)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    file.reserve(2000)
+
+
+def test_a_tier_that_is_linked_needs_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twins = Twins(small_config(host_path=str(tmp_path / "tier"), num_recent_tokens=1), head_dim=64)
+    twins.append(3000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=(1 << 20) + (1 << 20))
+    assert twins.manager.stats().host_bytes > 5 << 20
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    twins.manager.save(tmp_path / "saved")
 
 
 def test_copies_share_the_file_and_pickles_are_refused(tmp_path: Path) -> None:

@@ -146,8 +146,10 @@ class CacheMetrics(Collector):
                 living.append(one)
                 stats = cache.stats()
                 totals = self._totals[one.name]
+                if any(value(stats) < value(one.seen) for _, value in COUNTERS.values()):
+                    one.seen = CacheStats()  # it was reset, and has counted from 0 since
                 for name, (_, value) in COUNTERS.items():
-                    totals[name] += max(0, value(stats) - value(one.seen))
+                    totals[name] += value(stats) - value(one.seen)
                 one.seen = stats
                 held[one.name] += stats
             self._watched = living

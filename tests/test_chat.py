@@ -269,6 +269,41 @@ def test_conversations_share_what_they_read(shipped: tuple[Any, Any]) -> None:
         Session(*shipped, prefixes=prefixes, budget_tokens=128)
 
 
+def test_text_that_is_no_text(shipped: tuple[Any, Any]) -> None:
+    """Bytes that are no characters come as lone surrogates from a terminal or the command line."""
+    session = session_of(shipped)
+    for do in (session.read, session.ask):
+        with pytest.raises(InputError, match="not UTF-8"):
+            do("hi \udcff")
+    assert session.ids == []
+    assert "not UTF-8" in talk(session, "hi \udcff", "/quit")
+    done = runner.invoke(cli.app, ["generate", "--model", str(SHIPPED), "-"], input=b"\xff\xfe")
+    assert (done.exit_code, "standard input is not UTF-8" in done.stderr) == (1, True)
+
+
+def test_who_the_assistant_is_was_said_when_it_was_saved(
+    shipped: tuple[Any, Any], tmp_path: Path
+) -> None:
+    session_of(shipped).save(tmp_path / "saved")
+    load = ["chat", "--model", str(SHIPPED), "--load", str(tmp_path / "saved")]
+    done = runner.invoke(cli.app, [*load, "--system", "a pirate"])
+    assert (done.exit_code, "--system beside --load" in done.stderr) == (1, True)
+
+
+def test_counters_are_read_before_they_begin_anew(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    session = session_of(shipped)
+    session.read(TEXT)
+    session.save(tmp_path / "saved")
+    talk = Chat(session, Sampling(), Console(file=io.StringIO()))
+    seen: list[int] = []
+    talk.before_change = lambda: seen.append(talk.stats().total_tokens)
+    held = talk.stats().total_tokens
+    talk.load(tmp_path / "saved", budget_tokens=96)
+    assert talk.session.cache.config.budget_tokens == 96
+    talk._obey("reset")
+    assert seen == [held, held]
+
+
 def test_conversations_that_cannot_be_loaded(shipped: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = shipped
     session = session_of(shipped)

@@ -379,7 +379,7 @@ def test_an_interrupted_eval_shows_what_it_has(
     ("arguments", "message"),
     [
         (["--tasks", "poetry"], "task 'poetry': expected one of magic"),
-        (["--lengths", "long"], "lengths 'long': expected tokens, as in 3072,7168"),
+        (["--lengths", "long"], "--lengths 'long': expected numbers with commas between"),
         (["--budgets", "0"], "budget '0': expected tokens"),
         (["--methods", "ark:page_size=0"], "page_size=0: expected an integer of at least 1"),
         (["--output", "no/such/folder/x.json"], "cannot write no/such/folder/x.json"),

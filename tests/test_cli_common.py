@@ -136,13 +136,13 @@ def test_an_output_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path.write_text("before")
     link.symlink_to(path)
 
-    def full(self: Path, text: str, **_: Any) -> None:
-        with self.open("w") as file:
-            file.write(text[: len(text) // 2])
+    def full(self: Path, content: bytes) -> None:
+        with self.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_text", full)
+        patch.setattr(Path, "write_bytes", full)
         with pytest.raises(InputError, match=r"cannot write .*: No space left on device"):
             replace_file(link, {"a": 1})
     assert path.read_text() == "before"

@@ -26,13 +26,14 @@ VERSION = PROJECT["project"]["version"]
 # part -> the parts it may import. A part is a module of arkcache/ or a whole subpackage.
 MAY_IMPORT = {
     "errors": set(),
+    "files": {"errors"},
     "formats": {"errors"},
     "config": {"errors", "formats"},
     "settings": {"config", "errors"},
     "stats": set(),
     "kernels": {"config", "errors", "formats", "kernels"},
     "tiering": {"errors", "formats", "kernels", "tiering"},
-    "tracing": {"errors", "tracing"},
+    "tracing": {"errors", "files", "tracing"},
 }
 MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}

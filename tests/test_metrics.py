@@ -176,6 +176,20 @@ def test_counters_never_go_down(model: Any, metrics: CacheMetrics, port: int) ->
     assert after["arkcache:kv_cache_bytes", "", "device"] == 0
 
 
+def test_what_is_counted_after_a_reset_counts(model: Any, metrics: CacheMetrics, port: int) -> None:
+    """Also where nobody looked in between."""
+    cache = ArkCache(model, budget_tokens=BUDGET, page_size=8)
+    metrics.watch(cache)
+    generate(model, cache, 40)
+    stored = ("arkcache:layer_steps_total", "")
+    once = scrape(port)[stored]
+    cache.reset()
+    generate(model, cache, 10)
+    now = cache.stats().decode_steps
+    assert 0 < now < once
+    assert scrape(port)[stored] == once + now
+
+
 def test_caches_are_held_weakly_and_added_up(metrics: CacheMetrics, port: int) -> None:
     settings = CacheConfig(budget_tokens=64, page_size=8, num_recent_tokens=8)
     caches = [KVCacheManager(1, 2, 16, settings) for _ in range(3)]

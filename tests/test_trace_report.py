@@ -221,6 +221,11 @@ def test_what_is_wrong_is_said_in_a_line(tmp_path: Path) -> None:
     assert "one.trace: No such file or directory" in done.stderr
     done = record(tmp_path, "--output", str(tmp_path / "one.trace"), "--time-every", "0")
     assert "time_every=0: expected at least 1" in done.stderr
+    done = record(tmp_path, "--output", str(tmp_path / "two.trace"))
+    assert done.exit_code == 0
+    same = ["report", str(tmp_path / "two.trace"), "--output", str(tmp_path / "two.trace")]
+    done = runner.invoke(cli.app, same)
+    assert (done.exit_code, "is the trace itself" in done.stderr) == (1, True)
     page = tmp_path / "page.html"
     page.write_text("<p>")
     done = runner.invoke(cli.app, ["report", str(page)])

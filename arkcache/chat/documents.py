@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from arkcache.errors import InputError
@@ -25,6 +26,16 @@ def load_document(path: Path) -> str:
     if not text.strip():
         raise InputError(f"{path} is empty")
     return text
+
+
+def read_input() -> str:
+    """The text on standard input. Raises `InputError` for what is no UTF-8."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"standard input is not UTF-8 text (byte {error.start} cannot be read)"
+        ) from None
 
 
 def help_text() -> str:

@@ -43,11 +43,12 @@ def live_answer(console: Console, session: Session) -> Iterator[Callable[[str], 
         live.update(Group(Text(row), shown), refresh=True)
 
     try:
-        with live:
-            try:
-                yield show
-            finally:
-                live.update(Text(), refresh=True)
+        try:
+            live.start(refresh=True)  # not `with live`: Ctrl-C may come while it starts
+            yield show
+        finally:
+            live.update(Text())
+            live.stop()  # draws once more
     finally:
         console.print(Text(row))
 

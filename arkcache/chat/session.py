@@ -239,6 +239,8 @@ class Session:
 
     def _encoded(self, text: str) -> list[int]:
         """Tokens of what the user says, with what the template puts before it."""
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise InputError("the text is not UTF-8: it holds bytes that are no characters")
         tokenizer, opening = self.tokenizer, self._template.opening
         if not self.ids:
             ids = encode(tokenizer, opening) or special_opening(tokenizer)

@@ -47,6 +47,9 @@ class Chat:
         ask_line: shows a prompt and returns a line; raises `EOFError` at the end of the input.
         quiet: print answers and what commands say, but no progress, hints or figures.
         live: on a terminal, show below an answer what the cache does, as long as it comes.
+
+    Attributes:
+        before_change: called before counters begin anew, at a reset or a load.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Chat:
         self._console, self._ask_line = console, ask_line
         self._live = live and not quiet and console.is_terminal
         self._goes_on = True
+        self.before_change: Callable[[], object] = lambda: None
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "file": (self._read_file, "PATH", "read a text file into the conversation"),
             "ask-full": (
@@ -241,6 +245,7 @@ class Chat:
         settings: of the cache, to replace; see `ArkCache.load`.
         """
         before = self._session
+        self.before_change()
         with self._bar(f"Loading {folder}", "{:,.0f} MB/s", 1e6) as progress:
             self._session = Session.load(
                 before.model,
@@ -252,7 +257,7 @@ class Chat:
             )
         asked = self._session.questions
         last = f"; the last question was: {asked[-1]}" if asked else ""
-        self._say(f"{len(self._session.ids):,} tokens loaded{last}")
+        self._hint(f"{len(self._session.ids):,} tokens loaded{last}")
 
     def _show_stats(self, _rest: str) -> None:
         stats, session = self._session.cache.stats(), self._session
@@ -270,6 +275,7 @@ class Chat:
         self._console.print(table)
 
     def _reset(self, _rest: str) -> None:
+        self.before_change()
         self._session.reset()
         self._say("everything is forgotten.")
 

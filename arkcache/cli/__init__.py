@@ -44,7 +44,7 @@ if _missing is None:
     from arkcache.cli.chatting import chat, generate
     from arkcache.cli.common import EXIT_CODES
     from arkcache.cli.comparing import demo, sweep
-    from arkcache.cli.diagnosing import doctor
+    from arkcache.cli.diagnosing import DOCTOR_CODES, doctor
     from arkcache.cli.evaluating import evaluate
     from arkcache.cli.planning import describe
     from arkcache.cli.tracing import report, trace
@@ -58,7 +58,7 @@ if _missing is None:
     app.command()(sweep)
     app.command("eval")(evaluate)
     app.add_typer(bench, name="bench")
-    app.command()(doctor)
+    app.command(epilog=DOCTOR_CODES)(doctor)
     app.command()(trace)
     app.command()(report)
     for command in (*app.registered_commands, *bench.registered_commands):

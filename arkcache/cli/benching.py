@@ -7,15 +7,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 import arkcache
 from arkcache.cli.common import (
+    EXIT_CODES,
     INTERRUPTED,
     check_writable,
     listed,
+    numbers,
     parse_bytes,
     print_result,
     told_in_a_line,
@@ -24,10 +26,9 @@ from arkcache.cli.common import (
 )
 from arkcache.cli.options import Json, Output, Quiet
 
-if TYPE_CHECKING:
-    pass
-
-bench = typer.Typer(no_args_is_help=True, help="Measure this machine, and compare measurements.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure this machine, and compare measurements.", epilog=EXIT_CODES
+)
 
 
 def _open(said: str, default: str) -> Any:
@@ -92,7 +93,7 @@ def tiers(
         if pieces is not None:
             given["piece_bytes"] = tuple(parse_bytes(size) for size in listed(pieces, ","))
         if counts is not None:
-            given["counts"] = _numbers("counts", counts)
+            given["counts"] = numbers("--counts", counts)
         if rounds is not None:
             given["rounds"] = rounds
         if pool is not None:
@@ -131,7 +132,7 @@ def decode(
         contexts = contexts or ("4096" if quick else "4096,16384,65536")
         steps = (10 if quick else 40) if steps is None else steps
         settings = measuring.Settings(
-            _numbers("contexts", contexts), budget, rounds, steps, methods
+            numbers("--contexts", contexts), budget, rounds, steps, methods
         )
         done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
         entry = _entry("decode", vars(settings), rows=[vars(row) for row in done.rows])
@@ -162,7 +163,7 @@ def prefill(
         contexts = contexts or ("2048" if quick else "7168,16384")
         chunk = (512 if quick else 2048) if chunk is None else chunk
         rounds = (1 if quick else 3) if rounds is None else rounds
-        settings = measuring.Settings(_numbers("contexts", contexts), chunk, layers, dense, rounds)
+        settings = measuring.Settings(numbers("--contexts", contexts), chunk, layers, dense, rounds)
         done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
         entry = _entry("prefill", vars(settings), rows=[vars(row) for row in done.rows])
         print_result(entry, lambda: measuring.render(done.rows), as_json, output)
@@ -192,7 +193,7 @@ def kernels(
         contexts = contexts or ("4096" if quick else "4096,65536")
         rounds = (5 if quick else 25) if rounds is None else rounds
         chosen = pick_device(device)
-        settings = measuring.Settings(_numbers("contexts", contexts), budget, rounds, str(chosen))
+        settings = measuring.Settings(numbers("--contexts", contexts), budget, rounds, str(chosen))
         done = with_bar(lambda progress: measuring.run(settings, progress), quiet)
         rows = [vars(row) for row in done.rows]
         entry = _entry("kernels", vars(settings), device=chosen, rows=rows)
@@ -200,7 +201,10 @@ def kernels(
         _leave(done.finished)
 
 
-@bench.command()
+@bench.command(
+    epilog="Exit codes: 0 compared; 1 slower than --fail-above allows; 2 a ledger that cannot be "
+    "read, a file that cannot be written, or wrong usage."
+)
 def compare(
     first: Annotated[Path, typer.Argument(help="A ledger: of --output, or of pytest-benchmark.")],
     second: Annotated[Path, typer.Argument(help="Another of the same benchmark.")],
@@ -260,11 +264,3 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _numbers(name: str, given: str) -> tuple[int, ...]:
-    """Numbers from "1,8,64". Raises `InputError` for anything else."""
-    parts = listed(given, ",")
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise arkcache.InputError(f"--{name} {given!r}: expected numbers with commas between")
-    return tuple(map(int, parts))

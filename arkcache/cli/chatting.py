@@ -106,6 +106,8 @@ def chat(
             raise arkcache.InputError("--file beside --no-file: expected one or the other")
         if load is not None:
             read_header(load)  # what is no session is said before the model loads
+            if system is not None:
+                raise arkcache.InputError("--system beside --load: it is said already")
         texts = [(path.name, load_document(path)) for path in file or []]
         if not texts and not no_file and load is None:
             texts = [(f"Python's help on {HELP_TOPIC}", help_text())]
@@ -116,7 +118,7 @@ def chat(
         talk = Chat(session, sampling, Console(stderr=as_json), ask_line, quiet=quiet, live=live)
         with _metrics_of(talk, metrics_port):
             if load is not None:
-                talk.load(load, **_typed(given))
+                talk.load(load, **_typed(given, config))
             for name, text in texts:
                 talk.read(name, text)
             use_line_editing()
@@ -158,10 +160,10 @@ def generate(
     git log | arkcache generate --model my/model -
     """
     with told_in_a_line("generate", output):
-        from arkcache.chat.documents import load_document
+        from arkcache.chat.documents import load_document, read_input
 
         texts = [load_document(path) for path in file or []]
-        asked = sys.stdin.read() if question == "-" else question
+        asked = read_input() if question == "-" else question
         cache = _config(config, settings, budget)
         session = make_session(model, device, dtype, cache, system, past_limit, quiet)
         start = time.perf_counter()
@@ -193,9 +195,11 @@ def _config(config: Path | None, settings: list[str] | None, budget: int | None)
     return build(settings_given(config, settings, budget_tokens=("--budget", budget)))
 
 
-def _typed(given: dict[str, Given]) -> dict[str, Any]:
-    """The settings that the command line gives: they replace those of a saved conversation."""
-    return {name: one.value for name, one in given.items() if one.source.startswith("--")}
+def _typed(given: dict[str, Given], config: Path | None) -> dict[str, Any]:
+    """The settings that the command line gives, --config among them: they replace those of a saved
+    conversation, which settings from elsewhere do not."""
+    named = ("--", *(() if config is None else (f"{config}:",)))
+    return {name: one.value for name, one in given.items() if one.source.startswith(named)}
 
 
 def make_session(
@@ -230,6 +234,7 @@ def _metrics_of(talk: Chat, port: int | None) -> Iterator[None]:
 
     metrics = CacheMetrics()
     with metrics.watching(talk, "chat"), served(metrics, port) as taken:
+        talk.before_change = metrics.read
         typer.echo(f"Metrics at http://127.0.0.1:{taken}/metrics", err=True)
         yield
 

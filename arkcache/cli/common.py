@@ -12,6 +12,7 @@ import typer
 
 import arkcache
 from arkcache.cli.installing import say_what_to_install
+from arkcache.files import draft_of, write_whole
 from arkcache.settings import parse_bytes as parse_bytes
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def check_writable(path: Path) -> None:
             raise arkcache.InputError(f"cannot write {path}: it is a folder")
         if path.exists() and not path.is_file():  # a terminal, a pipe
             return
-        draft = _draft_of(path)
+        draft = draft_of(path)
         draft.touch()
         draft.unlink()
     except OSError as error:
@@ -124,30 +125,18 @@ def check_writable(path: Path) -> None:
 
 def replace_file(path: Path, values: dict[str, Any]) -> None:
     """Write a file of JSON whole, so that an interrupt leaves the one before it."""
-    write_whole(path, json.dumps(values, indent=1, default=str) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file whole, so that an interrupt leaves the one before it."""
-    try:
-        if path.exists() and not path.is_file():
-            path.write_text(text, encoding="utf-8")
-            return
-        draft = _draft_of(path)
-        try:
-            draft.write_text(text, encoding="utf-8")
-            draft.replace(path.resolve())
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        raise arkcache.InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def _draft_of(path: Path) -> Path:
-    whole = path.resolve()  # a link goes on pointing where it did
-    return whole.with_name(whole.name + ".part")
+    text = json.dumps(values, indent=1, default=str) + "\n"
+    write_whole(path, text.encode())
 
 
 def listed(given: str, separator: str) -> list[str]:
     """The parts of an option with several."""
     return [part.strip() for part in given.split(separator) if part.strip()]
+
+
+def numbers(option: str, given: str) -> tuple[int, ...]:
+    """Numbers from "1,8,64". Raises `InputError` for anything else."""
+    parts = listed(given, ",")
+    if not parts or not all(part.isdecimal() for part in parts):
+        raise arkcache.InputError(f"{option} {given!r}: expected numbers with commas between")
+    return tuple(map(int, parts))

@@ -9,6 +9,11 @@ import typer
 from arkcache.cli.common import print_result, told_in_a_line
 from arkcache.cli.options import Json, Output
 
+DOCTOR_CODES = (
+    "Exit codes: 0 all is fine; 1 hardware that is here cannot be used, or the output cannot be "
+    "written; 2 wrong usage; 130 interrupted."
+)
+
 
 def doctor(
     no_measure: Annotated[

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-import arkcache
 from arkcache.cli.common import (
     INTERRUPTED,
     listed,
+    numbers,
     print_result,
     replace_file,
     told_in_a_line,
@@ -98,7 +98,7 @@ def evaluate(
 
         settings = Settings(
             tasks=task_names(tasks),
-            lengths=_lengths(lengths),
+            lengths=numbers("--lengths", lengths),
             budgets=tuple(listed(budgets, ",")),
             methods=tuple(spec for given in methods or ["ark"] for spec in listed(given, ";")),
             num_questions=questions,
@@ -123,11 +123,3 @@ def evaluate(
                     typer.echo(path, err=True)
         if not result.finished:
             raise typer.Exit(INTERRUPTED)
-
-
-def _lengths(given: str) -> tuple[int, ...]:
-    """Lengths from "3072,7168". Raises `InputError` for anything else."""
-    parts = listed(given, ",")
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise arkcache.InputError(f"lengths {given!r}: expected tokens, as in 3072,7168")
-    return tuple(map(int, parts))

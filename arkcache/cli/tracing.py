@@ -22,9 +22,10 @@ from arkcache.cli.chatting import (
     TopP,
     make_session,
 )
-from arkcache.cli.common import INTERRUPTED, told_in_a_line, with_progress, write_whole
+from arkcache.cli.common import INTERRUPTED, told_in_a_line, with_progress
 from arkcache.cli.options import Config, Device, Dtype, Quiet, Set
 from arkcache.cli.settings import settings_given
+from arkcache.files import write_whole
 from arkcache.settings import build
 
 if TYPE_CHECKING:
@@ -114,8 +115,10 @@ def report(
         from arkcache.tracing.report import in_bytes, render
 
         page = render(load(trace_file))
+        if output is not None and output.resolve() == trace_file.resolve():
+            raise arkcache.InputError(f"--output {output} is the trace itself: give another file")
         target = output or trace_file.with_name(trace_file.name + ".html")
-        write_whole(target, page)
+        write_whole(target, page.encode())
         if not quiet:
             typer.echo(f"{target}: {in_bytes(len(page.encode()))}")
 

@@ -323,7 +323,9 @@ class NativeEngine(Engine):
         self._allot(num_selected)
         vars(parts.counters).update(vars(self._counted()))
         pages, num_pages, counters = self._lists
-        self._lists = Lists(pages[rows], num_pages[rows], np.zeros_like(counters[rows]))
+        counters = counters[rows]
+        counters[:, HIT:] = 0
+        self._lists = Lists(pages[rows], num_pages[rows], counters)
         self._steps.clear()
         self._is_bound = False
         self._break_trace()

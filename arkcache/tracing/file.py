@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as to_bytes
 
 from arkcache.errors import InputError
+from arkcache.files import write_whole
 from arkcache.tracing.recorder import Counted
 from arkcache.tracing.trace import LAYER_FIELDS, STEP_FIELDS, Ints, Trace
 
@@ -52,12 +53,7 @@ def save(trace: Trace, path: Path | str) -> None:
         "mass_of": trace.mass_of,
         "mass": trace.mass,
     }
-    draft = path.with_name(path.name + ".part")
-    try:
-        draft.write_bytes(to_bytes(tensors, header))
-        draft.replace(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+    write_whole(path, to_bytes(tensors, header))
 
 
 def load(path: Path | str) -> Trace:

@@ -46,7 +46,13 @@ def python(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ALL)
+SLOW = {"prefill"}
+"""What takes several times as long as the others."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(one, marks=pytest.mark.slow) if one in SLOW else one for one in ALL]
+)
 def test_json_and_output(name: str, tmp_path: Path) -> None:
     output = tmp_path / "ledger.json"
     done = runner.invoke(cli.app, ["bench", *ALL[name], "--json", "--output", str(output)])
@@ -70,7 +76,11 @@ def test_json_and_output(name: str, tmp_path: Path) -> None:
     [
         ("tiers", ["RAM to RAM, gather", "4 KiB", "4 per step", "of peak"]),
         ("decode", ["bare model", "StaticCache", "ArkCache K4V4", "speed-up"]),
-        ("prefill", ["DynamicCache, chunks of 64", "ArkCache boxes", "device MiB"]),
+        pytest.param(
+            "prefill",
+            ["DynamicCache, chunks of 64", "ArkCache boxes", "device MiB"],
+            marks=pytest.mark.slow,
+        ),
         ("kernels", ["append", "step", "rate", "cuboid-mean", "640"]),
     ],
 )

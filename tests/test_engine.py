@@ -111,7 +111,11 @@ def test_half_precision(estimate_pages: int | None, dtype: torch.dtype, group: i
     stepped(twins, 2)
 
 
-@pytest.mark.parametrize("settings", [{}, {"estimate_pages": None}, TARGET], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"estimate_pages": None}, pytest.param(TARGET, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_left_padding(settings: dict[str, Any]) -> None:
     twins = Twins(on_kernels(num_dense_layers=1, **settings), num_layers=2)
     twins.append(43, LEFT_PADDED)

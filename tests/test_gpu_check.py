@@ -183,7 +183,7 @@ def test_a_check_that_fails_is_recorded() -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "step-8b-32k-b1",
+        pytest.param("step-8b-32k-b1", marks=pytest.mark.slow),
         pytest.param("profile-32k", marks=pytest.mark.slow),
         pytest.param("tokens-per-second", marks=pytest.mark.slow),
     ],

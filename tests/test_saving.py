@@ -344,6 +344,13 @@ def test_files_of_others_are_left_alone(saved: Path, tmp_path: Path) -> None:
     (other / HEADER).write_text('{"editor": 1}')
     with pytest.raises(SessionError, match="holds other files"):
         filled(small_config()).manager.save(other)
+    (saved / HEADER).write_bytes(b"damaged")
+    with pytest.raises(SessionError, match="holds other files"):
+        filled(small_config()).manager.save(saved)
+    (saved / "notes.txt").unlink()
+    (saved / "folder").rmdir()
+    filled(small_config()).manager.save(saved)
+    KVCacheManager.load(saved)
     killed = tmp_path / "killed"
     killed.mkdir()
     (killed / "manager0-pages0-0123456789ab.bin").write_bytes(b"half of it")

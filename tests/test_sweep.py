@@ -81,6 +81,7 @@ def test_divergence_is_of_the_bits(result: sweep.Result) -> None:
     assert rows["K4V4", "none"].kl < 2 * rows["K16V16", "none"].kl + 0.01
 
 
+@pytest.mark.slow
 def test_draws_are_other_texts_and_add_up() -> None:
     settings = dataclasses.replace(TINY, num_draws=2)
     both = sweep.run(settings)

@@ -151,13 +151,13 @@ def writing(folder: Path, nbytes: int) -> Iterator[FolderWriter]:
 def _check_own(folder: Path) -> None:
     """Raise `SessionError` for a folder of other files, without a save among them."""
     header = folder / HEADER
-    if header.exists():
-        try:
-            is_own = json.loads(header.read_bytes())["session"]["format"] == FORMAT
-        except (ValueError, KeyError, TypeError, RecursionError):
-            is_own = False
-    else:  # perhaps a first save was killed here
-        is_own = all(OWN_NAMES.fullmatch(path.name) for path in folder.iterdir())
+    try:
+        is_own = json.loads(header.read_bytes())["session"]["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_own = False
+    if not is_own:  # a first save that was killed, or one that was damaged
+        names = [path.name for path in folder.iterdir()]
+        is_own = all(map(OWN_NAMES.fullmatch, names)) and names != [HEADER]
     if not is_own:
         raise SessionError(
             f"{folder} holds other files: give a new folder, or that of an earlier save"

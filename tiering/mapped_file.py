@@ -13,7 +13,7 @@ from pathlib import Path
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 
 STEP_BYTES = 64 << 20
-"""The file grows by so much at a time, at most: what it has, the disk has set aside."""
+"""The file grows by so much at a time, where the disk has it: what it has, is set aside."""
 
 RESIDENT_BYTES = 1 << 30
 """About as much of the file as this process has in RAM at a time. The system may keep more of it,
@@ -72,22 +72,24 @@ class MappedFile:
         Raises `HostTierFullError` where it has no room; what was there stays.
         """
         self.check_process()
-        while self.nbytes < nbytes:
-            needed, room = nbytes - self.nbytes, len(self.mapping) - self.nbytes
-            ahead = min(max(needed, STEP_BYTES), room)
-            for more in (ahead, needed):
-                try:
-                    os.posix_fallocate(self._descriptor, self.nbytes, more)
-                except OSError as error:
-                    if more == needed:
-                        raise HostTierFullError(
-                            f"the disk of {self.folder} has no room for {nbytes} bytes of pages "
-                            f"({error.strerror}): free some, shorten the context, or release "
-                            "another cache with reset()"
-                        ) from error
-                else:
-                    self.nbytes += more
-                    break
+        if self.nbytes >= nbytes:
+            return
+        ahead = min(max(nbytes, self.nbytes + STEP_BYTES), len(self.mapping))
+        try:
+            self._set_aside(ahead)
+        except OSError:
+            try:
+                self._set_aside(nbytes)
+            except OSError as error:
+                raise HostTierFullError(
+                    f"the disk of {self.folder} has no room for {nbytes} bytes of pages "
+                    f"({error.strerror}): free some, shorten the context, or release another cache "
+                    "with reset()"
+                ) from error
+
+    def _set_aside(self, nbytes: int) -> None:
+        os.posix_fallocate(self._descriptor, self.nbytes, nbytes - self.nbytes)
+        self.nbytes = nbytes
 
     def touch(self, count: int, nbytes: int) -> None:
         """Note that so many runs of so many bytes were read or written, and let go of all when it

@@ -179,12 +179,17 @@ class NativeEngine(Engine):
         if runner is None or not self._is_bound:
             runner = self._bind(group)
         self._attended_all = False
-        host, recalled = parts.store.host, self._lists.counters[:, RECALLED]
-        before = 0 if host.folder is None else int(recalled.sum())
-        query, counts = self._query(step, group), self._counts(self._budgets)
+        host, query, counts = (
+            parts.store.host,
+            self._query(step, group),
+            self._counts(self._budgets),
+        )
+        if host.folder is None:
+            return runner.attend(query, host.pieces(), counts, lap)
+        recalled = self._lists.counters[:, RECALLED]
+        before = int(recalled.sum())
         output = runner.attend(query, host.pieces(), counts, lap)
-        if host.folder is not None:
-            host.touch((int(recalled.sum()) - before) // heads)
+        host.touch((int(recalled.sum()) - before) // heads)
         return output
 
     def _attend_traced(self, trace: LayerTrace, step: Step) -> Tensor:

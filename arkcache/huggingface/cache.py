@@ -404,7 +404,7 @@ class ArkCache(DynamicCache):
 
         Args:
             folder: new, or that of an earlier save, which is replaced.
-            note: anything that JSON can say, given back by `saved_note`.
+            note: anything that JSON can say, given back by `load_cache` (saving.py).
             progress: told how many bytes of a group of layers are written, and of how many.
 
         Raises `SessionError` where it cannot be written, `InputError` where the model is gone.

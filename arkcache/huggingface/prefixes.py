@@ -57,7 +57,7 @@ class PrefixCache:
     ) -> None:
         if most < 1:
             raise InputError(f"most={most}: expected at least 1")
-        self._model, self._most = model, most
+        self._most = most
         self._empty = ArkCache(model, config, **settings)
         self._kept: OrderedDict[int, _Kept] = OrderedDict()
         self._found: dict[bytes, int] = {}
@@ -80,9 +80,7 @@ class PrefixCache:
                 break
             found = self._found[link], number * self.config.page_size
         cache = None if found is None else self._copy(*found, ids)
-        if cache is None:
-            cache = copy.deepcopy(self._empty)
-        return cache
+        return copy.deepcopy(self._empty) if cache is None else cache
 
     def _copy(self, name: int, num_tokens: int, ids: Sequence[int]) -> ArkCache | None:
         """A copy of the beginning of a kept conversation; None where it cannot be had."""
@@ -90,9 +88,9 @@ class PrefixCache:
         if kept.ids[:num_tokens] != list(ids[:num_tokens]):  # hashes that collide
             return None
         self._kept.move_to_end(name)
-        if len(kept.ids) < len(ids) and kept.ids == list(ids[: len(kept.ids)]):
-            return copy.deepcopy(kept.cache)  # all of it, the last page that is not full as well
         cache = copy.deepcopy(kept.cache)
+        if len(kept.ids) < len(ids) and kept.ids == list(ids[: len(kept.ids)]):
+            return cache  # all of it, the last page that is not full as well
         try:
             cache.crop(num_tokens)
         except (InputError, NotImplementedError, RuntimeError, ValueError):

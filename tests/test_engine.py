@@ -144,7 +144,7 @@ def test_many_sinks(num_sink_tokens: int) -> None:
         {"estimate_pages": None},
         {"estimate_pages": 2},
         TARGET,
-        TARGET | {"estimate_pages": None},
+        pytest.param(TARGET | {"estimate_pages": None}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

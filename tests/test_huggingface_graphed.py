@@ -71,7 +71,11 @@ def padded(tokens: int, margin: int) -> dict[str, Tensor]:
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
-@pytest.mark.parametrize("settings", [{"budget_tokens": None}, {"budget_tokens": 64}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [{"budget_tokens": None}, pytest.param({"budget_tokens": 64}, marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_everything_attended_gives_the_full_cache(
     model: LlamaForCausalLM, steps: list[tuple[bool, ...]], settings: dict[str, Any]
 ) -> None:
@@ -86,7 +90,11 @@ def test_everything_attended_gives_the_full_cache(
 
 
 @pytest.mark.parametrize(
-    "index", [{}, {"index": "tokens", "index_bits": 2}], ids=["boxes", "tokens"]
+    "index",
+    [
+        pytest.param({}, id="boxes"),
+        pytest.param({"index": "tokens", "index_bits": 2}, id="tokens", marks=pytest.mark.slow),
+    ],
 )
 def test_a_budget_gives_what_plain_torch_gives(
     model: LlamaForCausalLM, steps: list[tuple[bool, ...]], index: dict[str, Any]
@@ -110,6 +118,7 @@ def test_plain_generate_runs_on_the_kernels_too(model: LlamaForCausalLM) -> None
     assert torch.equal(continued(model, cache, ids, max_new_tokens=6), expected)
 
 
+@pytest.mark.slow
 def test_turns_and_samples(model: LlamaForCausalLM, steps: list[tuple[bool, ...]]) -> None:
     text, full = prompt(40), prompt(40)
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
@@ -245,7 +254,9 @@ def test_another_cache_is_refused(model: LlamaForCausalLM) -> None:
         arkcache.generate_graphed(model, prompt(5), past_key_values=cache)
 
 
-@pytest.mark.parametrize("step", [2, 3, 6])
+@pytest.mark.parametrize(
+    "step", [2, *(pytest.param(step, marks=pytest.mark.slow) for step in (3, 6))]
+)
 def test_an_interrupted_step_changes_nothing(model: LlamaForCausalLM, step: int) -> None:
     """Ctrl-C between two layers, in steps that seal a page and in steps that do not."""
     model = make_model(num_hidden_layers=2, num_key_value_heads=1, initializer_range=0.08)

@@ -122,8 +122,8 @@ def test_decoding(index: str, reduction: str, group: int) -> None:
     assert twins.manager.stats().pages_evicted > 0
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.3, 2.0, 4.0])
-@pytest.mark.parametrize("budget", [12, 13, 16, 32, ((12, 40),), ((40, 12),), ((28, 29),)])
+@pytest.mark.parametrize("factor", [1.0, 1.3, 4.0])
+@pytest.mark.parametrize("budget", [12, 13, 32, ((40, 12),), ((28, 29),)])
 @pytest.mark.parametrize("mask", [None, LEFT_PADDED, HOLES], ids=["plain", "left", "holes"])
 def test_budgets_and_pool_sizes(budget: Any, factor: float, mask: Tensor | None) -> None:
     twins = Twins(small_config(budget_tokens=budget, device_pool_factor=factor))
@@ -685,10 +685,19 @@ def test_the_oracle_notices_a_page_too_few() -> None:
         {"num_dense_layers": 1},
         {"key_bits": 4, "value_bits": 4},
         {"key_bits": 8, "value_bits": 4, "coarse_key_bits": 4, "coarse_value_bits": 2},
-        pytest.param({"backend": "triton", "index": "cuboid-mean"}, marks=needs_interpreter),
     ],
 )
 def test_one_token_attends_all_when_told_to_be_exact(settings: dict[str, Any]) -> None:
+    check_exact(settings)
+
+
+@needs_interpreter
+@pytest.mark.backends("torch")
+def test_one_token_attends_all_on_the_kernels_of_a_gpu() -> None:
+    check_exact({"backend": "triton", "index": "cuboid-mean"})
+
+
+def check_exact(settings: dict[str, Any]) -> None:
     config = small_config(group_size=16, **settings)
     states = [torch.randn(2, 2, 101, 16) for _ in range(2)]
     query = torch.randn(2, 4, 2, 16)

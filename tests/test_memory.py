@@ -98,7 +98,7 @@ def test_the_device_tier_is_what_the_configuration_implies() -> None:
     assert CHUNK * token_bytes <= dense <= grown_capacity(CHUNK) * token_bytes
 
 
-@pytest.mark.parametrize("new_tokens", [2, 300])
+@pytest.mark.parametrize("new_tokens", [2, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_long_past_is_streamed_in_blocks_and_attended_whole(
     new_tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +191,10 @@ def test_a_million_tokens() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("name", ["K4V4", "K2V2", "K8V4+K4V2"])
+@pytest.mark.parametrize(
+    "name",
+    ["K4V4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("K2V2", "K8V4+K4V2"))],
+)
 def test_host_bytes_are_the_memory_that_the_process_really_holds(name: str) -> None:
     """At 64k tokens, to 5 %: the kernel counts whole (huge) pages."""
     config = CacheConfig.preset(name, budget_tokens=512, num_dense_layers=0)

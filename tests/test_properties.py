@@ -303,7 +303,7 @@ class Conversations(RuleBasedStateMachine):
 common = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 TestConversations = Conversations.TestCase
-TestConversations.settings = settings(max_examples=100, stateful_step_count=20, **common)
+TestConversations.settings = settings(max_examples=60, stateful_step_count=20, **common)
 
 
 class OnKernels(Conversations):

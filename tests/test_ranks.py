@@ -210,6 +210,7 @@ def question(tmp_path: Path) -> list[str]:
     return [str(EXAMPLE), str(SHIPPED), str(text), "What is the value of amber?"]
 
 
+@pytest.mark.slow
 def test_the_example_runs_in_one_process(question: list[str]) -> None:
     done = subprocess.run([sys.executable, *question], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

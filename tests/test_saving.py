@@ -100,9 +100,8 @@ def test_formats(name: str, rotation: str, backend: str, tmp_path: Path) -> None
 
 
 @needs_interpreter
-@pytest.mark.parametrize(
-    ("name", "estimate_pages"), [("K16V16", None), pytest.param("K4V2", 0, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "estimate_pages"), [("K16V16", None), ("K4V2", 0)])
 def test_kernels_of_a_gpu(name: str, estimate_pages: int | None, tmp_path: Path) -> None:
     config = config_of(
         name,

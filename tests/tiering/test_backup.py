@@ -122,14 +122,14 @@ ORDERS: dict[str, Callable[[int], Order]] = {
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_the_bytes_are_right_in_any_order(order: str, is_pinned: bool) -> None:
     num_reads = 0
-    for seed in range(150):
+    for seed in range(60):
         trace = Trace(seed, ORDERS[order](seed), is_pinned)
         trace.run()
         assert trace.is_right
         assert len(trace.read) == len(trace.expected)
         num_reads += len(trace.read)
         trace.host.check([handles for handles, _, _ in trace.held])
-    assert num_reads > 1000
+    assert num_reads > 400
 
 
 @pytest.mark.parametrize("barrier", ["borrow", "submit", "settle"])

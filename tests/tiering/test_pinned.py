@@ -426,7 +426,7 @@ def test_a_long_trace_of_a_pinned_tier(cupy: FakeCupy) -> None:
     most = PER_CHUNK + PER_CHUNK // 2
     model, order = Model((FINE,), most * FINE), random.Random(3)
     model.tier = make(most)
-    for number in range(200):
+    for number in range(100):
         step(model, order)
         if number % 10 == 0:
             model.check()

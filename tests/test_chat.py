@@ -426,6 +426,19 @@ def test_a_budget_may_change_while_tokens_are_held() -> None:
     assert manager.config.budget_tokens == 32
 
 
+@pytest.mark.backends("torch", "numba")
+def test_a_budget_may_grow_beyond_what_lists_had_room_for() -> None:
+    states, query = torch.randn(2, 1, 1, 2000, 16), torch.randn(1, 1, 1, 16)
+    manager = KVCacheManager(1, 1, 16, small_config(budget_tokens=64))
+    other = KVCacheManager(1, 1, 16, small_config(budget_tokens=1900))
+    for one in (manager, other):
+        one.append(0, *states)
+        one.attend(0, query)
+    manager.set_budget(1900)
+    torch.testing.assert_close(manager.attend(0, query), other.attend(0, query))
+    manager.check_integrity()
+
+
 def test_a_caches_budget_may_change(shipped: tuple[Any, Any]) -> None:
     session = session_of(shipped)
     session.read(TEXT)

@@ -331,6 +331,7 @@ class NativeEngine(Engine):
         counters = counters[rows]
         counters[:, HIT:] = 0
         self._lists = Lists(pages[rows], num_pages[rows], counters)
+        self._make_room(int(parts.tokens.sealed.max()))
         self._steps.clear()
         self._is_bound = False
         self._break_trace()

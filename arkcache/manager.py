@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,18 +20,19 @@ import torch
 from torch import Tensor
 
 from arkcache.backend import choose_backend, on_own_device
-from arkcache.config import CacheConfig
+from arkcache.config import Budget, CacheConfig
 from arkcache.engines.capture import CapturableSteps
 from arkcache.engines.engine import State
 from arkcache.engines.step import Expand, Step, attend_blocks
 from arkcache.errors import ConfigError, HostTierFullError, InputError
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.layers.making import make_layers
-from arkcache.pages.bookkeeping import Ids, TokenLog
+from arkcache.lending import Loans
+from arkcache.pages.bookkeeping import Ids, TokenLog, is_in_order
 from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
-from arkcache.tiering.device import DeviceTier
+from arkcache.tiering.device import DeviceTier, TierPlan
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
     check_config,
@@ -103,16 +104,23 @@ class KVCacheManager:
         self.device, self.dtype, self.latent = self._like.device, dtype, latent
         self._recorder: Recorder | None = None
         self._traced_as: Sequence[int] = ()
+        self._loans = Loans()
         self._configure(CacheConfig() if config is None else config)
         self._clear()
 
     def _configure(self, config: CacheConfig) -> None:
         """Take over settings and all that follows from them, if they fit."""
+        planner = self._planned(config)
+        self._packers = planner.packers
+        self.planner, self._config = planner, planner.config
+
+    def _planned(self, config: CacheConfig) -> Planner:
+        """What follows from settings; raises `ConfigError` where they do not fit the layers."""
         check_config(config)
         config.check_layers(self.num_layers, self.num_kv_heads)
         check_rotation(config, self.head_dim, self.value_dim)
         config = config.on(self.device.type)
-        planner = Planner(
+        return Planner(
             config,
             self.num_layers,
             self.num_kv_heads,
@@ -122,8 +130,6 @@ class KVCacheManager:
             self.device,
             choose_backend(config, self.device, self.dtype, latent=self.latent),
         )
-        self._packers = planner.packers
-        self.planner, self._config = planner, config
 
     def _clear(self) -> None:
         self.steps: CapturableSteps | None = None
@@ -323,6 +329,7 @@ class KVCacheManager:
                 f"this cache holds {self.num_columns} tokens in {self._config.format.name}: other "
                 "settings need reset() first, or a cache of their own"
             )
+        self._loans.check_none("other settings")
         self._configure(config)
 
     @property
@@ -366,7 +373,7 @@ class KVCacheManager:
         if not self._layers:
             return
         order = sequence_order(index, self.batch)
-        if np.array_equal(order, np.arange(self.batch)):
+        if is_in_order(order, self.batch):
             return
         assert self._device_tier is not None
         max_selected, factor = self._max_selected, self._device_tier.plan.pool_factor
@@ -378,13 +385,16 @@ class KVCacheManager:
 
     def _move_into(self, planner: Planner, order: Ids, max_selected: int, factor: float) -> None:
         """Into a new device tier, in which sequence i is what sequence `order[i]` was."""
+        stays = is_in_order(order, self.batch)
         tier = DeviceTier(planner.plan(len(order), max_selected, factor))
         for number, state in enumerate(self._layers):
+            if stays and state.attends_everything:  # it has no part in the tier
+                continue
             state.keep_sequences(order, tier, planner.selected(number, max_selected))
         self._device_tier, self._max_selected = tier, max_selected
 
     @on_own_device
-    def set_budget(self, budget_tokens: int | tuple[Any, ...] | None) -> None:
+    def set_budget(self, budget_tokens: Budget) -> None:
         """Attend as many tokens per step from now on; what is held stays.
 
         budget_tokens: as in `CacheConfig`. Raises `ConfigError`, before anything has changed, for
@@ -407,6 +417,77 @@ class KVCacheManager:
             factor = planner.pool_factor(self.batch, max_selected)
             self._move_into(planner, np.arange(self.batch), max_selected, factor)
         self.planner, self._config = planner, config
+
+    @on_own_device
+    def resize(self, device_bytes: int | None) -> None:
+        """Have a device tier of at most so many bytes from now on (docs/lending.md).
+
+        What is held stays: budgets are cut to what fits, as if the cache had had the limit from the
+        beginning, and pages come back from the host tier when steps select them. On the numba
+        backend, which has no tier of pages, only budgets change.
+
+        device_bytes: as in `CacheConfig`. Raises `ConfigError`, before anything has changed, where
+        sinks, windows and one page do not fit, and `InputError` within `lend`.
+        """
+        self._loans.check_none(f"resize({device_bytes!r})")
+        self.change_size(device_bytes)
+
+    def lend(self, num_bytes: int) -> AbstractContextManager[None]:
+        """Within it, the device tier is at least so many bytes smaller than it is now.
+
+            with manager.lend(1 << 30):
+                ...     # steps may go on in what is left
+
+        Blocks may be nested. Raises `InputError`, before anything has changed, where the tier
+        cannot spare so much. If the memory is not there when the block ends, the cache goes on in
+        what it has: the error says so, and `resize` has the rest back later.
+        """
+        return self._loans.lend(self, num_bytes)
+
+    @property
+    def tier_bytes(self) -> int | None:
+        """Bytes of the device tier; while nothing is held its limit, None where there is none."""
+        return self._config.device_bytes if self._device_tier is None else self._device_tier.nbytes
+
+    @on_own_device
+    def change_size(self, device_bytes: int | None) -> None:
+        """See `resize`; also while something is lent."""
+        if self._device_tier is None:
+            planner = self._planned(replace(self._config, device_bytes=device_bytes))
+            planner.pages_that_fit(1)
+        else:
+            if self.steps is not None and self.steps.running is not None:
+                raise InputError(f"resize({device_bytes!r}) in the middle of a step: wait")
+            planner = self.planner.within(device_bytes)
+            self._rebuild(planner, self._device_tier.plan, planner.pages_that_fit(self.batch))
+        self.planner, self._config = planner, planner.config
+
+    def _rebuild(self, planner: Planner, before: TierPlan, max_selected: int) -> None:
+        """Give back the device tier, then make one of another size: both are never there at once.
+
+        Where that fails the tier is what it was `before`, but for pages that steps will recall.
+        """
+        order, selected = np.arange(self.batch), self._max_selected
+        if self._is_same(planner, before, max_selected):
+            self._max_selected = max_selected
+            return
+        try:
+            self._move_into(planner, order, 0, 1.0)  # windows and sinks alone
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # else the smaller tier would split the larger one's block
+            factor = planner.pool_factor(self.batch, max_selected)
+            self._move_into(planner, order, max_selected, factor)
+        except BaseException:  # no memory, most likely; or interrupted
+            self._move_into(self.planner, order, selected, before.pool_factor)
+            raise
+
+    def _is_same(self, planner: Planner, before: TierPlan, max_selected: int) -> bool:
+        """Whether a tier of this plan is there already, with the same budgets."""
+        if planner.takes_spare:
+            return False
+        plan = planner.plan(self.batch, max_selected, before.pool_factor)
+        budgets = (self.planner.budgets(self._max_selected), planner.budgets(max_selected))
+        return replace(plan, packer=before.packer) == before and budgets[0] == budgets[1]
 
     @torch.no_grad()
     def rate_with(self, make: Callable[[], PageIndex]) -> None:

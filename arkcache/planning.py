@@ -5,7 +5,7 @@ Knows sizes only; `DeviceTier` allocates what is planned here.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -60,12 +60,21 @@ class Planner:
         sizes = (self.config.page_size, self.head_dim, self.value_dim, self.dtype.itemsize)
         return [PagePacker(PageLayout(one, *sizes), self.dtype) for one in formats]
 
+    def within(self, device_bytes: int | None) -> Planner:
+        """The same under another limit; raises `ConfigError` for an impossible one."""
+        return replace(self, config=replace(self.config, device_bytes=device_bytes))
+
     def selected(self, layer: int, max_selected: int) -> Ids:
         """Pages that each KV head of a layer may select [num_kv_heads], at most `max_selected`."""
         if self.config.budget_of(layer) is None:
             return np.full(self.num_kv_heads, max_selected)
         pages = [self.config.selected_pages(layer, head) for head in range(self.num_kv_heads)]
         return np.minimum(np.array(pages, dtype=np.int64), max_selected)
+
+    def budgets(self, max_selected: int) -> list[list[int]]:
+        """`selected` of each layer that selects pages."""
+        paged = [one for one in range(self.num_layers) if self.config.budget_of(one) is not None]
+        return [self.selected(layer, max_selected).tolist() for layer in paged]
 
     @property
     def takes_spare(self) -> bool:
@@ -147,12 +156,15 @@ class Planner:
     def pages_that_fit(self, batch: int) -> int:
         """The most pages that every KV head may select within `device_bytes`.
 
-        An automatic pool factor leaves no page out: spare slots take what is left. Raises
-        `ConfigError` where not even one fits.
+        An automatic pool factor leaves no page out: spare slots take what is left. On the numba
+        backend, which has no slots, as many as would fit on plain torch. Raises `ConfigError` where
+        not even one fits.
         """
         limit = self.config.device_bytes
         if limit is None:
             return NO_LIMIT
+        if self.backend == "numba":
+            return replace(self, backend="torch").pages_that_fit(batch)
         fits, too_many, least = 1, 2, self.config.device_pool_factor or 1.0
         while self.plan(batch, too_many, least).nbytes <= limit and too_many < NO_LIMIT:
             fits, too_many = too_many, 2 * too_many

@@ -37,6 +37,7 @@ MAY_IMPORT = {
 }
 MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}
+MAY_IMPORT["lending"] = {"config", "errors"}
 MAY_IMPORT["validate"] = {"config", "errors", "kernels", "pages"}
 MAY_IMPORT["backend"] = {"config", "errors"}
 MAY_IMPORT["engines"] = {*MAY_IMPORT, "engines"} - {"backend", "planning", "validate"}
@@ -59,6 +60,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Pure: integers and small tensors, testable anywhere.
 PURE = {
     "arkcache.pages.bookkeeping",
+    "arkcache.pages.entropy",
     "arkcache.pages.importance",
     "arkcache.pages.policy",
     "arkcache.pages.windows",

@@ -20,7 +20,7 @@ from arkcache.engines.step import Step, attend_parts, attend_view, page_mass
 from arkcache.engines.summaries import PageSummaries, PseudoTokens
 from arkcache.engines.traced import attended_mass, note
 from arkcache.engines.views import Held, pages_left_out, view_mask, view_tokens
-from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.bookkeeping import Ids, is_in_order
 from arkcache.pages.importance import Importance
 from arkcache.pages.index import PageIndex
 from arkcache.pages.policy import fewest_pages, ranked_pages, top_pages
@@ -359,12 +359,13 @@ class HostEngine(Engine):
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Engine`."""
-        on_device = torch.from_numpy(index).to(device_tier.geometry.device)
-        self._ratings.keep_sequences(on_device, device_tier.geometry)
-        if self._summaries is not None:
-            self._summaries.keep_sequences(on_device, device_tier.geometry)
-        if self._importance is not None:
-            self._importance.keep_rows(self.parts.rows_from(index))
+        if not is_in_order(index, self.parts.geometry.batch):
+            on_device = torch.from_numpy(index).to(device_tier.geometry.device)
+            self._ratings.keep_sequences(on_device, device_tier.geometry)
+            if self._summaries is not None:
+                self._summaries.keep_sequences(on_device, device_tier.geometry)
+            if self._importance is not None:
+                self._importance.keep_rows(self.parts.rows_from(index))
         self.places.keep_sequences(index, device_tier, num_selected)
 
     # -- what is written down, and read again -----------------------------------------------------

@@ -45,7 +45,7 @@ from arkcache.kernels.numba_record import (
     TOKEN_ROWS,
 )
 from arkcache.kernels.numba_select import BY_MEAN, BY_SHARE
-from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.bookkeeping import Ids, is_in_order
 from arkcache.pages.counts import Counters
 from arkcache.pages.windows import ShiftedWindow
 from arkcache.stats import CacheStats
@@ -322,9 +322,11 @@ class NativeEngine(Engine):
         parts, before = self.parts, self.parts.working_set.windows
         rows = parts.rows_from(index)
         on_device = torch.from_numpy(index)
+        stays = is_in_order(index, parts.geometry.batch)
         parts.device_tier = device_tier
         copy_sequences(before, parts.working_set.windows, on_device)
-        self._digests.keep_sequences(on_device)
+        if not stays:
+            self._digests.keep_sequences(on_device)
         self._allot(num_selected)
         vars(parts.counters).update(vars(self._counted()))
         pages, num_pages, counters = self._lists

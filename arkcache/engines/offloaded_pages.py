@@ -23,7 +23,7 @@ from arkcache.kernels.arguments import HostPages, Places, Selection, Summaries, 
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.kernels.triton_copy import gather, scatter
 from arkcache.kernels.triton_seal import seal_newest, seal_pages
-from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.bookkeeping import Ids, is_in_order
 from arkcache.pages.windows import RingWindow
 from arkcache.tiering.backup import BackupEngine, Ticket, backup_engine_of
 from arkcache.tiering.device import DeviceTier, PackedWorkingSet
@@ -264,9 +264,11 @@ class OffloadedPages:
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Engine.keep_sequences`."""
         before, old_table, rows = self._working_set, self.page_table, self._parts.rows_from(index)
+        stays = is_in_order(index, self._parts.geometry.batch)
         self._parts.device_tier, geometry = device_tier, device_tier.geometry
         on_device = upload(index, geometry.device)
-        self.directory.keep_sequences(on_device, geometry)
+        if not stays:
+            self.directory.keep_sequences(on_device, geometry)
         self._newest = self._make_newest()
         self.page_table = self._make_page_table(num_selected)
         self.page_table.inherit(old_table, upload(rows, geometry.device), geometry.num_kv_heads)

@@ -228,6 +228,7 @@ class ArkCache(DynamicCache):
             )
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
+        core.loans.check_none("other settings")
         config = config.on(core.device_type)
         self._check_budgets(config)
         if core.attachment is not None:
@@ -330,6 +331,33 @@ class ArkCache(DynamicCache):
         """
         self._check_budgets(replace(self._core.config, budget_tokens=budget_tokens))
         self._core.set_budget(budget_tokens)
+
+    def resize(self, device_bytes: int | None) -> None:
+        """Have device tiers of at most so many bytes from now on (docs/lending.md).
+
+            cache.resize(2 << 30)
+
+        What is held stays: budgets are cut to what fits, as if the cache had had the limit from the
+        beginning, and pages come back from the host tier when steps select them. On a CPU with
+        numba there is no tier of pages, and only budgets change.
+
+        device_bytes: as in `CacheConfig`. Raises `ConfigError`, before anything has changed, where
+        sinks, windows and one page do not fit, and `InputError` within `lend`.
+        """
+        self._core.loans.check_none(f"resize({device_bytes!r})")
+        self._core.change_size(device_bytes)
+
+    def lend(self, num_bytes: int) -> AbstractContextManager[None]:
+        """Within it, the device tiers are at least so many bytes smaller than they are now.
+
+            with cache.lend(1 << 30):
+                other_model.generate(...)       # this cache's steps may go on in what is left
+
+        Blocks may be nested. Raises `InputError`, before anything has changed, where the tiers
+        cannot spare so much. If the memory is not there when the block ends, the cache goes on in
+        what it has: the error says so, and `resize` has the rest back later.
+        """
+        return self._core.loans.lend(self._core, num_bytes)
 
     def forget_step(self) -> None:
         """Forget a step that was interrupted between its layers."""

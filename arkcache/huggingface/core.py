@@ -6,7 +6,7 @@ freed as soon as the last reference to the cache goes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from arkcache.config import CacheConfig
 from arkcache.errors import InputError
 from arkcache.huggingface.attachment import Attachment, LayerShape, find_attachment
+from arkcache.lending import Loans
 from arkcache.manager import KVCacheManager
 from arkcache.tracing.recorder import Recorder
 
@@ -37,6 +38,7 @@ class CacheCore:
         model: the model itself, which the cache does not keep alive; None after unpickling.
         managers: of layers that are alike, by their shape or, where it is unknown, by layer.
         exact: every step attends everything, whatever its size: see `ArkCache.exact`.
+        loans: of the device tiers of all managers.
         recorder: told what decode steps do, within `traces`; see `ArkCache.trace`.
     """
 
@@ -50,6 +52,7 @@ class CacheCore:
     managers: dict[LayerShape | int, KVCacheManager] = field(default_factory=dict)
     exact: bool = False
     model: ReferenceType[PreTrainedModel] | None = None
+    loans: Loans = field(default_factory=Loans)
     recorder: Recorder | None = None
     traces: ExitStack | None = None
 
@@ -143,16 +146,16 @@ class CacheCore:
             len(layers),
             shape.num_kv_heads,
             shape.head_dim,
-            self._config_of(shape, layers),
+            self._config_of(layers),
             device=shape.device,
             dtype=shape.dtype,
             value_dim=shape.value_dim,
             latent=shape.latent,
         )
 
-    def _config_of(self, shape: LayerShape, layers: list[int]) -> CacheConfig:
+    def _config_of(self, layers: list[int]) -> CacheConfig:
         """The settings of a manager that holds these layers of the model."""
-        share = self._share(shape, layers)
+        share = self._share(layers)
         device, host = (
             None if limit is None else max(1, int(limit * share))
             for limit in (self.config.device_bytes, self.config.host_bytes)
@@ -170,21 +173,44 @@ class CacheCore:
 
     def set_budget(self, budget_tokens: Any) -> None:
         """See `ArkCache.set_budget`."""
-        before = self.config
-        self.config = replace(before, budget_tokens=budget_tokens)
-        changed: list[tuple[KVCacheManager, Any]] = []
+        config = replace(self.config, budget_tokens=budget_tokens)
+        self._change(config, lambda manager, own: manager.set_budget(own.budget_tokens))
+
+    @property
+    def tier_bytes(self) -> int | None:
+        """See `Resizable`: of all managers together."""
+        if not self.managers:
+            return self.config.device_bytes
+        return sum(manager.tier_bytes or 0 for manager in self.managers.values())
+
+    def change_size(self, device_bytes: int | None) -> None:
+        """See `Resizable`; each manager has its share, as from the beginning."""
+        config = replace(self.config, device_bytes=device_bytes)
+        if self.attachment is not None:
+            replace(self, config=config, managers={})._check_batch(1)
+        for group, manager in self.managers.items():
+            own = replace(self, config=config)._config_of(self._members(group))
+            manager.planner.within(own.device_bytes).pages_that_fit(max(1, manager.batch))
+        self._change(config, lambda manager, own: manager.change_size(own.device_bytes))
+
+    def _change(
+        self, config: CacheConfig, change: Callable[[KVCacheManager, CacheConfig], None]
+    ) -> None:
+        """Take over settings, and have every manager change to its own, all of them or none."""
+        before, changed = self.config, list[tuple[KVCacheManager, CacheConfig]]()
+        self.config = config
         try:
             for group, manager in self.managers.items():
-                budget = manager.config.budget_tokens
-                manager.set_budget(self._budgets_of(self._members(group)))
-                changed.append((manager, budget))
+                own = manager.config
+                change(manager, self._config_of(self._members(group)))
+                changed.append((manager, own))
         except BaseException:
             self.config = before
-            for manager, budget in changed:
-                manager.set_budget(budget)
+            for manager, own in changed:
+                change(manager, own)
             raise
 
-    def _share(self, shape: LayerShape, layers: list[int]) -> float:
+    def _share(self, layers: list[int]) -> float:
         """What these layers keep of a token in tiers, as a share of what all paged layers keep."""
         known = self.attached().shapes
         if not all(layer in known for layer in layers):  # the probe did not get so far

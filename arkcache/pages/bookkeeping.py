@@ -22,6 +22,11 @@ from arkcache.errors import IntegrityError
 Ids = NDArray[np.int64]
 
 
+def is_in_order(index: Ids, batch: int) -> bool:
+    """Whether each of `batch` sequences stays what and where it is."""
+    return np.array_equal(index, np.arange(batch))
+
+
 def sealed_pages(length: int, recent: int, page_size: int) -> int:
     """Pages of a sequence that are sealed once it holds `length` tokens."""
     return max(0, (length - recent) // page_size)

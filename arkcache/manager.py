@@ -385,8 +385,12 @@ class KVCacheManager:
 
     def _move_into(self, planner: Planner, order: Ids, max_selected: int, factor: float) -> None:
         """Into a new device tier, in which sequence i is what sequence `order[i]` was."""
-        stays = is_in_order(order, self.batch)
         tier = DeviceTier(planner.plan(len(order), max_selected, factor))
+        self._enter(tier, planner, order, max_selected)
+
+    def _enter(self, tier: DeviceTier, planner: Planner, order: Ids, max_selected: int) -> None:
+        """See `_move_into`."""
+        stays = is_in_order(order, self.batch)
         for number, state in enumerate(self._layers):
             if stays and state.attends_everything:  # it has no part in the tier
                 continue
@@ -471,8 +475,9 @@ class KVCacheManager:
         if self._is_same(planner, before, max_selected):
             self._max_selected = max_selected
             return
+        aside = DeviceTier(planner.plan(self.batch, 0, 1.0))  # windows and sinks alone
         try:
-            self._move_into(planner, order, 0, 1.0)  # windows and sinks alone
+            self._enter(aside, planner, order, 0)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # else the smaller tier would split the larger one's block
             factor = planner.pool_factor(self.batch, max_selected)

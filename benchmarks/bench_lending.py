@@ -94,6 +94,7 @@ def walk(model: Any, past: Any, tokens: list[int], budget: int, factor: float) -
     settings = ON_SLOTS | {"budget_tokens": budget, "device_pool_factor": factor}
     cache = ArkCache(model, **settings)
     fill(cache, past)
+    cache.end_prompt()  # else the first step attends everything
     walker, steps = Walk(model, cache, tokens), len(tokens) // 3
     before = walker.phase(steps)
     begun = time.perf_counter()

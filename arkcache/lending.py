@@ -88,5 +88,6 @@ def _checked_size(cache: Resizable, num_bytes: Any) -> int:
             "tier to lend from; give device_bytes, or lend when tokens are held"
         )
     if num_bytes > size:
-        raise InputError(f"lend({num_bytes}): the device tier has {size} bytes")
+        why = "" if size else "; kernels of a CPU and layers that attend everything have none"
+        raise InputError(f"lend({num_bytes}): the device tier of pages has {size} bytes{why}")
     return size

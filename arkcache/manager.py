@@ -450,8 +450,13 @@ class KVCacheManager:
 
     @property
     def tier_bytes(self) -> int | None:
-        """Bytes of the device tier; while nothing is held its limit, None where there is none."""
-        return self._config.device_bytes if self._device_tier is None else self._device_tier.nbytes
+        """Bytes of the device tier; while nothing is held its limit, None where there is none.
+
+        On the numba backend 0: pages are attended in the host tier.
+        """
+        if self._device_tier is None:
+            return self._config.device_bytes
+        return 0 if self.planner.backend == "numba" else self._device_tier.nbytes
 
     @on_own_device
     def change_size(self, device_bytes: int | None) -> None:

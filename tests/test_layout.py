@@ -60,7 +60,6 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Pure: integers and small tensors, testable anywhere.
 PURE = {
     "arkcache.pages.bookkeeping",
-    "arkcache.pages.entropy",
     "arkcache.pages.importance",
     "arkcache.pages.policy",
     "arkcache.pages.windows",

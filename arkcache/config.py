@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
 from typing import Any
@@ -118,6 +119,11 @@ class CacheConfig:
         audit_every: in one step of so many, one layer (they take turns) reads all its keys, to
             count what its attention really missed beside what the index made of it
             (`CacheStats.missed_by_layer`). None is never. Plain torch only, see `backend`.
+        layer_sources: for each layer of the model's cache the one whose keys and values it attends:
+            itself, or an earlier one that attends its own (KVSharer, cross-layer attention).
+            (0, 0, 2, 2) has layer 1 attend what layer 0 stores, and layer 3 what layer 2 does. Such
+            a layer stores nothing and has its source's budget. None: each attends its own. Of an
+            `ArkCache`; a `KVCacheManager` keeps the layers that store (docs/sharing.md).
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
@@ -161,6 +167,7 @@ class CacheConfig:
     estimate_pages: int | None = 0
     target_missed_mass: float | None = None
     audit_every: int | None = None
+    layer_sources: tuple[int, ...] | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     host_path: str | None = None
@@ -182,6 +189,7 @@ class CacheConfig:
         self._check_choices()
         self._check_formats()
         self._check_target()
+        self._check_sources()
         if self.budget_tokens == "auto" and self.device_bytes is None:
             object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
         if self.budget_tokens is None and self.device_bytes is not None:
@@ -197,8 +205,9 @@ class CacheConfig:
                 f"budget_tokens={self.budget_tokens!r}: a layer is unlimited as a whole (None in "
                 "place of its tuple), not one of its KV heads"
             )
-        if isinstance(self.budget_tokens, list | tuple):
-            object.__setattr__(self, "budget_tokens", _as_tuple(self.budget_tokens))
+        for name in ("budget_tokens", "layer_sources"):
+            if isinstance(getattr(self, name), list | tuple):
+                object.__setattr__(self, name, _as_tuple(getattr(self, name)))
 
     @classmethod
     def preset(cls, name: str, **settings: Any) -> CacheConfig:
@@ -341,6 +350,33 @@ class CacheConfig:
         fixed = self.num_sink_pages * self.page_size + self.window_tokens - 1
         return max(0, (budget - fixed) // self.page_size)
 
+    def stores(self, layer: int) -> bool:
+        """Whether a layer stores keys and values: False where it attends another's."""
+        return self.layer_sources is None or self.layer_sources[layer] == layer
+
+    def budgets_of(self, layers: Sequence[int]) -> tuple[Any, ...] | None:
+        """The budgets of these layers, as a cache of them alone is told."""
+        given = self.budget_tokens
+        if given is None:
+            return None
+        each = given if isinstance(given, tuple) else [given] * (max(layers) + 1)
+        dense = self.num_dense_layers
+        return tuple(None if layer < dense else each[layer] for layer in layers)
+
+    def of_layers(self, layers: Sequence[int]) -> CacheConfig:
+        """The settings of a cache that keeps these layers alone, numbered among themselves."""
+        budgets = self.budgets_of(layers)
+        return replace(self, num_dense_layers=0, budget_tokens=budgets, layer_sources=None)
+
+    def check_sources(self, num_layers: int) -> None:
+        """Raise `ConfigError` unless `layer_sources` has one entry per layer."""
+        sources = self.layer_sources
+        if sources is not None and len(sources) != num_layers:
+            raise ConfigError(
+                f"layer_sources has {len(sources)} entries: expected one for each of the "
+                f"{num_layers} layers of this cache"
+            )
+
     def check_layers(self, num_layers: int, num_kv_heads: int) -> None:
         """Raise `ConfigError` unless tuple budgets have one entry per layer (and KV head)."""
         budget = self.budget_tokens
@@ -454,6 +490,27 @@ class CacheConfig:
                 f"target_missed_mass={target!r} beside budget_tokens=None: unlimited misses "
                 "nothing; give a budget, which is the most that a step may attend"
             )
+
+    def _check_sources(self) -> None:
+        sources = self.layer_sources
+        if sources is None:
+            return
+        if not isinstance(sources, list | tuple) or not sources or not all(map(_is_int, sources)):
+            raise ConfigError(
+                f"layer_sources={sources!r}: expected the number of a layer for each layer, as in "
+                "(0, 0, 2, 2), or None"
+            )
+        for layer, source in enumerate(sources):
+            if not 0 <= source <= layer:
+                raise ConfigError(
+                    f"layer_sources={sources!r}: layer {layer} cannot attend layer {source}; "
+                    f"expected itself or an earlier one, 0 to {layer}"
+                )
+            if sources[source] != source:
+                raise ConfigError(
+                    f"layer_sources={sources!r}: layer {layer} attends layer {source}, which "
+                    f"stores nothing; expected what that attends, layer {sources[source]}"
+                )
 
     def _check_budget(self, budget: Any) -> None:
         if budget is None or budget == "auto":

@@ -40,6 +40,7 @@ from arkcache.validate import (
     check_layer,
     check_mask,
     check_new_tokens,
+    check_no_sources,
     check_padding,
     check_query,
     check_rotation,
@@ -117,6 +118,7 @@ class KVCacheManager:
     def _planned(self, config: CacheConfig) -> Planner:
         """What follows from settings; raises `ConfigError` where they do not fit the layers."""
         check_config(config)
+        check_no_sources(config)
         config.check_layers(self.num_layers, self.num_kv_heads)
         check_rotation(config, self.head_dim, self.value_dim)
         config = config.on(self.device.type)

@@ -146,7 +146,8 @@ def plan_memory(
     """What a cache of these settings takes, on a device that need not be there.
 
     Args:
-        config: the settings; dense layers are the first `num_dense_layers` of `shape`.
+        config: the settings; dense layers are the first `num_dense_layers` of `shape`, and
+            `layer_sources` are of its layers.
         shape: of the decoder.
         context_tokens: tokens of each sequence.
         batch: sequences.
@@ -157,7 +158,8 @@ def plan_memory(
     sizes below 1 and an unknown device.
     """
     _check(context_tokens, batch, device)
-    config = config.on(device)
+    full_bytes = batch * context_tokens * shape.token_bytes
+    config, shape = _storing(config.on(device), shape)
     planner = KVCacheManager(
         shape.num_layers,
         shape.num_kv_heads,
@@ -198,7 +200,7 @@ def plan_memory(
         spare_bytes=_spare_bytes(planner, batch, max_selected) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
         digest_bytes=num_pages * _digest_bytes(config, shape, device, index),
-        full_bytes=batch * context_tokens * shape.token_bytes,
+        full_bytes=full_bytes,
     )
 
 
@@ -244,6 +246,16 @@ def _check(context_tokens: int, batch: int, device: str) -> None:
             raise InputError(f"{name}={size}: expected at least 1")
     if device not in _PLANNED_ON:
         raise InputError(f"device {device!r}: expected {' or '.join(_PLANNED_ON)}")
+
+
+def _storing(config: CacheConfig, shape: CacheShape) -> tuple[CacheConfig, CacheShape]:
+    """Settings and sizes of the layers that store, where others share theirs."""
+    if config.layer_sources is None:
+        return config, shape
+    config.check_sources(shape.num_layers)
+    config.check_layers(shape.num_layers, shape.num_kv_heads)
+    layers = [layer for layer in range(shape.num_layers) if config.stores(layer)]
+    return config.of_layers(layers), replace(shape, num_layers=len(layers))
 
 
 def _spare_bytes(planner: Planner, batch: int, max_selected: int) -> int:

@@ -189,6 +189,8 @@ def _converted(kinds: list[str], optional: bool, name: str, value: Any) -> Any:
         return None
     if kinds == ["Budget"]:
         return _budget(value, depth=2)
+    if name == "layer_sources":
+        return _sources(value)
     if name.endswith("_bytes") and isinstance(value, str):
         try:
             return parse_bytes(value)
@@ -211,6 +213,32 @@ def _budget(value: Any, depth: int) -> Any:
     raise TypeError(
         'an integer, "auto", "none", or a list of them per layer (and lists in it per KV head)'
     )
+
+
+def _sources(value: Any) -> tuple[int, ...]:
+    """A list of layers, or "@FILE" with what `arkcache share --output FILE` wrote."""
+    if isinstance(value, str) and value.startswith("@"):
+        value = _sources_in(Path(value[1:]))
+    if isinstance(value, list) and value and all(type(item) is int for item in value):
+        return tuple(value)
+    raise TypeError('a list of layers as in [0, 0, 2, 2], "@FILE" of arkcache share, or "none"')
+
+
+def _sources_in(path: Path) -> Any:
+    """The entry "layer_sources" of a file of JSON."""
+    import json
+
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise ConfigError(f"{path}: expected what arkcache share wrote: {error}") from None
+    if not isinstance(found, dict) or "layer_sources" not in found:
+        raise ConfigError(
+            f"{path}: expected a JSON object with layer_sources, as arkcache share writes it"
+        )
+    return found["layer_sources"]
 
 
 def _nearest(name: str, spelled: Callable[[str], str] = str) -> str:

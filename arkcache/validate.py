@@ -32,6 +32,16 @@ def check_config(config: Any) -> None:
         raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
 
 
+def check_no_sources(config: CacheConfig) -> None:
+    """Raise where layers are to share: a manager keeps layers that store, and numbers them."""
+    if config.layer_sources is not None:
+        raise ConfigError(
+            f"layer_sources={config.layer_sources!r}: a KVCacheManager keeps the layers that store "
+            "and no others; make it with as many, and have the others call attend() with the "
+            "number of the one they share with (docs/sharing.md)"
+        )
+
+
 def check_rotation(config: CacheConfig, head_dim: int, value_dim: int) -> None:
     """Raise unless there is something to rotate where the settings ask for it."""
     for name, rotates, dim in (

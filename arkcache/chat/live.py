@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from arkcache.chat.session import Session
+from arkcache.huggingface.cache import PagedCacheLayer
 from arkcache.stats import CacheStats
 
 REFRESH_SECONDS = 0.2
@@ -56,7 +57,7 @@ def live_answer(console: Console, session: Session) -> Iterator[Callable[[str], 
 def panel(session: Session, before: CacheStats) -> Panel:
     """What the cache holds, and what it has done since `before`."""
     stats = session.cache.stats()
-    layers = max(1, stats.total_tokens // max(1, len(session.ids)))
+    layers = max(1, sum(isinstance(one, PagedCacheLayer) for one in session.cache.layers))
     steps = (stats.decode_steps - before.decode_steps) // layers
     hits, recalled, copied = (
         getattr(stats, name) - getattr(before, name)

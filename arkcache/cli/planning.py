@@ -157,12 +157,25 @@ def describe(
 
 
 def _counting_only(numbers: list[int], given: dict[str, Given]) -> dict[str, Given]:
-    """The settings with those dense layers alone that are among layers of these numbers."""
-    dense = given.get("num_dense_layers")
-    if dense is None or dense.value < 0:
-        return given
-    count = sum(number < dense.value for number in numbers)
-    return given | {"num_dense_layers": Given(count, dense.source)}
+    """The settings with dense layers and sources as they are among layers of these numbers."""
+    dense, sources = given.get("num_dense_layers"), given.get("layer_sources")
+    if dense is not None and dense.value >= 0:
+        count = sum(number < dense.value for number in numbers)
+        given = given | {"num_dense_layers": Given(count, dense.source)}
+    if sources is not None and sources.value is not None:
+        build({"layer_sources": sources})  # refuses what is impossible
+        given = given | {"layer_sources": Given(_among(sources.value, numbers), sources.source)}
+    return given
+
+
+def _among(sources: tuple[int, ...], numbers: list[int]) -> tuple[int, ...]:
+    """The sources of layers of these numbers, numbered among themselves."""
+    if len(sources) <= max(numbers) or any(sources[number] not in numbers for number in numbers):
+        raise arkcache.ConfigError(
+            f"layer_sources={sources!r}: expected {max(numbers) + 1} layers, and those that attend "
+            f"their whole past to share among themselves: {', '.join(map(str, numbers))}"
+        )
+    return tuple(numbers.index(sources[number]) for number in numbers)
 
 
 def _configs(given: dict[str, Given], formats: list[str] | None) -> dict[str, CacheConfig]:

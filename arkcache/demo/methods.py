@@ -26,7 +26,6 @@ from arkcache.demo.baselines import (
 )
 from arkcache.errors import UnsupportedModelError
 from arkcache.huggingface import ArkCache, detach
-from arkcache.huggingface.cache import PagedCacheLayer
 from arkcache.memory import CacheShape
 
 Open = Callable[[PreTrainedModel, DynamicCache], DynamicCache]
@@ -146,7 +145,7 @@ def usage(cache: DynamicCache) -> Usage:
     """What a cache of any of the methods holds now."""
     if isinstance(cache, ArkCache):
         stats = cache.stats()
-        num_paged = sum(isinstance(layer, PagedCacheLayer) for layer in cache.layers)
+        num_paged = sum(manager.num_layers for manager in cache.managers)
         return Usage(
             stats.attended_tokens / num_paged,
             stats.device_bytes + stats.digest_bytes,

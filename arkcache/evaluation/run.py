@@ -245,6 +245,10 @@ class Bench:
             for method, case, budget in self._cases(ATTENTION, length)
             if method.kind != FULL
         ]
+        shared = [one for one in cases if "layer_sources" in one[0].settings]
+        for _, case, _ in shared:
+            self._skip(case, ConfigError("layer_sources: layers that share are not replayed"))
+        cases = [one for one in cases if one not in shared]
         for number in range(self._settings.num_passages if cases else 0):
             passage, reading = self._read_text(ATTENTION, length, number)
             try:

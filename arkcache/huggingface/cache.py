@@ -27,7 +27,7 @@ from arkcache.huggingface.attachment import (
     device_of,
 )
 from arkcache.huggingface.attention import TAG
-from arkcache.huggingface.core import CacheCore
+from arkcache.huggingface.core import CacheCore, last_readers
 from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
 from arkcache.manager import KVCacheManager
 from arkcache.saving.pages import Progress
@@ -109,6 +109,8 @@ class PagedCacheLayer(CacheLayerMixin):
         self.manager.append(self.index, key_states, value_states, padding)
         self.exact = self.core.exact or self.in_prompt
         self.in_prompt = key_states.shape[2] > 1
+        if self.layer in self.core.last_readers:
+            self.core.handed[self.layer] = key_states, value_states
         if past == 0:
             return key_states, value_states
         if self.core.reason is not None:
@@ -201,16 +203,31 @@ class ArkCache(DynamicCache):
         self._check_layers(model, config)
         device_type = device_of(model).type
         self._core = CacheCore(config.on(device_type), model.config, device_type)
-        for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:
-                self.layers[index] = PagedCacheLayer(self._core, index)
-        self._core.num_paged_layers = sum(
-            isinstance(layer, PagedCacheLayer) for layer in self.layers
-        )
+        self._make_layers()
         self._core.reason = self._reason_not_paged()
         self._core.mask_is_read = any(
             isinstance(layer, DynamicLayer) and not layer.is_sliding
             for layer in self._other_layers()
+        )
+
+    def _make_layers(self) -> None:
+        """Have layers that attend their whole past be paged, or attend another that is."""
+        from arkcache.huggingface.sharing import SharingCacheLayer  # it imports this module
+
+        core = self._core
+        for index, layer in enumerate(self.layers):
+            if type(layer) is not DynamicLayer and not isinstance(layer, PagedCacheLayer):
+                continue
+            self.layers[index] = PagedCacheLayer(core, index)
+            if not core.config.stores(index):
+                assert core.config.layer_sources is not None
+                source = self.layers[core.config.layer_sources[index]]
+                assert isinstance(source, PagedCacheLayer)
+                self.layers[index] = SharingCacheLayer(core, index, source)
+        core.last_readers = last_readers(core.config.layer_sources)
+        core.num_paged_layers = sum(
+            isinstance(layer, PagedCacheLayer) and core.config.stores(index)
+            for index, layer in enumerate(self.layers)
         )
 
     @property
@@ -231,13 +248,13 @@ class ArkCache(DynamicCache):
         core.loans.check_none("other settings")
         config = config.on(core.device_type)
         self._check_budgets(config)
+        self._check_sources(config)
         if core.attachment is not None:
-            replace(core, config=config, managers={}).check()
+            readers = last_readers(config.layer_sources)
+            replace(core, config=config, managers={}, last_readers=readers).check()
         core.config = config
         core.managers.clear()
-        for layer in self.layers:
-            if isinstance(layer, PagedCacheLayer):
-                layer.reset()
+        self._make_layers()
 
     @property
     def reason(self) -> str | None:
@@ -553,6 +570,7 @@ class ArkCache(DynamicCache):
 
     def _check_layers(self, model: PreTrainedModel, config: CacheConfig) -> None:
         self._check_budgets(config)
+        self._check_sources(config)
         if not any(isinstance(layer, CacheLayerMixin) for layer in self.layers):
             raise UnsupportedModelError(
                 f"{type(model).__name__} keeps no keys and values: there is nothing to page. Use "
@@ -565,6 +583,23 @@ class ArkCache(DynamicCache):
             raise ConfigError(
                 f"budget_tokens has {len(budget)} entries: this model has {len(self.layers)} layers"
             )
+
+    def _check_sources(self, config: CacheConfig) -> None:
+        """Raise `ConfigError` where layers cannot share, as far as their kinds say."""
+        config.check_sources(len(self.layers))
+        for layer, source in enumerate(config.layer_sources or ()):
+            for one in (layer, source):
+                kind = type(self.layers[one])
+                if (
+                    layer != source
+                    and kind is not DynamicLayer
+                    and not issubclass(kind, PagedCacheLayer)
+                ):
+                    raise ConfigError(
+                        f"layer_sources: layer {layer} cannot attend layer {source}, because layer "
+                        f"{one} does not attend its whole past (a {kind.__name__}); expected "
+                        f"{layer} in its place"
+                    )
 
     def _reason_not_paged(self) -> str | None:
         if any(isinstance(layer, PagedCacheLayer) for layer in self.layers):

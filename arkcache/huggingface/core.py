@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from arkcache.config import CacheConfig
-from arkcache.errors import InputError
+from arkcache.errors import ConfigError, InputError
 from arkcache.huggingface.attachment import Attachment, LayerShape, find_attachment
 from arkcache.lending import Loans
 from arkcache.manager import KVCacheManager
@@ -32,6 +32,8 @@ class CacheCore:
         model_config: the model's own.
         device_type: of the model's first device, "cpu", "cuda" ...
         num_paged_layers: layers of the model whose pages this keeps.
+        last_readers: of layers whose keys and values others attend, the last of those.
+        handed: keys and values of such layers, in the step under way, until the last has them.
         reason: why the cache is in compat mode; None when it is paged.
         mask_is_read: a layer that is not paged attends its whole past, and so needs a mask.
         attachment: of the model; None after unpickling without the model.
@@ -46,6 +48,8 @@ class CacheCore:
     model_config: PreTrainedConfig
     device_type: str
     num_paged_layers: int = 0
+    last_readers: dict[int, int] = field(default_factory=dict)
+    handed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     reason: str | None = None
     mask_is_read: bool = False
     attachment: Attachment | None = None
@@ -64,6 +68,7 @@ class CacheCore:
 
     def forget_step(self) -> None:
         """Forget a step that was interrupted: its padding, and a layer not attended yet."""
+        self.handed.clear()
         if self.attachment is not None:
             self.attachment.padding = self.attachment.pending = None
 
@@ -107,6 +112,11 @@ class CacheCore:
         """See `ArkCache.trace`."""
         if self.recorder is not None:
             raise InputError("this cache is being traced already: one recorder at a time")
+        if self.last_readers:
+            raise InputError(
+                f"layer_sources={self.config.layer_sources!r}: a trace has one step of each layer, "
+                "and several layers attend the same one here; trace without layer_sources"
+            )
         with ExitStack() as traces:
             self.recorder, self.traces = recorder, traces
             try:
@@ -125,10 +135,28 @@ class CacheCore:
         """The layers of the model that a manager holds, by its key in `managers`."""
         if isinstance(group, int):
             return [group]
-        return sorted(layer for layer, shape in self.attached().shapes.items() if shape == group)
+        return sorted(layer for layer, shape in self._stored().items() if shape == group)
+
+    def _stored(self) -> dict[int, LayerShape]:
+        """The layers that the probe saw and that store keys and values of their own."""
+        shapes = self.attached().shapes
+        return {layer: shape for layer, shape in shapes.items() if self.config.stores(layer)}
 
     def check(self) -> None:
         """Raise `ConfigError` where the settings do not fit the layers that the probe saw."""
+        if self.last_readers and self.reason is not None:
+            raise ConfigError(
+                f"layer_sources={self.config.layer_sources!r}: this model runs in compat mode, in "
+                f"which layers do not share ({self.reason})"
+            )
+        shapes = self.attached().shapes
+        for layer, source in enumerate(self.config.layer_sources or ()):
+            own, its = shapes.get(layer), shapes.get(source)
+            if own is not None and its is not None and own != its:
+                raise ConfigError(
+                    f"layer_sources: layer {layer} cannot attend layer {source}, which stores "
+                    f"something else: expected {own}, got {its}"
+                )
         self._probed_managers()
 
     def _check_batch(self, batch: int) -> None:
@@ -138,7 +166,7 @@ class CacheCore:
 
     def _probed_managers(self) -> list[KVCacheManager]:
         """An empty manager for each group of layers that the probe saw."""
-        shapes = set(self.attached().shapes.values())
+        shapes = set(self._stored().values())
         return [self._make_manager(shape, self._members(shape)) for shape in shapes]
 
     def _make_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
@@ -160,16 +188,7 @@ class CacheCore:
             None if limit is None else max(1, int(limit * share))
             for limit in (self.config.device_bytes, self.config.host_bytes)
         )
-        config = replace(self.config, device_bytes=device, host_bytes=host)
-        return replace(config, num_dense_layers=0, budget_tokens=self._budgets_of(layers))
-
-    def _budgets_of(self, layers: list[int]) -> tuple[Any, ...] | None:
-        """The budgets of these layers of the model, as a manager of them is told."""
-        given, num_dense = self.config.budget_tokens, self.config.num_dense_layers
-        if given is None:
-            return None
-        each = given if isinstance(given, tuple) else [given] * (max(layers) + 1)
-        return tuple(None if layer < num_dense else each[layer] for layer in layers)
+        return replace(self.config, device_bytes=device, host_bytes=host).of_layers(layers)
 
     def set_budget(self, budget_tokens: Any) -> None:
         """See `ArkCache.set_budget`."""
@@ -212,7 +231,7 @@ class CacheCore:
 
     def _share(self, layers: list[int]) -> float:
         """What these layers keep of a token in tiers, as a share of what all paged layers keep."""
-        known = self.attached().shapes
+        known = self._stored()
         if not all(layer in known for layer in layers):  # the probe did not get so far
             return len(layers) / max(self.num_paged_layers, len(layers))
 
@@ -229,8 +248,14 @@ class CacheCore:
         state["model"] = None
         state["attachment"] = None if self.attachment is None else self.attachment.name
         state["recorder"] = state["traces"] = None  # a copy is not traced
+        state["handed"] = {}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self.attachment = find_attachment(state["attachment"])
+
+
+def last_readers(sources: tuple[int, ...] | None) -> dict[int, int]:
+    """Of the layers that others attend, by number, the last of those."""
+    return {source: layer for layer, source in enumerate(sources or ()) if layer != source}

@@ -13,6 +13,7 @@ from arkcache.errors import InputError, SessionError
 from arkcache.huggingface.attachment import LayerShape, device_of
 from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.huggingface.identity import identity_of
+from arkcache.huggingface.sharing import SharingCacheLayer
 from arkcache.manager import KVCacheManager
 from arkcache.saving.folder import FolderReader, FolderWriter, reading, writing
 from arkcache.saving.managers import (
@@ -34,7 +35,11 @@ def save_cache(
     """See `ArkCache.save`. note: what JSON can say, given back by `load_cache`."""
     if model.config.model_type in STATE_ELSEWHERE:
         raise InputError(f"{type(model).__name__} keeps a part of its state in its own modules")
-    paged = [layer for layer in cache.layers if isinstance(layer, PagedCacheLayer)]
+    paged = [
+        layer
+        for number, layer in enumerate(cache.layers)
+        if isinstance(layer, PagedCacheLayer) and cache.config.stores(number)
+    ]
     for manager in cache.managers:
         columns = [layer.get_seq_length() for layer in paged if layer.manager is manager]
         if len({*columns}) != 1 or len(columns) != manager.num_layers:
@@ -78,7 +83,13 @@ def load_cache(
                 f"{folder} holds no cache of a model of transformers: KVCacheManager.load reads it"
             )
         _check_model(reader, model)
-        cache = ArkCache(model, config_from_dict(contents["config"], **settings))
+        saved, config = (config_from_dict(contents["config"], **s) for s in ({}, settings))
+        if config.layer_sources != saved.layer_sources:
+            raise SessionError(
+                f"{folder} was saved with layer_sources={saved.layer_sources!r}: layers that store "
+                "nothing have nothing to load; leave that setting out"
+            )
+        cache = ArkCache(model, config)
         if len(contents["layers"]) != len(cache.layers):
             raise SessionError(
                 f"{folder} was saved with {len(contents['layers'])} layers, and this model's cache "
@@ -157,6 +168,8 @@ def _describe(
     writer: FolderWriter, number: int, layer: Any, managers: dict[int, int]
 ) -> dict[str, Any]:
     """What the header says of a layer; those that are not paged get a file of their own."""
+    if isinstance(layer, SharingCacheLayer):
+        return {"class": "sharing"}
     if isinstance(layer, PagedCacheLayer):
         described = {"class": "paged", "in_prompt": layer.in_prompt}
         if layer.manager is None:
@@ -177,11 +190,15 @@ def _restore(
     device: torch.device,
 ) -> None:
     own = "paged" if isinstance(layer, PagedCacheLayer) else type(layer).__name__
+    own = "sharing" if isinstance(layer, SharingCacheLayer) else own
     if own != described["class"]:
         raise SessionError(
             f"{reader.folder}: layer {number} was saved as {described['class']} and is {own} here, "
             "perhaps under another release of transformers"
         )
+    if isinstance(layer, SharingCacheLayer):
+        layer.follow()
+        return
     if isinstance(layer, PagedCacheLayer):
         layer.in_prompt = described["in_prompt"]
         if "manager" in described:

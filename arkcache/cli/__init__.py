@@ -47,6 +47,7 @@ if _missing is None:
     from arkcache.cli.diagnosing import DOCTOR_CODES, doctor
     from arkcache.cli.evaluating import evaluate
     from arkcache.cli.planning import describe
+    from arkcache.cli.sharing import share
     from arkcache.cli.tracing import report, trace
 
     app = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
@@ -57,6 +58,7 @@ if _missing is None:
     app.command()(describe)
     app.command()(sweep)
     app.command("eval")(evaluate)
+    app.command()(share)
     app.add_typer(bench, name="bench")
     app.command(epilog=DOCTOR_CODES)(doctor)
     app.command()(trace)

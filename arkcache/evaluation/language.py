@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.metadata
 import random
 import sysconfig
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -55,10 +58,12 @@ class Predictions:
     same: list[bool]
 
 
-def texts() -> dict[str, str]:
+@cache
+def texts() -> Mapping[str, str]:
     """Real texts by name: help topics, the standard library's source, licences of packages.
 
-    They depend on the Python version and, the licences, on what is installed.
+    They are looked for once; they depend on the Python version and, the licences, on what is
+    installed.
     """
     library = Path(sysconfig.get_path("stdlib"))
     modules = (library / f"{name}.py" for name in _MODULES)
@@ -67,7 +72,7 @@ def texts() -> dict[str, str]:
         "source": "\n".join(path.read_text(encoding="utf-8") for path in modules if path.exists()),
         "licences": "\n".join(_licences()),
     }
-    return {name: text for name, text in found.items() if text}
+    return MappingProxyType({name: text for name, text in found.items() if text})
 
 
 def _licences() -> list[str]:

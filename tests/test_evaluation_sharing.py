@@ -10,13 +10,15 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM, PreTrain
 from typer.testing import CliRunner
 
 import arkcache
-from arkcache import InputError, UnsupportedModelError, cli
+from arkcache import CacheConfig, InputError, UnsupportedModelError, cli
 from arkcache.demo.models import SHIPPED
-from arkcache.evaluation.sharing import Found, Judge, Settings, ranked_pairs, run, search, shared
+from arkcache.evaluation.judging import Judge
+from arkcache.evaluation.sharing import Found, Settings, ranked_pairs, run, search, shared
 from tests.architectures import ARCHITECTURES
 from tests.test_huggingface import make_model, prompt
 from tests.test_sharing import dense
 
+FULL = CacheConfig(budget_tokens=None)
 SMALL = Settings(num_shared=1, length=64, num_questions=2, task="facts")
 runner = CliRunner(env={"COLUMNS": "100"})
 
@@ -134,9 +136,11 @@ def test_as_many_as_are_wanted_or_may_be_tried(
 def test_judged_as_a_dense_model_would_be(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    judge, sources = Judge(model, tokenizer, SMALL, "facts"), (0, 0, 2, 3)
+    judge, sources = Judge(model, tokenizer, "facts", 64, 2, seed=0), (0, 0, 2, 3)
     with torch.inference_mode():
-        alone, judged = judge.of(None), judge.of(sources)
+        alone, judged = (
+            judge.of(CacheConfig(budget_tokens=None, layer_sources=one)) for one in (None, sources)
+        )
         assert (alone.kl, alone.text_kl) == (0, 0)
         arkcache.detach(model)
         divergences = []
@@ -153,10 +157,9 @@ def test_judged_as_a_dense_model_would_be(
 def test_answers_are_counted(tokenizer: PreTrainedTokenizerBase) -> None:
     """The shipped model knows them, and does not without the keys of layer 2."""
     shipped = LlamaForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
-    judge = Judge(shipped, tokenizer, Settings(length=256, num_questions=4), "facts")
-    with torch.inference_mode():
-        assert judge.of(None).right == 4
-        judged = judge.of((0, 1, 0, 3))
+    judge = Judge(shipped, tokenizer, "facts", 256, 4, seed=0)
+    assert judge.of(FULL).right == 4
+    judged = judge.of(CacheConfig(budget_tokens=None, layer_sources=(0, 1, 0, 3)))
     assert judged.right == 0
     assert judged.kl > 1 > judged.text_kl
 

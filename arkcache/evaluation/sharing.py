@@ -20,25 +20,22 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from arkcache.chat.template import encode
+from arkcache.config import CacheConfig
 from arkcache.demo import run as demo
 from arkcache.demo.machine import describe_machine, versions
 from arkcache.demo.models import load_model, pick_device
 from arkcache.demo.run import Progress
 from arkcache.errors import InputError, UnsupportedModelError
 from arkcache.evaluation import language
-from arkcache.evaluation.speaker import speaker_of
+from arkcache.evaluation.judging import Judge, Judgement
 from arkcache.evaluation.tasks import TASKS
-from arkcache.huggingface import ArkCache, detach
+from arkcache.huggingface import detach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NUM_TEXTS, TEXT_TOKENS = 30, 64
 """What keys and values are averaged over (KVSharer's)."""
-
-NUM_PASSAGES, PASSAGE_TOKENS, PREDICTED = 2, 192, 64
-"""Real texts that are predicted: how many, the tokens before those that count, and these."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +75,6 @@ class Settings:
             raise InputError(f"most_kl={self.most_kl}: expected more than 0")
         if self.task is not None and self.task not in TASKS:
             raise InputError(f"task {self.task!r}: expected one of {', '.join(TASKS)}")
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What a model that shares makes of texts, against itself without.
-
-    Attributes:
-        kl: mean divergence at the tokens of the answers, in nats.
-        text_kl: likewise at tokens of real texts.
-        right: questions all of whose answer's tokens are the most likely ones.
-    """
-
-    kl: float
-    text_kl: float
-    right: int
 
 
 @dataclass(frozen=True)
@@ -209,8 +191,9 @@ def search(
     found.layer_sources = list(range(num_layers))
     try:
         progress("Asking the model itself", 0, 1)
-        judge = Judge(model, tokenizer, settings, str(found.settings["task"]))
-        found.alone, found.num_questions = judge.of(None), len(judge.answers)
+        task, sizes = str(found.settings["task"]), (settings.length, settings.num_questions)
+        judge = Judge(model, tokenizer, task, *sizes, settings.seed)
+        found.alone, found.num_questions = judge.of(_config(None)), len(judge.answers)
         for distance, layer, source in reversed(pairs) if settings.alike_first else pairs:
             if found.num_shared == found.wanted or len(found.tries) == settings.most_tries:
                 return
@@ -218,7 +201,7 @@ def search(
             if sources is None:
                 continue
             progress("Trying pairs", found.num_shared, found.wanted)
-            judged = judge.of(tuple(sources))
+            judged = judge.of(_config(tuple(sources)))
             accepted = max(judged.kl, judged.text_kl) <= settings.most_kl
             if accepted:
                 found.layer_sources = sources
@@ -237,6 +220,11 @@ def shared(sources: list[int], layer: int, source: int) -> list[int] | None:
     if sources[layer] != layer:
         return None
     return [sources[source] if own == layer else own for own in sources]
+
+
+def _config(sources: tuple[int, ...] | None) -> CacheConfig:
+    """Settings of a cache in which nothing but the layers' sources matters."""
+    return CacheConfig(budget_tokens=None, layer_sources=sources)
 
 
 # -- which pairs to try first -------------------------------------------------------------------
@@ -278,82 +266,3 @@ def ranked_pairs(model: PreTrainedModel, ids: Tensor) -> tuple[int, list[tuple[f
             "same shapes: none can share"
         )
     return len(cache.layers), sorted(pairs, key=lambda pair: (-pair[0], pair[1:]))
-
-
-# -- whether a pair will do ---------------------------------------------------------------------
-
-
-class Judge:
-    """Puts the same texts to a model, whatever its layers share.
-
-    Attributes:
-        answers: of each question, the tokens that are expected.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: Settings,
-        task: str,
-    ) -> None:
-        self._model = model
-        speaker, lots = speaker_of(tokenizer), random.Random(f"{settings.seed} judged")
-        passage = TASKS[task].draw(speaker.room(settings.length), settings.num_questions, lots)
-        self._read = speaker.read(passage)
-        self._questions = [speaker.ask(question) for question in passage.questions]
-        self.answers = [
-            encode(tokenizer, " " + ", ".join(one.expected)) for one in passage.questions
-        ]
-        texts = [
-            language.draw(tokenizer, number, PASSAGE_TOKENS, PREDICTED, lots)
-            for number in range(NUM_PASSAGES)
-        ]
-        self._texts = [text.context + text.following[:-1] for text in texts]
-        self._expected: tuple[list[Tensor], list[Tensor]] | None = None
-
-    def of(self, sources: tuple[int, ...] | None) -> Judgement:
-        """Judge the model with these layers; the first time, without any, what others are held to.
-
-        Raises `UnsupportedModelError` where it runs in compat mode.
-        """
-        given = self._at_answers(sources), self._in_texts(sources)
-        if self._expected is None:
-            self._expected = given
-        right = sum(
-            own.argmax(dim=-1).tolist() == answer
-            for own, answer in zip(given[0], self.answers, strict=True)
-        )
-        kl, text_kl = map(_divergence, given, self._expected)
-        return Judgement(kl, text_kl, right)
-
-    def _at_answers(self, sources: tuple[int, ...] | None) -> list[Tensor]:
-        """Of each question, log-probabilities at the answer's tokens [tokens, vocabulary]."""
-        cache, found = self._cache(sources), []
-        self._logits(self._read, cache, 1)
-        for question, answer in zip(self._questions, self.answers, strict=True):
-            found.append(self._logits(question + answer[:-1], cache, len(answer)))
-            cache.crop(len(self._read))
-        cache.reset()
-        return found
-
-    def _in_texts(self, sources: tuple[int, ...] | None) -> list[Tensor]:
-        """Of each real text, log-probabilities of its last tokens [tokens, vocabulary]."""
-        return [self._logits(text, self._cache(sources), PREDICTED) for text in self._texts]
-
-    def _cache(self, sources: tuple[int, ...] | None) -> ArkCache:
-        cache = ArkCache(self._model, budget_tokens=None, layer_sources=sources)
-        if cache.reason is not None:
-            raise UnsupportedModelError(f"layers do not share in compat mode: {cache.reason}")
-        return cache
-
-    def _logits(self, ids: list[int], cache: ArkCache, last: int) -> Tensor:
-        given = torch.tensor([ids], device=self._model.device)
-        logits: Tensor = self._model(given, past_key_values=cache, logits_to_keep=last).logits
-        return logits[0, -last:].float().log_softmax(dim=-1).cpu()
-
-
-def _divergence(given: list[Tensor], expected: list[Tensor]) -> float:
-    """The mean over all tokens of KL(expected, given), in nats."""
-    own, true = torch.cat(given), torch.cat(expected)
-    return float((true.exp() * (true - own)).sum(dim=-1).mean())

@@ -8,7 +8,8 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from arkcache.evaluation.sharing import Found, Judgement
+from arkcache.evaluation.judging import Judgement
+from arkcache.evaluation.sharing import Found
 
 
 def render(found: Found) -> RenderableType:

@@ -92,7 +92,8 @@ class CacheStats:
     Attributes:
         attended_tokens: attended by each layer's latest step.
         total_tokens: held, in all tiers together.
-        decode_steps: steps of one token, of each layer.
+        decode_steps: steps of one token, of each layer; of one that attends another's keys, too,
+            but where steps are replayed as graphs.
         host_tokens: those of `total_tokens` that are in the host tier, as sealed pages.
         pages_hit: selected and already in the device tier. On the kernels of a CPU, which read
             pages in the host tier: selected, and read by the step before.

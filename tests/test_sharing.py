@@ -136,6 +136,21 @@ def test_kernels_of_a_gpu(model: LlamaForCausalLM) -> None:
     torch.testing.assert_close(given, expected, rtol=1e-3, atol=1e-3)
 
 
+@needs_interpreter
+@pytest.mark.slow
+def test_steps_that_are_counted_before_they_are_launched(model: LlamaForCausalLM) -> None:
+    """As graphs replay them."""
+    settings = SHARED | {"backend": "triton", "index": "cuboid-mean", "num_recent_tokens": 4}
+    ids, cache = prompt(20), ArkCache(model, **settings)
+    with cache.graphed(model):
+        given = continued(model, cache, ids, max_new_tokens=6)
+    with dense(model) as twin:
+        assert torch.equal(given, continued(twin, None, ids, max_new_tokens=6))
+    assert cache.managers[0].steps is not None
+    assert cache.managers[0].steps.recordings is not None
+    cache.check_integrity()
+
+
 def test_models_that_share_by_themselves() -> None:
     """Gemma 3n hands on the keys of a layer that stores, tag and all: nothing needs to be set."""
     model = ARCHITECTURES["gemma3n"].build()

@@ -184,7 +184,7 @@ def all_labels(grid: Any) -> list[tuple[Any, str]]:
 
 def draw_panel(panel: Axes, values: dict[str, Any], what: str, title: str) -> None:
     """One measure of one model."""
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     full, *rows = values["rows"]
     for kind, look in KINDS.items():
@@ -201,6 +201,7 @@ def draw_panel(panel: Axes, values: dict[str, Any], what: str, title: str) -> No
     if what != "right":
         panel.set_yscale("log")
         return
+    panel.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     panel.axhline(full["right"], color="#555555", linewidth=0.8, linestyle=":")
     panel.annotate(
         "full cache", (1, full["right"]), (0, -10), textcoords="offset points", ha="right"

@@ -49,6 +49,20 @@ def test_help_says_what_all_have(command: str) -> None:
     assert "130 interrupted" in text
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("doctor", "trace", "report"),
+        *(f"bench {name}" for name in ("tiers", "decode", "prefill", "kernels", "compare")),
+    ],
+)
+def test_the_others_have_examples_and_json(command: str) -> None:
+    text = runner.invoke(cli.app, [*command.split(), "--help"]).stdout
+    for part in ("--json", "--output", f" arkcache {command} ", "Exit codes: 0 "):
+        assert part in text
+    assert ("--quiet" in text) == (command not in ("doctor", "bench compare"))  # they have none
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_wrong_usage_exits_with_2(command: str) -> None:
     done = run(command, "--no-such-option")

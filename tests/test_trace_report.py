@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -198,6 +198,22 @@ def test_record_and_report(tmp_path: Path) -> None:
     assert page.terms["hit rate"] == f"{figures.hit_rate:.1%}"
 
 
+def test_both_say_what_they_wrote_as_json(tmp_path: Path) -> None:
+    path, page = tmp_path / "one.trace", tmp_path / "one.html"
+    done = record(tmp_path, "--output", str(path), "--json")
+    told = runner.invoke(cli.app, ["report", str(path), "--output", str(page), "--json"])
+    assert (done.exit_code, told.exit_code) == (0, 0), done.output + told.output
+    figures = asdict(figures_of(load(path)))
+    for said, written in ((done, path), (told, page)):
+        values = json.loads(said.stdout)
+        assert values["output"] == str(written)
+        assert values["bytes"] == len(written.read_bytes())
+        assert values["figures"] == figures
+        assert values["about"] == load(path).about
+    assert "Recording" in done.stderr
+    assert record(tmp_path, "--output", str(path), "--json", "--quiet").stderr == ""
+
+
 def test_ctrl_c_keeps_what_was_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ask = Session.ask
 
@@ -209,8 +225,9 @@ def test_ctrl_c_keeps_what_was_recorded(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Session, "ask", interrupted)
     path = tmp_path / "one.trace"
-    done = record(tmp_path, "--output", str(path))
+    done = record(tmp_path, "--output", str(path), "--json")
     assert done.exit_code == 130
+    assert json.loads(done.stdout)["output"] == str(path)
     assert "interrupted; what was recorded is kept" in done.stderr
     assert 0 < len(load(path).steps) < 8
 

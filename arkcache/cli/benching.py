@@ -66,11 +66,11 @@ def tiers(
     ] = None,
     threads: Threads = None,
     quick: Quick = False,
-    output: Output = None,
     plot: Annotated[
         Path | None, typer.Option(help="Draw a picture; it needs the extra plot.")
     ] = None,
     as_json: Json = False,
+    output: Output = None,
     quiet: Quiet = False,
 ) -> None:
     """Bandwidth and latency of every path that a page can take on this machine.
@@ -79,6 +79,8 @@ def tiers(
     process whatever happens; --pool sets both (the memory is 256 MiB more). Ctrl-C shows the rounds
     so far. --quick has two sizes, two counts, five rounds and a pool of 64 MiB, where nothing else
     is given.
+
+        arkcache bench tiers --quick --output tiers.json --plot tiers.png
     """
     with told_in_a_line("bench tiers", output), _threads(threads):
         from arkcache.bench import tiers as measuring
@@ -118,13 +120,15 @@ def decode(
     methods: Annotated[str, typer.Option(help="Only those whose name contains this.")] = "",
     threads: Threads = None,
     quick: Quick = False,
-    output: Output = None,
     as_json: Json = False,
+    output: Output = None,
     quiet: Quiet = False,
 ) -> None:
     """A decode step of a small random model on the CPU, against the caches of transformers.
 
     --quick is 4096 tokens and 10 steps, where nothing else is given.
+
+        arkcache bench decode --contexts 16384 --methods Ark --output decode.json
     """
     with told_in_a_line("bench decode", output), _threads(threads):
         from arkcache.bench import decode as measuring
@@ -149,13 +153,15 @@ def prefill(
     rounds: Annotated[int | None, _open(ROUNDS, "3")] = None,
     threads: Threads = None,
     quick: Quick = False,
-    output: Output = None,
     as_json: Json = False,
+    output: Output = None,
     quiet: Quiet = False,
 ) -> None:
     """Seconds to read a prompt into a small random model on the CPU, against a full cache.
 
     --quick is 2048 tokens in chunks of 512, once, where nothing else is given.
+
+        arkcache bench prefill --contexts 16384 --output prefill.json
     """
     with told_in_a_line("bench prefill", output), _threads(threads):
         from arkcache.bench import prefill as measuring
@@ -178,13 +184,15 @@ def kernels(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Threads = None,
     quick: Quick = False,
-    output: Output = None,
     as_json: Json = False,
+    output: Output = None,
     quiet: Quiet = False,
 ) -> None:
     """The parts of one layer's decode step, on the backend that this machine has.
 
     --quick is 4096 tokens and 5 rounds, where nothing else is given.
+
+        arkcache bench kernels --quick --device cpu
     """
     with told_in_a_line("bench kernels", output), _threads(threads):
         from arkcache.bench import kernels as measuring
@@ -203,7 +211,7 @@ def kernels(
 
 @bench.command(
     epilog="Exit codes: 0 compared; 1 slower than --fail-above allows; 2 a ledger that cannot be "
-    "read, a file that cannot be written, or wrong usage."
+    "read, a file that cannot be written, or wrong usage; 130 interrupted."
 )
 def compare(
     first: Annotated[Path, typer.Argument(help="A ledger: of --output, or of pytest-benchmark.")],
@@ -220,6 +228,8 @@ def compare(
     That is where the middle halves of the rounds have no time in common. Exit code 0, also where
     something differs; 1 only with --fail-above, where a marked case took so many percent longer;
     2 for a file that is missing or no ledger. Of a ledger with several entries, the last is taken.
+
+        arkcache bench compare before.json after.json --fail-above 10
     """
     with told_in_a_line("bench compare", output, TROUBLE):
         from arkcache.bench import comparing

@@ -28,6 +28,8 @@ def doctor(
     memory and 16 MiB of disk. Exit code 0 if all is fine, also where packages that this machine can
     do without are missing; 1 if hardware that it has cannot be used, such as a GPU without Triton
     or cupy.
+
+        arkcache doctor --json --output machine.json
     """
     with told_in_a_line("doctor", output):
         from arkcache.bench.diagnosis import diagnose

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,7 +25,7 @@ from arkcache.cli.chatting import (
     make_session,
 )
 from arkcache.cli.common import INTERRUPTED, told_in_a_line, with_progress
-from arkcache.cli.options import Config, Device, Dtype, Quiet, Set
+from arkcache.cli.options import Config, Device, Dtype, Json, Quiet, Set
 from arkcache.cli.settings import settings_given
 from arkcache.files import write_whole
 from arkcache.settings import build
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from arkcache.chat.session import Session
     from arkcache.demo.run import Progress
     from arkcache.tracing.recorder import Recorder
+    from arkcache.tracing.trace import Trace
 
 
 def trace(
@@ -57,6 +60,7 @@ def trace(
     ] = 64,
     config: Config = None,
     settings: Set = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Record what the cache does while a model answers; `arkcache report` makes a page of it.
@@ -91,10 +95,10 @@ def trace(
         except KeyboardInterrupt:
             if not recorder.num_steps:
                 raise
-            _save(session, recorder, output, quiet)
+            _save(session, recorder, output, as_json, quiet)
             typer.echo("arkcache trace: interrupted; what was recorded is kept.", err=True)
             raise typer.Exit(INTERRUPTED) from None
-        _save(session, recorder, output, quiet)
+        _save(session, recorder, output, as_json, quiet)
 
 
 def report(
@@ -104,23 +108,29 @@ def report(
     output: Annotated[
         Path | None, typer.Option(help="The page to write.", show_default="TRACE.html")
     ] = None,
+    as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Write one HTML page about a trace: it loads nothing and can be sent as it is.
 
     arkcache report letter.trace --output letter.html
+
+    arkcache report letter.trace --json
     """
     with told_in_a_line("report", output):
         from arkcache.tracing.file import load
         from arkcache.tracing.report import in_bytes, render
 
-        page = render(load(trace_file))
+        kept = load(trace_file)
+        page = render(kept).encode()
         if output is not None and output.resolve() == trace_file.resolve():
             raise arkcache.InputError(f"--output {output} is the trace itself: give another file")
         target = output or trace_file.with_name(trace_file.name + ".html")
-        write_whole(target, page.encode())
-        if not quiet:
-            typer.echo(f"{target}: {in_bytes(len(page.encode()))}")
+        write_whole(target, page)
+        if as_json:
+            _print_json(kept, target)
+        elif not quiet:
+            typer.echo(f"{target}: {in_bytes(len(page))}")
 
 
 def _record(
@@ -157,7 +167,7 @@ def _about(session: Session, model: str, question: str, files: list[str]) -> dic
     }
 
 
-def _save(session: Session, recorder: Recorder, output: Path, quiet: bool) -> None:
+def _save(session: Session, recorder: Recorder, output: Path, as_json: bool, quiet: bool) -> None:
     from arkcache.tracing.figures import figures_of
     from arkcache.tracing.file import save
     from arkcache.tracing.report import in_bytes
@@ -170,10 +180,25 @@ def _save(session: Session, recorder: Recorder, output: Path, quiet: bool) -> No
     recorder.about["answer"] = session.turns[-1].text.strip()
     kept = trace_of(recorder)
     save(kept, output)
-    if quiet:
+    if as_json:
+        _print_json(kept, output)
+    if as_json or quiet:
         return
     figures = figures_of(kept)
     typer.echo(
         f"{output}: {figures.num_steps} steps, {figures.page_share:.1%} of the pages attended, "
         f"{figures.hit_rate:.1%} hits, {in_bytes(output.stat().st_size)}"
     )
+
+
+def _print_json(trace: Trace, written: Path) -> None:
+    """What was written, the trace's settings, and what its page says in numbers."""
+    from arkcache.tracing.figures import figures_of
+
+    values = {
+        "output": str(written),
+        "bytes": written.stat().st_size,
+        "about": trace.about,
+        "figures": asdict(figures_of(trace)),
+    }
+    typer.echo(json.dumps(values, indent=2))

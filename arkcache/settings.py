@@ -16,6 +16,7 @@ from typing import Any
 
 from arkcache.config import CacheConfig
 from arkcache.errors import ConfigError, InputError
+from arkcache.sizes import parse_bytes
 
 PREFIX = "ARKCACHE_"
 """Of the environment's variables: ARKCACHE_BUDGET_TOKENS is `budget_tokens`."""
@@ -26,11 +27,6 @@ FILE_VARIABLE = f"{PREFIX}CONFIG"
 FILE_HERE = "arkcache.toml"
 """The file in the working directory."""
 
-_UNITS = {"B": 1} | {
-    f"{prefix}{suffix}": base**exponent
-    for exponent, prefix in enumerate("KMGT", start=1)
-    for base, suffix in ((1000, "B"), (1024, "iB"))
-}
 _TYPES: dict[str, tuple[str, tuple[type, ...]]] = {
     "bool": ("true or false", (bool,)),
     "float": ("a number", (int, float)),
@@ -164,21 +160,6 @@ def converted(name: str, value: Any, source: str) -> Any:
         return _converted(kinds, default is None, name, value)
     except TypeError as error:
         raise ConfigError(f"{source}: {name} = {value!r}: expected {error}") from None
-
-
-def parse_bytes(text: str) -> int:
-    """A number of bytes from "2GiB", "500 MB" or "4096".
-
-    Raises `InputError` for anything else, and for less than a byte.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = units.get(match[2].lower() or "b") if match else None
-    if match is None or size is None or int(float(match[1]) * size) < 1:
-        raise InputError(
-            f"{text!r} bytes: expected a number and one of {', '.join(_UNITS)}, as in 2GiB"
-        )
-    return int(match[1]) * size if match[1].isdigit() else int(float(match[1]) * size)
 
 
 def _converted(kinds: list[str], optional: bool, name: str, value: Any) -> Any:

@@ -109,7 +109,7 @@ def test_a_picture(tmp_path: Path) -> None:
         (["tiers", "--rounds", "0"], "rounds=0: expected at least 1"),
         (["tiers", "--threads", "0"], "--threads 0: expected at least 1"),
         (["tiers", "--pool", "1KiB"], "a pool of 1024 bytes"),
-        (["tiers", "--pool", "8TiB"], "MiB of memory, and"),
+        (["tiers", "--pool", "8TiB"], "a pool of 8 TiB and"),
         (["tiers", "--folder", "no-such-folder"], "in no-such-folder (No such file"),
         (["decode", "--contexts", "many"], "--contexts 'many': expected numbers"),
         (["decode", "--contexts", "1"], "contexts=(1,): expected numbers of tokens, from 2"),

@@ -171,7 +171,9 @@ def test_a_file_that_stays_in_memory_is_not_called_cold(
 def test_a_disk_without_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(free=MIB)
     monkeypatch.setattr(file_pool.shutil, "disk_usage", lambda _: free)
-    with pytest.raises(InputError, match="has 1 MiB free, and a temporary file of 1 MiB needs 64"):
+    with pytest.raises(
+        InputError, match="has 1 MiB free, and a temporary file of 1 MiB needs 64 MiB"
+    ):
         run(Settings(*SMALL, tmp_path))
     result = run(Settings(*SMALL, tmp_path, needs_file=False))
     assert {one.name for one in result.absent} >= {routes.WARM, routes.COLD, routes.READ}
@@ -216,7 +218,7 @@ def test_settings_that_make_no_sense(settings: dict[str, object], message: str) 
 
 def test_too_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiers, "available_memory_bytes", lambda: 2 * MIB)
-    with pytest.raises(InputError, match="need 5 MiB of memory, and 2 are available"):
+    with pytest.raises(InputError, match="need 5 MiB of memory, and 2 MiB are available"):
         run(Settings(*SMALL))
 
 
@@ -226,7 +228,7 @@ def test_a_gpu_without_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     result = run(Settings((4096,), (1,), 1, MIB, tmp_path))
     reasons = dict(result.absent)
     assert {*reasons} >= {*device_routes.EVERY}
-    assert "the GPU has 5 MiB free, and 257 are needed" in reasons[device_routes.PAGEABLE]
+    assert "the GPU has 5 MiB free, and 257 MiB are needed" in reasons[device_routes.PAGEABLE]
     assert {row.route for row in result.rows} >= {routes.GATHER}
 
 

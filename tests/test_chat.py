@@ -712,7 +712,7 @@ def test_a_chat_in_a_real_terminal(text: Path, endless: str, more: list[str]) ->
         os.write(terminal._main, b"What is the value of amber?\n")
         terminal.wait(r"(?s)amber\?\r\n.{20}")
         if more:
-            terminal.wait(r"[\d,]+ tokens, device .* host [\d.]+ MiB ")
+            terminal.wait(r"[\d,]+ tokens, device .* host [\d.]+ [KM]iB ")
         stopped = terminal.type("\x03", PROMPT)
         assert ("\x1b[2K" in stopped) == bool(more)  # the panel is wiped away
         assert "stopped; everything before is kept" in stopped

@@ -157,7 +157,7 @@ def test_what_cannot_be_measured_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
     measured = diagnose()
     assert measured.paths is None
     (said,) = (one.without for one in measured.missing if one.what == "measured paths")
-    assert "MiB of memory, and 1 are available" in said
+    assert "MiB of memory, and 1 MiB are available" in said
 
 
 @needs_no_gpu

@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "files": {"errors"},
     "formats": {"errors"},
     "config": {"errors", "formats"},
-    "settings": {"config", "errors"},
+    "settings": {"config", "errors", "sizes"},
+    "sizes": {"errors"},
     "stats": set(),
     "kernels": {"config", "errors", "formats", "kernels"},
     "tiering": {"errors", "formats", "kernels", "tiering"},
-    "tracing": {"errors", "files", "tracing"},
+    "tracing": {"errors", "files", "sizes", "tracing"},
 }
 MAY_IMPORT["pages"] = {"config", "errors", "kernels", "pages", "stats", "tiering"}
 MAY_IMPORT["planning"] = {"config", "errors", "formats", "kernels", "pages", "tiering"}

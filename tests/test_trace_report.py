@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from arkcache import KVCacheManager, Session, cli
 from arkcache.demo.models import SHIPPED
+from arkcache.sizes import bytes_text
 from arkcache.tracing.figures import figures_of
 from arkcache.tracing.file import load, save
 from arkcache.tracing.maps import maps_of
@@ -82,7 +83,7 @@ def test_the_page_says_what_the_trace_does() -> None:
     assert page.terms["decode steps"] == "20"
     assert page.terms["budget, tokens"] == "32"
     assert page.terms["hit rate"] == f"{stats.hit_rate:.1%}"
-    assert page.terms["read anew per step"] == f"{stats.bytes_recalled / 20 / 1000:.3g} kB"
+    assert page.terms["read anew per step"] == bytes_text(stats.bytes_recalled / 20)
     # Sinks of one page, five selected ones: of 14 pages first, of 19 in the end.
     pages = trace.layer("attended_pages").sum() / trace.layer("sealed_pages").sum()
     assert page.terms["pages attended"] == f"{pages:.1%}"

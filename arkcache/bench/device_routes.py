@@ -20,6 +20,7 @@ from arkcache.bench.routes import (
     pieces_of,
 )
 from arkcache.bench.timing import synchronize
+from arkcache.sizes import bytes_text
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.pieces import Ids, take
 from arkcache.tiering.pinned import runs_of
@@ -49,7 +50,10 @@ def why_no_room(pool_bytes: int) -> str | None:
     needed, free = pool_bytes + 4 * MOVED_BYTES, torch.cuda.mem_get_info()[0]
     if needed <= free:
         return None
-    return f"the GPU has {free >> 20} MiB free, and {needed >> 20} are needed (less with --pool)"
+    return (
+        f"the GPU has {bytes_text(free)} free, and {bytes_text(needed)} are needed (less with "
+        "--pool)"
+    )
 
 
 def why_no_kernel() -> str | None:

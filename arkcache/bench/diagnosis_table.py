@@ -12,7 +12,8 @@ from rich.text import Text
 
 from arkcache.bench.diagnosis import Diagnosis, Missing
 from arkcache.bench.tiers import Result
-from arkcache.bench.tiers_table import rate_text, size_text
+from arkcache.bench.tiers_table import rate_text
+from arkcache.sizes import bytes_text
 
 
 def render(found: Diagnosis) -> RenderableType:
@@ -52,25 +53,26 @@ def _device(found: Diagnosis) -> str:
     if device["why_not"] is not None:
         return f"cpu: {device['why_not']} (torch is built for {built_for}, driver: {driver})"
     return (
-        f"{device['name']} (sm {device['capability']}), {_size(device['free_bytes'])} of "
-        f"{_size(device['total_bytes'])} free; torch is built for {built_for}, driver: {driver}"
+        f"{device['name']} (sm {device['capability']}), {bytes_text(device['free_bytes'])} of "
+        f"{bytes_text(device['total_bytes'])} free; torch is built for {built_for}, driver: "
+        f"{driver}"
     )
 
 
 def _memory(found: Diagnosis) -> str:
     memory = found.memory
     limit = memory["cgroup_limit_bytes"]
-    said = "no limit of a control group" if limit is None else f"control group: {_size(limit)}"
+    said = "no limit of a control group" if limit is None else f"control group: {bytes_text(limit)}"
     return (
-        f"{_size(memory['total_bytes'])}, {_size(memory['available_bytes'])} of it for a host "
-        f"tier; {said}"
+        f"{bytes_text(memory['total_bytes'])}, {bytes_text(memory['available_bytes'])} of it for "
+        f"a host tier; {said}"
     )
 
 
 def _pinning(found: Diagnosis) -> str:
     memory, limit = found.memory, found.memory["locked_limit_bytes"]
     said = "works" if memory["why_pageable"] is None else f"not here: {memory['why_pageable']}"
-    locked = "no limit" if limit is None else _size(limit)
+    locked = "no limit" if limit is None else bytes_text(limit)
     return f"{said}; locked memory (ulimit -l): {locked}"
 
 
@@ -82,16 +84,12 @@ def _kernels(found: Diagnosis) -> str:
     return f"compiled for {compiled}; kept in {kernels['folder']}"
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 1 << 30 else f"{nbytes / 2**20:.1f} MiB"
-
-
 def _paths(paths: Result) -> RenderableType:
     """One line for each path: its best rate, the time of one piece, the peak beside it."""
     peaks = {peak.name: peak for peak in paths.peaks}
     size = paths.settings["piece_bytes"][0]
     table = Table(box=box.SIMPLE_HEAD)
-    table.add_column(f"pieces of {size_text(size)}")
+    table.add_column(f"pieces of {bytes_text(size)}")
     for name in ("one alone", "64 together", "one large copy"):
         table.add_column(name, justify="right")
     for route, peak in paths.peak_of.items():

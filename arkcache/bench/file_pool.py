@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from arkcache.errors import InputError
+from arkcache.sizes import bytes_text
 from arkcache.tiering.pieces import Ids
 
 SPARE_BYTES = 64 << 20
@@ -153,14 +154,14 @@ def _check_room(folder: Path, nbytes: int) -> None:
         raise InputError(_refusal(folder, nbytes, error)) from None
     if free < nbytes + SPARE_BYTES:
         raise InputError(
-            f"{folder} has {free >> 20} MiB free, and a temporary file of {nbytes >> 20} MiB needs "
-            f"{SPARE_BYTES >> 20} more than that: name another folder with --folder, or less with "
-            "--pool"
+            f"{folder} has {bytes_text(free)} free, and a temporary file of {bytes_text(nbytes)} "
+            f"needs {bytes_text(SPARE_BYTES)} more than that: name another folder with --folder, "
+            "or less with --pool"
         )
 
 
 def _refusal(folder: Path, nbytes: int, error: OSError) -> str:
     return (
-        f"cannot make a temporary file of {nbytes >> 20} MiB in {folder} "
+        f"cannot make a temporary file of {bytes_text(nbytes)} in {folder} "
         f"({error.strerror or error}): name another folder with --folder"
     )

@@ -10,6 +10,7 @@ from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from arkcache.errors import InputError
+from arkcache.sizes import bytes_text
 from arkcache.tiering.system_memory import available_memory_bytes
 
 VOCABULARY = 1024
@@ -67,8 +68,8 @@ def check_memory(needed: int, context: int) -> None:
     found = available_memory_bytes()
     if needed > found:
         raise InputError(
-            f"caches of {context:,} tokens need about {needed >> 20} MiB, and {found >> 20} are "
-            "available: give shorter --contexts, or fewer --methods"
+            f"caches of {context:,} tokens need about {bytes_text(needed)}, and "
+            f"{bytes_text(found)} are available: give shorter --contexts, or fewer --methods"
         )
 
 

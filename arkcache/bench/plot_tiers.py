@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from arkcache.bench.tiers import PeakRow, Result, Row
-from arkcache.bench.tiers_table import rate_text, size_text
+from arkcache.bench.tiers_table import rate_text
 from arkcache.errors import InputError
 from arkcache.evaluation.plot_style import COLOURS, MARKERS, STYLE
+from arkcache.sizes import bytes_text
 
 COLUMNS = 3
 
@@ -72,7 +73,7 @@ def _panel(panel: Axes, route: str, rows: list[Row], counts: list[int], peak: Pe
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")
     sizes = sorted({row.piece_bytes for row in rows})
-    panel.set_xticks(sizes, [size_text(size).replace(" ", "\n") for size in sizes])
+    panel.set_xticks(sizes, [bytes_text(size).replace(" ", "\n") for size in sizes])
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.minorticks_off()

@@ -36,6 +36,7 @@ from arkcache.bench.routes import (
 )
 from arkcache.bench.timing import Progress, Spread, Walk
 from arkcache.errors import InputError
+from arkcache.sizes import bytes_text
 from arkcache.tiering.pieces import Ids
 from arkcache.tiering.system_memory import available_memory_bytes
 
@@ -285,7 +286,7 @@ def _check_memory(settings: Settings) -> None:
     needed, found = settings.pool_bytes + work, available_memory_bytes()
     if needed > found:
         raise InputError(
-            f"a pool of {settings.pool_bytes >> 20} MiB and {work >> 20} MiB to work with "
-            f"need {needed >> 20} MiB of memory, and {found >> 20} are available: give less with "
-            "--pool"
+            f"a pool of {bytes_text(settings.pool_bytes)} and {bytes_text(work)} to work with need "
+            f"{bytes_text(needed)} of memory, and {bytes_text(found)} are available: give less "
+            "with --pool"
         )

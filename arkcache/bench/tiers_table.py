@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arkcache.bench.tiers import PeakRow, Result, Row
+from arkcache.sizes import bytes_text
 
 
 def render(result: Result) -> RenderableType:
@@ -31,7 +32,7 @@ def render(result: Result) -> RenderableType:
 def _heading(result: Result) -> str:
     settings = result.settings
     said = (
-        f"Random pieces out of {settings['pool_bytes'] >> 20} MiB, {settings['num_threads']} "
+        f"Random pieces out of {bytes_text(settings['pool_bytes'])}, {settings['num_threads']} "
         f"threads, median of {result.rounds} rounds ± half of what lies between the quartiles. "
         "GB/s are 1e9 bytes that arrive; below are the microseconds of one piece. The best rate of "
         "a line is compared with the peak, which small steps may pass: they arrive in the "
@@ -57,7 +58,7 @@ def _table(route: str, rows: list[Row], peak: PeakRow) -> RenderableType:
         own = {row.num_pieces: row for row in rows if row.piece_bytes == size}
         best = max(row.of_peak for row in own.values())
         cells = (cell(own[count]) if count in own else "-" for count in counts)
-        table.add_row(size_text(size), *cells, f"{best:.0%}")
+        table.add_row(bytes_text(size), *cells, f"{best:.0%}")
     return Group(title, table)
 
 
@@ -75,11 +76,3 @@ def rate_text(rate: float) -> str:
 def time_text(microseconds: float) -> str:
     """A time with a digit behind the point where it is short."""
     return f"{microseconds:.1f}" if microseconds < 100 else f"{microseconds:,.0f}"
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in the largest unit that divides them."""
-    for unit, suffix in ((1 << 20, "MiB"), (1 << 10, "KiB")):
-        if nbytes % unit == 0:
-            return f"{nbytes // unit} {suffix}"
-    return f"{nbytes} B"

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from arkcache.chat.session import Session
 from arkcache.huggingface.cache import PagedCacheLayer
+from arkcache.sizes import bytes_text
 from arkcache.stats import CacheStats
 
 REFRESH_SECONDS = 0.2
@@ -65,18 +66,14 @@ def panel(session: Session, before: CacheStats) -> Panel:
     )
     holds = [
         f"{len(session.ids):,} tokens",
-        f"device {_mib(stats.device_bytes)} + index {_mib(stats.digest_bytes)}",
-        f"host {_mib(stats.host_bytes)}",
+        f"device {bytes_text(stats.device_bytes)} + index {bytes_text(stats.digest_bytes)}",
+        f"host {bytes_text(stats.host_bytes)}",
     ]
     does = [f"{steps:,} steps"]
     if hits + recalled:
         does.append(f"{hits / (hits + recalled):.0%} of pages at hand")
     if steps:
-        does.append(f"{_mib(copied / steps)} recalled a step")
+        does.append(f"{bytes_text(copied / steps)} recalled a step")
     if stats.missed.estimated is not None:
         does.append(f"{stats.missed.estimated:.1%} missed")
     return Panel(Text("\n".join((", ".join(holds), ", ".join(does)))), border_style="dim")
-
-
-def _mib(count: float) -> str:
-    return f"{count / 2**20:,.2f} MiB"

@@ -21,6 +21,7 @@ from arkcache.chat.documents import load_document
 from arkcache.chat.live import live_answer
 from arkcache.chat.session import Session
 from arkcache.errors import ArkCacheError, InputError
+from arkcache.sizes import bytes_text
 from arkcache.stats import CacheStats
 
 QUOTES = '"""'
@@ -107,16 +108,18 @@ class Chat:
     def read(self, name: str, text: str) -> None:
         """Read a text, with a progress bar on a terminal."""
         start = time.perf_counter()
-        with self._bar(f"Reading {name}", "{:,.0f} tokens/s") as progress:
+        with self._bar(f"Reading {name}", lambda rate: f"{rate:,.0f} tokens/s") as progress:
             count = self._session.read(text, progress)
         seconds = time.perf_counter() - start
         self._hint(f"{name}: {count:,} tokens read in {seconds:.0f} s.")
 
     @contextmanager
-    def _bar(self, what: str, speed: str, per: float = 1.0) -> Iterator[Callable[[int, int], None]]:
+    def _bar(
+        self, what: str, speed: Callable[[float], str]
+    ) -> Iterator[Callable[[int, int], None]]:
         """A progress bar, on a terminal, and how to tell it what is done and of how much.
 
-        speed: how many units of `per` a second are written.
+        speed: writes down how much is done a second.
         """
         bar = Progress(
             TextColumn("{task.description}"),
@@ -133,10 +136,8 @@ class Chat:
             task = bar.add_task(escape(what), total=None, speed="")
 
             def progress(done: int, total: int) -> None:
-                rate = done / per / (time.perf_counter() - start)
-                bar.update(
-                    task, completed=done, total=total, speed=speed.format(rate) if done else ""
-                )
+                rate = done / (time.perf_counter() - start)
+                bar.update(task, completed=done, total=total, speed=speed(rate) if done else "")
 
             yield progress
 
@@ -221,7 +222,7 @@ class Chat:
     def _save(self, folder: str) -> None:
         if not folder:
             raise InputError("/save FOLDER: no folder given")
-        with self._bar(f"Saving to {folder}", "{:,.0f} MB/s", 1e6) as progress:
+        with self._bar(f"Saving to {folder}", _bytes_a_second) as progress:
             self._session.save(Path(folder).expanduser(), progress)
         self._say(f"{len(self._session.ids):,} tokens saved; /load {folder} goes on with them.")
 
@@ -246,7 +247,7 @@ class Chat:
         """
         before = self._session
         self.before_change()
-        with self._bar(f"Loading {folder}", "{:,.0f} MB/s", 1e6) as progress:
+        with self._bar(f"Loading {folder}", _bytes_a_second) as progress:
             self._session = Session.load(
                 before.model,
                 before.tokenizer,
@@ -264,11 +265,11 @@ class Chat:
         table = Table(box=None, show_header=False, pad_edge=False)
         for name, value in (
             ("tokens held", f"{len(session.ids):,}"),
-            ("on the device", _mib(stats.device_bytes + stats.digest_bytes)),
-            ("of which index", _mib(stats.digest_bytes)),
-            ("in the host tier", _mib(stats.host_bytes)),
+            ("on the device", bytes_text(stats.device_bytes + stats.digest_bytes)),
+            ("of which index", bytes_text(stats.digest_bytes)),
+            ("in the host tier", bytes_text(stats.host_bytes)),
             ("pages recalled", f"{stats.pages_recalled:,}"),
-            ("recalled", _mib(stats.bytes_recalled)),
+            ("recalled", bytes_text(stats.bytes_recalled)),
             ("pages at hand", f"{stats.hit_rate:.0%}"),
         ):
             table.add_row(name, value)
@@ -307,8 +308,8 @@ def _spelled(answer: Iterator[str]) -> Iterator[str]:
             yield part
 
 
-def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+def _bytes_a_second(rate: float) -> str:
+    return f"{bytes_text(rate)}/s"
 
 
 def use_line_editing() -> None:

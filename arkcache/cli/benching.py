@@ -18,13 +18,13 @@ from arkcache.cli.common import (
     check_writable,
     listed,
     numbers,
-    parse_bytes,
     print_result,
     told_in_a_line,
     with_bar,
     with_progress,
 )
 from arkcache.cli.options import Json, Output, Quiet
+from arkcache.sizes import parse_bytes
 
 bench = typer.Typer(
     no_args_is_help=True, help="Measure this machine, and compare measurements.", epilog=EXIT_CODES

@@ -13,7 +13,6 @@ import typer
 import arkcache
 from arkcache.cli.installing import say_what_to_install
 from arkcache.files import draft_of, write_whole
-from arkcache.settings import parse_bytes as parse_bytes
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

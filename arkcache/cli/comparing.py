@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from arkcache.cli.common import (
-    parse_bytes,
     print_result,
     told_in_a_line,
     with_progress,
@@ -30,6 +29,7 @@ from arkcache.cli.options import (
     Seed,
 )
 from arkcache.cli.settings import say_unused
+from arkcache.sizes import parse_bytes
 
 
 def demo(

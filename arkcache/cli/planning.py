@@ -10,7 +10,6 @@ import typer
 
 import arkcache
 from arkcache.cli.common import (
-    parse_bytes,
     print_result,
     told_in_a_line,
 )
@@ -27,6 +26,7 @@ from arkcache.cli.options import (
 from arkcache.cli.settings import settings_given
 from arkcache.config import CacheConfig
 from arkcache.settings import Given, build
+from arkcache.sizes import parse_bytes
 
 if TYPE_CHECKING:
     from arkcache.memory import CacheShape

@@ -29,6 +29,7 @@ from arkcache.cli.options import Config, Device, Dtype, Json, Quiet, Set
 from arkcache.cli.settings import settings_given
 from arkcache.files import write_whole
 from arkcache.settings import build
+from arkcache.sizes import bytes_text
 
 if TYPE_CHECKING:
     from arkcache.chat.session import Session
@@ -119,7 +120,7 @@ def report(
     """
     with told_in_a_line("report", output):
         from arkcache.tracing.file import load
-        from arkcache.tracing.report import in_bytes, render
+        from arkcache.tracing.report import render
 
         kept = load(trace_file)
         page = render(kept).encode()
@@ -130,7 +131,7 @@ def report(
         if as_json:
             _print_json(kept, target)
         elif not quiet:
-            typer.echo(f"{target}: {in_bytes(len(page))}")
+            typer.echo(f"{target}: {bytes_text(len(page))}")
 
 
 def _record(
@@ -170,7 +171,6 @@ def _about(session: Session, model: str, question: str, files: list[str]) -> dic
 def _save(session: Session, recorder: Recorder, output: Path, as_json: bool, quiet: bool) -> None:
     from arkcache.tracing.figures import figures_of
     from arkcache.tracing.file import save
-    from arkcache.tracing.report import in_bytes
     from arkcache.tracing.trace import trace_of
 
     if not recorder.num_steps:
@@ -187,7 +187,7 @@ def _save(session: Session, recorder: Recorder, output: Path, as_json: bool, qui
     figures = figures_of(kept)
     typer.echo(
         f"{output}: {figures.num_steps} steps, {figures.page_share:.1%} of the pages attended, "
-        f"{figures.hit_rate:.1%} hits, {in_bytes(output.stat().st_size)}"
+        f"{figures.hit_rate:.1%} hits, {bytes_text(output.stat().st_size)}"
     )
 
 

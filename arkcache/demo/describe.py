@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from arkcache.demo.models import where_is
 from arkcache.errors import InputError
 from arkcache.memory import CacheShape, MemoryPlan
+from arkcache.sizes import bytes_text
 
 _GIVE_SIZES = "give --layers, --kv-heads and --head-dim instead of --model"
 
@@ -128,7 +129,7 @@ def render(
     lines = (
         f"{heading}\n{shape.num_layers} layers, {shape.num_kv_heads} KV heads, keys of "
         f"{shape.head_dim} and values of {shape.value_dim} in {dtype}; {any_plan.batch} x "
-        f"{any_plan.context_tokens:,} tokens. A full cache takes {memory(any_plan.full_bytes)}."
+        f"{any_plan.context_tokens:,} tokens. A full cache takes {bytes_text(any_plan.full_bytes)}."
     )
     return Group(
         Padding(Text(lines), (1, 1, 0, 1)),
@@ -161,8 +162,8 @@ def _table(plans: dict[str, MemoryPlan], columns: dict[str, Callable[[MemoryPlan
 def _host(plan: MemoryPlan) -> str:
     """With a second format, from what all pages take in it to what they take in the first."""
     if plan.coarse_host_bytes is None:
-        return memory(plan.host_bytes)
-    return f"{memory(plan.coarse_host_bytes)} - {memory(plan.host_bytes)}"
+        return bytes_text(plan.host_bytes)
+    return f"{bytes_text(plan.coarse_host_bytes)} - {bytes_text(plan.host_bytes)}"
 
 
 _PAGE: dict[str, Callable[[MemoryPlan], str]] = {
@@ -172,13 +173,13 @@ _PAGE: dict[str, Callable[[MemoryPlan], str]] = {
     "\n+ padding": lambda plan: f"{plan.padding_bytes:,}",
     "bits per\nelement": lambda plan: f"{plan.bits_per_element:.2f}",
     "host bytes\nper token": lambda plan: f"{plan.host_bytes_per_token:,.0f}",
-    "spare\nslots <=": lambda plan: memory(plan.spare_bytes) if plan.spare_bytes else "-",
+    "spare\nslots <=": lambda plan: bytes_text(plan.spare_bytes) if plan.spare_bytes else "-",
 }
 _CACHE: dict[str, Callable[[MemoryPlan], str]] = {
     "host\ntier": _host,
-    "device\ntier": lambda plan: memory(plan.tier_bytes),
-    "dense\nlayers": lambda plan: memory(plan.dense_bytes),
-    "\nindex": lambda plan: memory(plan.digest_bytes),
+    "device\ntier": lambda plan: bytes_text(plan.tier_bytes),
+    "dense\nlayers": lambda plan: bytes_text(plan.dense_bytes),
+    "\nindex": lambda plan: bytes_text(plan.digest_bytes),
     "tokens\nattended": lambda plan: f"{plan.attended_tokens:,.0f}",
     "host\n/ full": lambda plan: f"{plan.host_ratio:.1%}",
     "device\n/ full": lambda plan: f"{plan.device_ratio:.1%}",
@@ -192,11 +193,3 @@ _LEGEND = (
     "tier where device_pool_factor is left out, at most 1/16 of what is free there; they are in no "
     "other column."
 )
-
-
-def memory(num_bytes: int) -> str:
-    """Bytes in the largest unit of which they are at least one: "1.5 GiB"."""
-    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if num_bytes >= 1024**exponent:
-            return f"{num_bytes / 1024**exponent:,.1f} {unit}"
-    return f"{num_bytes} B"

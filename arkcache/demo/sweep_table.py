@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arkcache.demo.sweep import EQUAL_BYTES, EQUAL_TOKENS, Result, Row
+from arkcache.sizes import bytes_text
 
 _COLUMNS = (
     "right\nanswers",
@@ -32,11 +33,11 @@ def render(result: Result) -> RenderableType:
         f"read once by {model} ({settings['dtype']})"
         + (f"; {draws} such texts, averaged." if draws > 1 else ".")
     )
-    kib = settings["device_bytes"] / 1024
+    limit = bytes_text(settings["device_bytes"])
     parts: list[RenderableType] = [Padding(Text(heading), (1, 1, 0, 1))]
     for mode, title in (
         (EQUAL_TOKENS, f"Equal tokens, a budget of {settings['budget_tokens']}: the cost of bits"),
-        (EQUAL_BYTES, f"Equal bytes, a device tier of {kib:,.0f} KiB: what fits attends"),
+        (EQUAL_BYTES, f"Equal bytes, a device tier of {limit}: what fits attends"),
     ):
         rows = [row for row in result.rows if row.mode in ("full", mode)]
         parts += [Padding(Text(title, style="bold"), (1, 1, 0, 1)), _table(rows)]

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from arkcache.demo.run import Result, Row
+from arkcache.sizes import bytes_text, unit_of
 
 
 def render(result: Result) -> RenderableType:
@@ -42,9 +43,9 @@ def sentences(result: Result) -> list[str]:
         said.append(
             f"{best.title}: {best.num_right} of {best.num_questions} right (full cache: "
             f"{full.num_right}), attending {share:.1%} of the tokens in each step. "
-            f"{_memory(best.device_bytes)} on the device instead of {_memory(full.device_bytes)}; "
-            f"the pages wait in the host tier, and {best.pages_recalled:,} were recalled when a "
-            "question needed them."
+            f"{bytes_text(best.device_bytes)} on the device instead of "
+            f"{bytes_text(full.device_bytes)}; the pages wait in the host tier, and "
+            f"{best.pages_recalled:,} were recalled when a question needed them."
         )
     if arks and lost:
         scores = " and ".join(f"{row.title} answered {row.num_right}" for row in lost)
@@ -70,7 +71,7 @@ def _remark(result: Result, full: Row) -> str:
 
 
 def _table(rows: list[Row]) -> Table:
-    unit, size = _unit(max(row.device_bytes for row in rows))
+    unit, size = unit_of(max(row.device_bytes for row in rows))
     table = Table(box=box.SIMPLE_HEAD, padding=0, collapse_padding=True, pad_edge=False)
     table.add_column("\nmethod", no_wrap=True)
     for column in (
@@ -102,16 +103,3 @@ def _cells(row: Row, size: int) -> list[str]:
         "-" if row.hit_rate is None else f"{row.hit_rate:.0%}",
         f"{row.ms_per_token:.1f}",
     ]
-
-
-def _unit(num_bytes: int) -> tuple[str, int]:
-    """The largest unit in which so many bytes are at least one, and its bytes."""
-    for exponent, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if num_bytes >= 1024**exponent:
-            return unit, 1024**exponent
-    return "B", 1
-
-
-def _memory(num_bytes: int) -> str:
-    unit, size = _unit(num_bytes)
-    return f"{num_bytes / size:,.1f} {unit}"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from arkcache.sizes import bytes_text
 from arkcache.tracing.figures import Figures, Series, figures_of, series_of
 from arkcache.tracing.maps import Mass, maps_of, mass_of
 from arkcache.tracing.trace import Trace
@@ -111,7 +112,7 @@ def _cards(trace: Trace, figures: Figures) -> list[tuple[str, str]]:
         ("hit rate", f"{figures.hit_rate:.1%}"),
         (
             "read anew per step" if _is_on_cpu(trace) else "recalled per step",
-            in_bytes(figures.bytes_per_step),
+            bytes_text(figures.bytes_per_step),
         ),
         ("latency, median", _in_ms(figures.latency_median_ms)),
         ("latency, p95", _in_ms(figures.latency_p95_ms)),
@@ -125,15 +126,6 @@ def _budget(trace: Trace) -> str:
 
 def _in_ms(time: float | None) -> str:
     return "unknown" if time is None else f"{time:,.1f} ms"
-
-
-def in_bytes(number: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.3g} GB"
 
 
 def _terms(pairs: list[tuple[str, str]]) -> str:

@@ -270,6 +270,9 @@ def test_sweep_as_json() -> None:
     [
         (["--draws", "0"], "draws=0: expected at least 1"),
         (["--device-bytes", "much"], "'much' bytes: expected a number"),
+        (["--budget", "0"], "budget_tokens=0: the 0 sink tokens, 1 recent tokens and one page of"),
+        (["--budget", "-5"], "(budget_tokens is --budget)"),
+        (["--page-size", "0"], "page_size=0: expected an integer of at least 1\n"),
         (["--file", "no-such-file.txt"], "cannot read no-such-file.txt"),
     ],
 )

@@ -87,6 +87,17 @@ def test_a_budget_that_is_too_small(command: str) -> None:
         tells(run(command, "--budgets", "0"), command, "budget '0': expected tokens")
     else:
         tells(run(command, "--budget", "10"), command, "budget_tokens=10")
+        assert "--budget)" in run(command, "--budget", "10").stderr
+
+
+def test_a_setting_that_has_another_name_than_its_option() -> None:
+    tells(run("eval", "--questions", "0"), "eval", "at least 1 (num_questions is --questions)")
+    given = ["--model", str(SHIPPED), "--max-tokens", "0"]
+    done = run("generate", *given)
+    assert done.stderr == (
+        "arkcache generate: max_new_tokens=0: expected at least 1 (max_new_tokens is "
+        "--max-tokens)\n"
+    )
 
 
 def sparse(path: Path) -> None:

@@ -150,12 +150,14 @@ class Session:
         """
         if not question.strip():
             raise InputError("the question is empty")
-        if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1 or repetition_penalty <= 0:
-            raise InputError(
-                f"max_new_tokens={max_new_tokens}, temperature={temperature}, top_p={top_p}, "
-                f"repetition_penalty={repetition_penalty}: expected at least 1, at least 0, a "
-                "share above 0, and more than 0"
-            )
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens}: expected at least 1")
+        if not temperature >= 0:
+            raise InputError(f"temperature={temperature}: expected at least 0")
+        if not 0 < top_p <= 1:
+            raise InputError(f"top_p={top_p}: expected a share above 0, at most 1")
+        if not repetition_penalty > 0:
+            raise InputError(f"repetition_penalty={repetition_penalty}: expected more than 0")
         ids = self._encoded(question + self._template.closing)
         choose = _chooser(temperature, top_p, repetition_penalty)
         return self._answer(question, ids, max_new_tokens, choose, exact)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,17 @@ EXIT_CODES = (
 )
 """The last line of every command's help."""
 
+_OPTION_OF = {
+    "budget_tokens": "--budget",
+    "max_new_tokens": "--max-tokens",
+    "max_steps": "--steps",
+    "num_dense_layers": "--dense-layers",
+    "num_passages": "--passages",
+    "num_questions": "--questions",
+    "num_steps": "--steps",
+}
+"""What the library calls otherwise than the options that set it."""
+
 T = TypeVar("T")
 
 
@@ -47,11 +59,22 @@ def told_in_a_line(command: str, output: Path | None = None, code: int = 1) -> I
     except ModuleNotFoundError as error:
         say_what_to_install(error.name or str(error))
     except arkcache.ArkCacheError as error:
-        typer.echo(f"arkcache {command}: {error}", err=True)
+        typer.echo(f"arkcache {command}: {error}{_options_in(str(error))}", err=True)
         raise typer.Exit(code) from None
     except KeyboardInterrupt:
         typer.echo(f"arkcache {command}: interrupted; nothing was kept.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def _options_in(message: str) -> str:
+    """Which options a message speaks of by other names: " (budget_tokens is --budget)"."""
+    names = dict.fromkeys(re.findall(r"\b([a-z_]+)=", message))
+    told = [
+        f"{name} is {_OPTION_OF[name]}"
+        for name in names
+        if name in _OPTION_OF and f"{name} from " not in message
+    ]
+    return f" ({', '.join(told)})" if told else ""
 
 
 def with_progress(work: Callable[[Progress], T], quiet: bool = False) -> T:

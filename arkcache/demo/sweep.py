@@ -85,8 +85,8 @@ class Settings:
             stream_block_tokens=self.page_size,
             page_size=self.page_size,
             budget_tokens=self.budget_tokens,
-            num_sink_tokens=min(32, self.budget_tokens // 8),
-            num_recent_tokens=min(128, self.budget_tokens // 4),
+            num_sink_tokens=max(0, min(32, self.budget_tokens // 8)),
+            num_recent_tokens=max(1, min(128, self.budget_tokens // 4)),
         )
 
     def model_dtype(self) -> str:

@@ -4,12 +4,9 @@ import copy
 import io
 import json
 import os
-import pty
 import re
-import select
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -41,6 +38,7 @@ from arkcache.chat.template import PLAIN, encode, template_of
 from arkcache.chat.terminal import Chat, Sampling
 from arkcache.demo import run as demo
 from arkcache.demo.models import SHIPPED, load_model
+from tests.terminal import Terminal
 from tests.twins import small_config
 
 TEXT = "The value of amber is 4821. The value of birch is 1200. " * 12
@@ -621,68 +619,6 @@ def test_generate_says_what_is_wrong(arguments: list[str], message: str) -> None
     assert "Traceback" not in done.output
 
 
-TAKE_TERMINAL = """
-import fcntl, runpy, signal, sys, termios
-fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests were started with
-runpy.run_module("arkcache.cli", run_name="__main__", alter_sys=True)
-"""
-"""Makes the pseudo-terminal the process's own, so that Ctrl-C typed there reaches it, and runs the
-command line. Not before the program starts: that would fork a process of much memory."""
-
-
-class Terminal:
-    """A chat in a pseudo-terminal of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self._main, inner = pty.openpty()
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "TERM": "xterm",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", TAKE_TERMINAL, "chat", *arguments]
-        self._process = subprocess.Popen(
-            command,
-            stdin=inner,
-            stdout=inner,
-            stderr=inner,
-            env=environment,
-            cwd=ROOT,
-            start_new_session=True,
-        )
-        os.close(inner)
-        self.shown = ""
-
-    def type(self, keys: str, until: str) -> str:
-        """Type, wait until the screen shows this, and return what is new on it."""
-        os.write(self._main, keys.encode())
-        return self.wait(until)
-
-    def wait(self, until: str, seconds: float = 120) -> str:
-        """What comes until this is shown."""
-        new, end = "", time.monotonic() + seconds
-        while not re.search(until, new):
-            assert time.monotonic() < end, f"{until!r} not shown after {self.shown}{new}"
-            if select.select([self._main], [], [], 0.2)[0]:
-                new += os.read(self._main, 4096).decode(errors="replace")
-        self.shown += new
-        return new
-
-    def leave(self) -> int:
-        """Ctrl-D; the exit code."""
-        os.write(self._main, b"\x04")
-        return self._process.wait(timeout=60)
-
-    def __enter__(self) -> "Terminal":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.wait()
-        os.close(self._main)
-
-
 PROMPT = r"\n> $"
 
 
@@ -706,10 +642,10 @@ def test_a_chat_in_a_real_terminal(text: Path, endless: str, more: list[str]) ->
     """A question, Ctrl-C in an answer, a question after it, Ctrl-C at the prompt, Ctrl-D."""
     ends_never = ["--max-tokens", "100000", "--repetition-penalty", "1"]
     chat = ["--model", endless, "--file", str(text), "--budget", "128", *ends_never, *more]
-    with Terminal(*chat) as terminal:
+    with Terminal("chat", *chat) as terminal:
         terminal.wait(PROMPT)
         assert "text.txt: " in terminal.shown
-        os.write(terminal._main, b"What is the value of amber?\n")
+        terminal.write("What is the value of amber?\n")
         terminal.wait(r"(?s)amber\?\r\n.{20}")
         if more:
             terminal.wait(r"[\d,]+ tokens, device .* host [\d.]+ [KM]iB ")
@@ -718,7 +654,7 @@ def test_a_chat_in_a_real_terminal(text: Path, endless: str, more: list[str]) ->
         assert "stopped; everything before is kept" in stopped
         assert "Traceback" not in terminal.shown
         assert "tokens held" in terminal.type("/stats\n", PROMPT)
-        os.write(terminal._main, b"And of birch?\n")
+        terminal.write("And of birch?\n")
         terminal.wait(r"(?s)birch\?\r\n.{20}")
         terminal.type("\x03", PROMPT)
         time.sleep(0.5)  # the prompt is shown before a line is waited for
@@ -730,9 +666,9 @@ def test_a_chat_in_a_real_terminal(text: Path, endless: str, more: list[str]) ->
 def test_a_conversation_over_two_terminals(text: Path, endless: str, tmp_path: Path) -> None:
     """A question, Ctrl-C in the answer, save, quit; another process loads it and is asked again."""
     chat, folder = ["--model", endless, "--budget", "128"], tmp_path / "saved"
-    with Terminal(*chat, "--file", str(text), "--max-tokens", "100000") as terminal:
+    with Terminal("chat", *chat, "--file", str(text), "--max-tokens", "100000") as terminal:
         terminal.wait(PROMPT)
-        os.write(terminal._main, b"What is the value of amber?\n")
+        terminal.write("What is the value of amber?\n")
         terminal.wait(r"amber\?\r\n\s*\w")
         terminal.type("\x03", PROMPT)
         assert "tokens saved" in terminal.type(f"/save {folder}\n", PROMPT)
@@ -740,7 +676,7 @@ def test_a_conversation_over_two_terminals(text: Path, endless: str, tmp_path: P
     expected = Session.load(*load_model(endless, torch.device("cpu"), "auto"), folder)
     answer = said(expected, "And of birch?", repetition_penalty=1.1).split()
     assert expected.cache.stats().pages_recalled > 0
-    with Terminal(*chat, "--load", str(folder), "--max-tokens", "12") as terminal:
+    with Terminal("chat", *chat, "--load", str(folder), "--max-tokens", "12") as terminal:
         terminal.wait(PROMPT)
         assert "the last question was: What is the value of amber?" in terminal.shown
         shown = terminal.type("And of birch?\n", PROMPT)

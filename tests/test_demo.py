@@ -14,7 +14,9 @@ import pytest
 import torch
 from rich.console import Console
 from transformers import DynamicCache, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from arkcache import cli
 from arkcache.demo import conversation, facts
 from arkcache.demo import run as demo
 from arkcache.demo.baselines import (
@@ -29,6 +31,7 @@ from arkcache.demo.methods import reading_cache, usage
 from arkcache.demo.models import SHIPPED, load_model, pick_device
 from arkcache.demo.table import render, sentences
 from arkcache.errors import ConfigError, InputError
+from tests.terminal import Terminal
 
 METHODS = ["full", "arkcache-tokens", "arkcache-boxes", "sinks-and-window", "heavy-hitters"]
 BUDGET, NUM_SINKS = 24, 4
@@ -415,3 +418,30 @@ def test_shipped_model_is_there() -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
         path.name for path in SHIPPED.iterdir()
     }
+
+
+# -- live -----------------------------------------------------------------------------------------
+
+SMALL = ["--context", "512", "--facts", "4", "--budget", "128"]
+
+
+def test_live_in_a_real_terminal() -> None:
+    """What each cache does is shown while it answers, and wiped away before the table comes."""
+    with Terminal("demo", *SMALL, "--live") as terminal:
+        terminal.wait(r"tokens, device [\d.]+ [KM]iB .*\r?\n.*nothing in a host tier")
+        terminal.wait(r"index [\d.]+ KiB, host .*\r?\n.* steps, \d+% of pages at hand")
+        terminal.wait(r"[a-z]+\? \d{4}\.")
+        assert terminal.read_all() == 0
+        table = terminal.shown[terminal.shown.rindex("╯") :]
+        assert "\x1b[2K" in table  # lines of the panel
+        assert "ArkCache, token index" in table
+        assert "nothing in a host tier" not in table
+
+
+def test_live_does_nothing_elsewhere() -> None:
+    runner = CliRunner(env={"COLUMNS": "80"})
+    for more in ([], ["--quiet"]):
+        done = runner.invoke(cli.app, ["demo", *SMALL, "--live", *more])
+        assert done.exit_code == 0, done.output
+        assert "heavy hitters" in done.stdout
+        assert "╭" not in done.output

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from arkcache.chat.session import Session
-from arkcache.huggingface.cache import PagedCacheLayer
+from arkcache.huggingface.cache import ArkCache, PagedCacheLayer
 from arkcache.sizes import bytes_text
 from arkcache.stats import CacheStats
 
@@ -56,16 +56,26 @@ def live_answer(console: Console, session: Session) -> Iterator[Callable[[str], 
 
 
 def panel(session: Session, before: CacheStats) -> Panel:
-    """What the cache holds, and what it has done since `before`."""
-    stats = session.cache.stats()
-    layers = max(1, sum(isinstance(one, PagedCacheLayer) for one in session.cache.layers))
+    """What the session's cache holds, and what it has done since `before`."""
+    return boxed(figures(session.cache, before))
+
+
+def boxed(lines: list[str]) -> Panel:
+    """Lines in the frame of a live panel."""
+    return Panel(Text("\n".join(lines)), border_style="dim")
+
+
+def figures(cache: ArkCache, before: CacheStats) -> list[str]:
+    """What a cache holds, and what it has done since `before`: two lines."""
+    stats = cache.stats()
+    layers = max(1, sum(isinstance(one, PagedCacheLayer) for one in cache.layers))
     steps = (stats.decode_steps - before.decode_steps) // layers
     hits, recalled, copied = (
         getattr(stats, name) - getattr(before, name)
         for name in ("pages_hit", "pages_recalled", "bytes_recalled")
     )
     holds = [
-        f"{len(session.ids):,} tokens",
+        f"{cache.get_seq_length():,} tokens",
         f"device {bytes_text(stats.device_bytes)} + index {bytes_text(stats.digest_bytes)}",
         f"host {bytes_text(stats.host_bytes)}",
     ]
@@ -76,4 +86,4 @@ def panel(session: Session, before: CacheStats) -> Panel:
         does.append(f"{bytes_text(copied / steps)} recalled a step")
     if stats.missed.estimated is not None:
         does.append(f"{stats.missed.estimated:.1%} missed")
-    return Panel(Text("\n".join((", ".join(holds), ", ".join(does)))), border_style="dim")
+    return [", ".join(holds), ", ".join(does)]

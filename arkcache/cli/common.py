@@ -77,23 +77,40 @@ def _options_in(message: str) -> str:
     return f" ({', '.join(told)})" if told else ""
 
 
-def with_progress(work: Callable[[Progress], T], quiet: bool = False) -> T:
+def with_progress(
+    work: Callable[[Progress], T],
+    quiet: bool = False,
+    below: Callable[[], RenderableType] | None = None,
+) -> T:
     """`with_bar`, in the place of the bars of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # ours says what is loaded
-    return with_bar(work, quiet)
+    return with_bar(work, quiet, below)
 
 
-def with_bar(work: Callable[[Progress], T], quiet: bool = False) -> T:
-    """Does work that tells what is under way: a bar on a terminal, else a line for each stage."""
+def with_bar(
+    work: Callable[[Progress], T],
+    quiet: bool = False,
+    below: Callable[[], RenderableType] | None = None,
+) -> T:
+    """Does work that tells what is under way: a bar on a terminal, else a line for each stage.
+
+    below: what is shown under the bar, asked for at each refresh.
+    """
     if quiet:
         return work(lambda *_: None)
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+    class Bar(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            if below is not None:
+                yield below()
+
     console = Console(stderr=True)
-    bar = Progress(
+    bar = Bar(
         TextColumn("{task.description:30}"),
         BarColumn(),
         TaskProgressColumn(),

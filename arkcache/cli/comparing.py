@@ -42,6 +42,9 @@ def demo(
     device: Device = "auto",
     dtype: Dtype = "auto",
     seed: Seed = 0,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show meanwhile what each cache does, and its answers.")
+    ] = False,
     as_json: Json = False,
     output: Output = None,
     quiet: Quiet = False,
@@ -50,11 +53,12 @@ def demo(
 
     All get the same text and, but for the full cache, the same budget.
 
-        arkcache demo --context 4096 --budget 256
+        arkcache demo --context 4096 --budget 256 --live
 
         arkcache demo --model my/model --file book.txt --output demo.json
     """
     with told_in_a_line("demo", output):
+        from arkcache.demo.live import LiveView
         from arkcache.demo.run import Settings, run
         from arkcache.demo.table import render
 
@@ -71,7 +75,13 @@ def demo(
         )
         if not quiet:
             say_unused()
-        result = with_progress(lambda progress: run(settings, progress), quiet)
+        view = LiveView()
+        watched = {"watch": view.look} if live else {}
+        result = with_progress(
+            lambda progress: run(settings, progress, **watched),
+            quiet,
+            below=view.show if live else None,
+        )
         print_result(result.to_dict(), lambda: render(result), as_json, output)
 
 

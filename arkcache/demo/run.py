@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ CHUNK_TOKENS = 1024
 
 Progress = Callable[[str, int, int], None]
 """Told what is under way, how many steps of it are done, and of how many."""
+
+Watch = Callable[[Method, DynamicCache, Fact, str], None]
+"""Told after each step which method's cache took it, what was asked, and the answer so far."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,9 @@ class Result:
 
 
 @torch.inference_mode()
-def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
+def run(
+    settings: Settings, progress: Progress = lambda *_: None, watch: Watch = lambda *_: None
+) -> Result:
     """Read the text once and ask every method the same questions.
 
     Raises `InputError` for what cannot be read, loaded or fitted; `ConfigError` for a budget that
@@ -151,7 +157,7 @@ def run(settings: Settings, progress: Progress = lambda *_: None) -> Result:
     with threads(num_threads):
         full = read(model, conversation.text_ids, progress)
         rows = [
-            ask_all(method, model, tokenizer, full, conversation, progress)
+            ask_all(method, model, tokenizer, full, conversation, progress, watch)
             for method in methods(config)
         ]
     resolved = resolve(settings, model, num_threads) | {
@@ -218,6 +224,7 @@ def ask_all(
     full: DynamicCache,
     conversation: Conversation,
     progress: Progress,
+    watch: Watch,
 ) -> Row:
     """Ask one method all questions, one after another in the same conversation."""
     try:
@@ -226,7 +233,7 @@ def ask_all(
             answers = []
             for number, fact in enumerate(conversation.questions):
                 progress(f"Asking: {method.title}", number, len(conversation.questions))
-                answers.append(listener.ask(fact))
+                answers.append(listener.ask(fact, partial(watch, method, cache)))
             return listener.row(method, answers)
     except UnsupportedModelError as error:
         return Row(method.key, method.title, skipped=str(error))
@@ -251,19 +258,24 @@ class Listener:
         self._seconds: list[float] = []
         self._attended: list[float] = []
 
-    def ask(self, fact: Fact) -> Answer:
-        """The greedy answer to the question for a fact; both stay in the conversation."""
+    def ask(self, fact: Fact, watch: Callable[[Fact, str], None] = lambda *_: None) -> Answer:
+        """The greedy answer to the question for a fact; both stay in the conversation.
+
+        watch: told after each step of the fact and of the answer so far.
+        """
         voice = self._voice
         self.fed.append([])
         token = 0
         for question_token in question_ids(self._tokenizer, voice, fact):
             token = self._step(question_token)
+            watch(fact, "")
         answer: list[int] = []
         text = ""
         while len(answer) < voice.answer_tokens and token not in end_tokens(self._model):
             answer.append(token)
             text = str(self._tokenizer.decode(answer))
             token = self._step(token)
+            watch(fact, text)
             if voice.stops_at_value and parse_answer(text) is not None:
                 break
         return Answer(fact.name, fact.value, text.strip(), voice.is_right(text, fact))

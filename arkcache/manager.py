@@ -106,6 +106,7 @@ class KVCacheManager:
         self._recorder: Recorder | None = None
         self._traced_as: Sequence[int] = ()
         self._loans = Loans()
+        self._times_copies = False
         self._configure(CacheConfig() if config is None else config)
         self._clear()
 
@@ -593,6 +594,16 @@ class KVCacheManager:
             trace = self._recorder.layer(self._traced_as[layer], self.num_kv_heads)
             state.trace(trace)
 
+    def time_copies(self, on: bool) -> None:
+        """Count from now on how long copies between the tiers take, or cease to.
+
+        They are `load_seconds` and `store_seconds` of `stats()`. On a CPU alone: a GPU copies on
+        streams of its own, which nobody waits for.
+        """
+        self._times_copies = on and self.device.type == "cpu"
+        for state in self._layers:
+            state.counters.times_copies = self._times_copies
+
     def check_batch(self, batch: int) -> None:
         """Raise `ConfigError` unless a device tier for so many sequences fits `device_bytes`."""
         self.planner.pages_that_fit(batch)
@@ -759,6 +770,7 @@ class KVCacheManager:
             layers = [one for one in capturable if one is not None]
             self.steps = CapturableSteps(layers, self._log, host)
         self._host, self._device_tier, self._max_selected = host, tier, max_selected
+        self.time_copies(self._times_copies)
         if self._recorder is not None:
             self._tell_layers()
 

@@ -4,8 +4,8 @@
     prometheus_client.REGISTRY.register(metrics)
     metrics.watch(cache)
 
-A step does nothing for it: `collect` asks the caches for `stats()`, in the thread that scrapes.
-Names follow vLLM's of its offloaded KV cache. Time is not measured here, so there is no `_time`.
+A step times its copies between the tiers for it, on a CPU, while a cache is watched; `collect` asks
+the caches for the rest, in the thread that scrapes. Names follow vLLM's of its offloaded KV cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from arkcache.config import CacheConfig
 from arkcache.errors import InputError
 from arkcache.stats import CacheStats
 
 _PREFIX = "arkcache:"
 
-COUNTERS: dict[str, tuple[str, Callable[[CacheStats], int]]] = {
+COUNTERS: dict[str, tuple[str, Callable[[CacheStats], float]]] = {
     "kv_offload_load_bytes": (
         "Bytes copied from the host tier to the device tier, recalled by decode steps or streamed.",
         lambda stats: stats.bytes_recalled + stats.bytes_streamed,
@@ -34,6 +35,14 @@ COUNTERS: dict[str, tuple[str, Callable[[CacheStats], int]]] = {
     "kv_offload_store_bytes": (
         "Bytes copied from the device tier to the host tier.",
         lambda stats: stats.bytes_backed_up,
+    ),
+    "kv_offload_load_time": (
+        "Seconds that copies of kv_offload_load_bytes took; left out where none was timed.",
+        lambda stats: stats.load_seconds,
+    ),
+    "kv_offload_store_time": (
+        "Seconds that copies of kv_offload_store_bytes took; left out where none was timed.",
+        lambda stats: stats.store_seconds,
     ),
     "recalled_bytes": (
         "Those of kv_offload_load_bytes that decode steps recalled.",
@@ -79,11 +88,25 @@ TIERS: dict[str, tuple[str, dict[str, Callable[[CacheStats], int]]]] = {
 """What is held at present, by tier."""
 
 
+LIMITS: dict[str, tuple[Callable[[CacheStats], int], Callable[[CacheConfig], int | None]]] = {
+    "host": (lambda stats: stats.host_bytes, lambda config: config.host_bytes),
+    "device": (lambda stats: stats.device_bytes, lambda config: config.device_bytes),
+}
+"""What a tier holds of what, by settings, it may."""
+
+
 class Watchable(Protocol):
     """What can be watched: an `ArkCache`, a `KVCacheManager`."""
 
+    @property
+    def config(self) -> CacheConfig:
+        """Settings."""
+
     def stats(self) -> CacheStats:
         """Counters and sizes."""
+
+    def time_copies(self, on: bool) -> None:
+        """Count how long copies between the tiers take, or cease to."""
 
 
 @dataclass
@@ -109,13 +132,14 @@ class CacheMetrics(Collector):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._watched: list[_Watched] = []
-        self._totals: dict[str, dict[str, int]] = {}
+        self._totals: dict[str, dict[str, float]] = {}
 
     def watch(self, cache: Watchable, name: str = "") -> None:
         """Count what this cache does from now on. Raises `InputError` if it is watched already."""
         with self._lock:
             if any(one.cache() is cache for one in self._watched):
                 raise InputError("this cache is watched already: forget it first")
+            cache.time_copies(True)
             self._watched.append(_Watched(ref(cache), name, cache.stats()))
             self._totals.setdefault(name, dict.fromkeys(COUNTERS, 0))
 
@@ -124,6 +148,7 @@ class CacheMetrics(Collector):
         self.read()
         with self._lock:
             self._watched = [one for one in self._watched if one.cache() is not cache]
+            cache.time_copies(False)
 
     @contextmanager
     def watching(self, cache: Watchable, name: str = "") -> Iterator[None]:
@@ -163,7 +188,8 @@ class CacheMetrics(Collector):
         for name, (what, _) in COUNTERS.items():
             counter = CounterMetricFamily(_PREFIX + name, what, labels=["cache"])
             for cache, counted in totals.items():
-                counter.add_metric([cache], counted[name])
+                if counted[name] or not name.endswith("_time"):
+                    counter.add_metric([cache], counted[name])
             yield counter
         for name, (what, tiers) in TIERS.items():
             gauge = GaugeMetricFamily(_PREFIX + name, what, labels=["cache", "tier"])
@@ -171,11 +197,30 @@ class CacheMetrics(Collector):
                 for tier, value in tiers.items():
                     gauge.add_metric([cache, tier], value(stats))
             yield gauge
+        yield self._usage()
         yield from _ratios(totals, held)
+
+    def _usage(self) -> GaugeMetricFamily:
+        """What tiers hold of their limits; caches of one name together, if all have a limit."""
+        gauge = GaugeMetricFamily(
+            _PREFIX + "kv_cache_usage_perc",
+            "Share of host_bytes or device_bytes that is taken (1 is all), where it is set.",
+            labels=["cache", "tier"],
+        )
+        with self._lock:
+            living = [(one.name, cache) for one in self._watched if (cache := one.cache())]
+        for name in dict.fromkeys(name for name, _ in living):
+            own = [cache for other, cache in living if other == name]
+            for tier, (taken, limit) in LIMITS.items():
+                limits = [found for cache in own if (found := limit(cache.config)) is not None]
+                if len(limits) == len(own):
+                    used = sum(taken(cache.stats()) for cache in own)
+                    gauge.add_metric([name, tier], used / sum(limits))
+        return gauge
 
 
 def _ratios(
-    totals: dict[str, dict[str, int]], held: dict[str, CacheStats]
+    totals: dict[str, dict[str, float]], held: dict[str, CacheStats]
 ) -> Iterator[GaugeMetricFamily]:
     """What is known once something was counted."""
     ratios = (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -113,6 +113,8 @@ class CacheStats:
         host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
         digest_bytes: the page index, on the device, growing with the context; with
             `estimate_pages`, the pages' means as well.
+        load_seconds, store_seconds: that copies from and to the host tier took, while they were
+            timed (`time_copies`), on a CPU; two stats that differ in them alone are equal.
         missed_by_layer: with `target_missed_mass` or `audit_every`, for each layer that is not
             dense and each of its KV heads what its steps missed; sums list all layers, in order.
     """
@@ -133,6 +135,8 @@ class CacheStats:
     device_bytes: int = 0
     host_bytes: int = 0
     digest_bytes: int = 0
+    load_seconds: float = field(default=0.0, compare=False)
+    store_seconds: float = field(default=0.0, compare=False)
     missed_by_layer: tuple[tuple[MissedMass, ...], ...] = ()
 
     @property

@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=16384, help="tokens that are held")
     parser.add_argument("--steps", type=int, default=5, help="steps of a run")
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--backend", default="auto", help="auto, numba or torch")
     options = parser.parse_args()
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -37,7 +38,7 @@ def main() -> None:
         max_position_embeddings=1 << 20,
     )
     model = LlamaForCausalLM(config).eval()
-    cache = ArkCache(model, budget_tokens=2048)
+    cache = ArkCache(model, budget_tokens=2048, backend=options.backend)
     metrics, registry = CacheMetrics(), CollectorRegistry()
     registry.register(metrics)
     times: dict[str, list[float]] = {"not watched": [], "watched": []}

@@ -96,6 +96,8 @@ def test_what_is_scraped_is_what_the_cache_says(
         ("arkcache:kv_offload_load_bytes_total", "mine"): stats.bytes_recalled
         + stats.bytes_streamed,
         ("arkcache:kv_offload_store_bytes_total", "mine"): stats.bytes_backed_up,
+        ("arkcache:kv_offload_load_time_total", "mine"): stats.load_seconds,
+        ("arkcache:kv_offload_store_time_total", "mine"): stats.store_seconds,
         ("arkcache:recalled_bytes_total", "mine"): stats.bytes_recalled,
         ("arkcache:page_queries_total", "mine"): stats.pages_hit + stats.pages_recalled,
         ("arkcache:page_hits_total", "mine"): stats.pages_hit,
@@ -112,6 +114,7 @@ def test_what_is_scraped_is_what_the_cache_says(
         / stats.decode_steps,
     }
     assert found == pytest.approx(expected)
+    assert min(stats.load_seconds, stats.store_seconds) > 0
     # 300 of the prompt, and all generated tokens but the last, which is not attended
     assert stats.total_tokens == LAYERS * 329
     assert stats.host_tokens == LAYERS * 8 * ((329 - 32) // 8)
@@ -151,7 +154,8 @@ def test_scrapes_while_steps_run_neither_fail_nor_disturb(
     assert len(found) > 3
     for before, after in zip(found, [*found[1:], scrape(port)], strict=True):
         for name in COUNTERS:
-            assert after[f"arkcache:{name}_total", ""] >= before[f"arkcache:{name}_total", ""]
+            key = f"arkcache:{name}_total", ""
+            assert after.get(key, 0) >= before.get(key, 0)
     assert cache.stats() == alone.stats()  # nothing that was counted was lost
     assert scrape(port)["arkcache:page_hits_total", ""] == alone.stats().pages_hit
 
@@ -223,6 +227,54 @@ def test_nothing_is_lost_while_a_block_watches(model: Any, metrics: CacheMetrics
             "arkcache:kv_offload_store_bytes_total", {"cache": "short"}
         )
         assert value == turn * stored > 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_copies_are_timed_while_a_cache_is_watched(
+    model: Any, metrics: CacheMetrics, port: int, backend: str
+) -> None:
+    if backend == "numba":
+        pytest.importorskip("numba")
+    cache = ArkCache(model, budget_tokens=BUDGET, page_size=8, backend=backend)
+
+    def seconds() -> tuple[float, float]:
+        stats = cache.stats()
+        return stats.load_seconds, stats.store_seconds
+
+    generate(model, cache)
+    assert seconds() == (0, 0)
+    assert ("arkcache:kv_offload_load_time_total", "") not in scrape(port)
+    start = time.perf_counter()
+    with metrics.watching(cache):
+        ids = torch.randint(0, 64, (1, 40))
+        with torch.inference_mode():
+            model(ids, past_key_values=cache)  # streams what is held, and seals five pages a layer
+        assert ("arkcache:kv_offload_load_time_total", "") in scrape(port)
+        cache.reset()
+        generate(model, cache)  # managers made anew are timed as well
+    taken = seconds()
+    assert 0 < min(taken) < sum(taken) < time.perf_counter() - start
+    with torch.inference_mode():
+        model(ids, past_key_values=cache)
+    assert seconds() == taken
+
+
+def test_the_share_of_a_limit(metrics: CacheMetrics, port: int) -> None:
+    settings = {"budget_tokens": 64, "page_size": 8, "num_recent_tokens": 8}
+    limits = {"host_bytes": 1 << 20, "device_bytes": 1 << 19}
+    limited = KVCacheManager(1, 2, 16, CacheConfig(**settings, **limits))
+    usage = "arkcache:kv_cache_usage_perc"
+    metrics.watch(limited, "mine")
+    states = torch.randn(1, 2, 40, 16)
+    limited.append(0, states, states)
+    found, stats = scrape(port), limited.stats()
+    assert found[usage, "mine", "host"] == stats.host_bytes / (1 << 20) > 0
+    assert found[usage, "mine", "device"] == stats.device_bytes / (1 << 19) > 0
+    other = KVCacheManager(1, 2, 16, CacheConfig(**settings, host_bytes=1 << 20))
+    metrics.watch(other, "mine")
+    found = scrape(port)
+    assert found[usage, "mine", "host"] == stats.host_bytes / (2 << 20)
+    assert (usage, "mine", "device") not in found  # one of them has no limit
 
 
 def test_what_steps_missed_is_there_where_it_is_measured(

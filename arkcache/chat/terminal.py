@@ -20,6 +20,7 @@ from rich.table import Table
 from arkcache.chat.documents import load_document
 from arkcache.chat.live import live_answer
 from arkcache.chat.session import Session
+from arkcache.config import CacheConfig
 from arkcache.errors import ArkCacheError, InputError
 from arkcache.sizes import bytes_text
 from arkcache.stats import CacheStats
@@ -65,7 +66,7 @@ class Chat:
         self._session, self._sampling, self._quiet = session, sampling, quiet
         self._console, self._ask_line = console, ask_line
         self._live = live and not quiet and console.is_terminal
-        self._goes_on = True
+        self._goes_on, self._times_copies = True, False
         self.before_change: Callable[[], object] = lambda: None
         self._commands: dict[str, tuple[Callable[[str], None], str, str]] = {
             "file": (self._read_file, "PATH", "read a text file into the conversation"),
@@ -240,6 +241,16 @@ class Chat:
         """Counters and sizes of the conversation's cache."""
         return self._session.cache.stats()
 
+    @property
+    def config(self) -> CacheConfig:
+        """Settings of the conversation's cache."""
+        return self._session.cache.config
+
+    def time_copies(self, on: bool) -> None:
+        """See `KVCacheManager.time_copies`; also after a load."""
+        self._times_copies = on
+        self._session.cache.time_copies(on)
+
     def load(self, folder: Path, **settings: Any) -> None:
         """Go on with a saved conversation, with a progress bar on a terminal.
 
@@ -256,6 +267,7 @@ class Chat:
                 progress=progress,
                 **settings,
             )
+        self._session.cache.time_copies(self._times_copies)
         asked = self._session.questions
         last = f"; the last question was: {asked[-1]}" if asked else ""
         self._hint(f"{len(self._session.ids):,} tokens loaded{last}")

@@ -77,7 +77,9 @@ class PagedParts:
 
     def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
         """`Engine.read` from the host tier."""
+        begun = self.counters.copy_begins()
         key, value, moved = self.store.read_run(sequence, first, last, self.geometry.device)
+        self.counters.load_ns += self.counters.since(begun)
         self.counters.bytes_streamed += moved
         return key, value
 

@@ -71,7 +71,9 @@ class HostEngine(Engine):
         parts = self.parts
         self.digest(seqs, first, key, value)
         packed = parts.packer.pack(key, value)
+        begun = parts.counters.copy_begins()
         parts.store.append(seqs, first, packed.cpu())
+        parts.counters.store_ns += parts.counters.since(begun)
         parts.counters.bytes_backed_up += packed.numel()
         if self._importance is not None:
             self._importance.seal(parts.geometry.rows_of(seqs), first, first + key.shape[2])

@@ -112,7 +112,9 @@ class NativeEngine(Engine):
         parts = self.parts
         self.digest(seqs, first, key, value)
         packed = parts.packer.pack(key, value)
+        begun = parts.counters.copy_begins()
         parts.store.append(seqs, first, packed)
+        parts.counters.store_ns += parts.counters.since(begun)
         parts.counters.bytes_backed_up += packed.numel()
         self._make_room(first + key.shape[2])
         self._is_bound = False
@@ -158,7 +160,9 @@ class NativeEngine(Engine):
         if not all(map(is_, before, after)):
             self._bind(next(iter(self._steps)))
         runner.write(key, value, self._counts(self._budgets))
+        begun = parts.counters.copy_begins()
         runner.seal(parts.store.host.pieces())
+        parts.counters.store_ns += parts.counters.since(begun)
         parts.store.host.written(handles)
         parts.counters.bytes_backed_up += len(seqs) * parts.store.host.piece_bytes[0]
         return True

@@ -125,10 +125,12 @@ class Places:
         num_wanted = selected.size if count is None else int(count.sum())
         num_recalled = len(moves.pages)
         alike = self.plain and count is None
+        begun = counters.copy_begins()
         if alike and self._may_reload and num_recalled > RELOAD_SHARE * num_wanted:
             self._reload()
         elif num_recalled:
             self.copy_in(moves.rows, moves.places, moves.pages)
+        counters.load_ns += counters.since(begun)
         counters.pages_hit += num_wanted - num_recalled
         counters.pages_recalled += num_recalled
         counters.pages_evicted += moves.num_evicted

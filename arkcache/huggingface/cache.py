@@ -340,6 +340,11 @@ class ArkCache(DynamicCache):
         """Whether a recorder is told what decode steps do."""
         return self._core.recorder is not None
 
+    def time_copies(self, on: bool) -> None:
+        """Count from now on how long copies between the tiers take, or cease to: see
+        `KVCacheManager.time_copies`."""
+        self._core.time_copies(on)
+
     def set_budget(self, budget_tokens: int | tuple[Any, ...]) -> None:
         """Attend so many tokens per step from now on, as in `CacheConfig`; what is held stays.
 

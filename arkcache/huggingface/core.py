@@ -41,6 +41,7 @@ class CacheCore:
         managers: of layers that are alike, by their shape or, where it is unknown, by layer.
         exact: every step attends everything, whatever its size: see `ArkCache.exact`.
         loans: of the device tiers of all managers.
+        times_copies: see `time_copies`.
         recorder: told what decode steps do, within `traces`; see `ArkCache.trace`.
     """
 
@@ -59,6 +60,7 @@ class CacheCore:
     loans: Loans = field(default_factory=Loans)
     recorder: Recorder | None = None
     traces: ExitStack | None = None
+    times_copies: bool = False
 
     def attached(self) -> Attachment:
         """The attachment; raises `InputError` where there is none."""
@@ -131,6 +133,12 @@ class CacheCore:
         if self.recorder is not None and self.traces is not None:
             self.traces.enter_context(manager.trace(self.recorder, layers))
 
+    def time_copies(self, on: bool) -> None:
+        """See `KVCacheManager.time_copies`; also of managers that are made later."""
+        self.times_copies = on
+        for manager in self.managers.values():
+            manager.time_copies(on)
+
     def _members(self, group: LayerShape | int) -> list[int]:
         """The layers of the model that a manager holds, by its key in `managers`."""
         if isinstance(group, int):
@@ -170,7 +178,7 @@ class CacheCore:
         return [self._make_manager(shape, self._members(shape)) for shape in shapes]
 
     def _make_manager(self, shape: LayerShape, layers: list[int]) -> KVCacheManager:
-        return KVCacheManager(
+        manager = KVCacheManager(
             len(layers),
             shape.num_kv_heads,
             shape.head_dim,
@@ -180,6 +188,8 @@ class CacheCore:
             value_dim=shape.value_dim,
             latent=shape.latent,
         )
+        manager.time_copies(self.times_copies)
+        return manager
 
     def _config_of(self, layers: list[int]) -> CacheConfig:
         """The settings of a manager that holds these layers of the model."""

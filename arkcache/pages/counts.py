@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from time import perf_counter_ns
 
 import numpy as np
 from torch import Tensor
@@ -76,7 +77,12 @@ class LayerTokens:
 
 @dataclass
 class Counters:
-    """What a layer did since the last reset; see `CacheStats` for the units."""
+    """What a layer did since the last reset; see `CacheStats` for the units.
+
+    Attributes:
+        times_copies: whether `load_ns` and `store_ns`, the nanoseconds that copies between the
+            tiers take, are counted.
+    """
 
     attended_tokens: int = 0
     decode_steps: int = 0
@@ -87,6 +93,17 @@ class Counters:
     bytes_streamed: int = 0
     bytes_backed_up: int = 0
     pages_demoted: int = 0
+    times_copies: bool = False
+    load_ns: int = 0
+    store_ns: int = 0
+
+    def copy_begins(self) -> int:
+        """When a copy between the tiers begins, for `since`; 0 where copies are not timed."""
+        return perf_counter_ns() if self.times_copies else 0
+
+    def since(self, begun: int) -> int:
+        """Nanoseconds since a copy began."""
+        return perf_counter_ns() - begun if begun else 0
 
     @property
     def moved(self) -> tuple[int, int, int, int]:
@@ -95,4 +112,12 @@ class Counters:
 
     def stats(self, tokens: LayerTokens) -> CacheStats:
         """As `CacheStats`, without sizes."""
-        return CacheStats(total_tokens=tokens.total, **vars(self))
+        counted = vars(self).copy()
+        del counted["times_copies"]
+        load_seconds, store_seconds = counted.pop("load_ns") / 1e9, counted.pop("store_ns") / 1e9
+        return CacheStats(
+            total_tokens=tokens.total,
+            load_seconds=load_seconds,
+            store_seconds=store_seconds,
+            **counted,
+        )

@@ -200,17 +200,17 @@ class NativeEngine(Engine):
         """Attend, and tell what that was; what is read for the first time counts to attending."""
         parts, (pages, num_pages, counters) = self.parts, self._lists
         before = None if trace.follows else (pages.copy(), num_pages.copy())
-        earlier = counters.copy()
+        earlier = counters.tolist()  # lists: less work than copies of small arrays
         lap = trace.begin()
         output = self._run(step, None if lap is None else lambda part: lap(PHASES[part]))
         trace.stop()
         noted = StepNote(
             self._of_trace,
             pages.astype(np.int32),
-            num_pages.copy(),
-            counters - earlier,
-            parts.tokens.lengths.copy(),
-            parts.tokens.sealed.copy(),
+            num_pages.tolist(),
+            (earlier, counters.tolist()),
+            parts.tokens.lengths.tolist(),
+            parts.tokens.sealed.tolist(),
             before,
         )
         if trace.wants_mass:

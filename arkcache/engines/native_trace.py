@@ -15,17 +15,17 @@ from arkcache.tracing.recorder import Ids as AnyIds
 class StepNote(NamedTuple):
     """What is noted of a traced step; the rest can wait.
 
-    sizes: KV heads, sink pages, tokens and bytes of a page. counters: what the step added to them,
-    but for the tokens that it attended. before: lists of what was read before, where it is to be
-    told.
+    sizes: KV heads, sink pages, tokens and bytes of a page. num_pages, lengths, sealed: by row, and
+    by sequence. counters: the rows' before the step and after it. before: lists of what was read
+    before, where it is to be told.
     """
 
     sizes: tuple[int, int, int, int]
     pages: NDArray[np.int32]
-    num_pages: Ids
-    counters: Ids
-    lengths: Ids
-    sealed: Ids
+    num_pages: list[int]
+    counters: tuple[list[list[int]], list[list[int]]]
+    lengths: list[int]
+    sealed: list[int]
     before: tuple[Ids, Ids] | None
     mass: NDArray[np.float32] | None = None
 
@@ -38,20 +38,21 @@ class StepNote(NamedTuple):
     def told(self) -> Told:
         """In full."""
         heads, sinks, page_size, page_bytes = self.sizes
-        _, hit, recalled, evicted = self.counters.sum(axis=0).tolist()
-        recent = int((self.lengths - self.sealed * page_size).sum())
-        attended = round(int(self.num_pages.sum()) * page_size / heads) + recent
+        earlier, later = map(np.array, self.counters)
+        _, hit, recalled, evicted = (later - earlier).sum(axis=0).tolist()
+        held, sealed, num_pages = sum(self.lengths), sum(self.sealed), sum(self.num_pages)
+        attended = round(num_pages * page_size / heads) + held - sealed * page_size
         counted = Counted(
             attended,
-            int(self.lengths.sum()),
-            int(self.num_pages.sum()),
-            int(self.sealed.sum()) * heads,
+            held,
+            num_pages,
+            sealed * heads,
             hit,
             recalled,
             evicted,
             recalled * page_bytes,
         )
-        pages = _listed(self.pages, self.num_pages, sinks)
+        pages = _listed(self.pages, np.array(self.num_pages), sinks)
         before = None if self.before is None else _listed(*self.before, sinks)
         return Told(counted, pages, before, self.mass)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -138,10 +139,7 @@ def decode(
         settings = measuring.Settings(
             numbers("--contexts", contexts), budget, rounds, steps, methods
         )
-        done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
-        entry = _entry("decode", vars(settings), rows=[vars(row) for row in done.rows])
-        print_result(entry, lambda: measuring.render(done.rows), as_json, output)
-        _leave(done.finished)
+        _measure("decode", measuring, settings, as_json, output, quiet)
 
 
 @bench.command()
@@ -170,10 +168,7 @@ def prefill(
         chunk = (512 if quick else 2048) if chunk is None else chunk
         rounds = (1 if quick else 3) if rounds is None else rounds
         settings = measuring.Settings(numbers("--contexts", contexts), chunk, layers, dense, rounds)
-        done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
-        entry = _entry("prefill", vars(settings), rows=[vars(row) for row in done.rows])
-        print_result(entry, lambda: measuring.render(done.rows), as_json, output)
-        _leave(done.finished)
+        _measure("prefill", measuring, settings, as_json, output, quiet)
 
 
 @bench.command()
@@ -202,11 +197,7 @@ def kernels(
         rounds = (5 if quick else 25) if rounds is None else rounds
         chosen = pick_device(device)
         settings = measuring.Settings(numbers("--contexts", contexts), budget, rounds, str(chosen))
-        done = with_bar(lambda progress: measuring.run(settings, progress), quiet)
-        rows = [vars(row) for row in done.rows]
-        entry = _entry("kernels", vars(settings), device=chosen, rows=rows)
-        print_result(entry, lambda: measuring.render(done.rows), as_json, output)
-        _leave(done.finished)
+        _measure("kernels", measuring, settings, as_json, output, quiet, device=chosen)
 
 
 @bench.command(
@@ -243,6 +234,22 @@ def compare(
         print_result(values, lambda: render(found, slower), as_json, output)
         if slower:
             raise typer.Exit(1)
+
+
+def _measure(
+    benchmark: str,
+    measuring: ModuleType,
+    settings: object,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    **more: Any,
+) -> None:
+    """Run a module's benchmark and print its rows; more: goes into the ledger beside them."""
+    done = with_progress(lambda progress: measuring.run(settings, progress), quiet)
+    entry = _entry(benchmark, vars(settings), **more, rows=[vars(row) for row in done.rows])
+    print_result(entry, lambda: measuring.render(done.rows), as_json, output)
+    _leave(done.finished)
 
 
 def _entry(benchmark: str, settings: dict[str, Any], **measured: Any) -> dict[str, Any]:

@@ -134,9 +134,15 @@ class CacheConfig:
             what there is, and a context that is too long ends in `HostTierFullError`.
         host_path: a folder on a disk, in which the host tier is a file: pages are written to it and
             come back when they are recalled; RAM holds those in use. The file has no name and goes
-            with the cache, unless `save` gives it one; what is saved to the same disk is not
-            copied. `host_bytes` is its limit then, None what the disk has free. Pages are of one
-            format, and on a GPU steps run on plain torch, as a file cannot be pinned.
+            with the cache, unless `save` gives it one; what is saved to the same disk, or loaded
+            from it, is not copied. `host_bytes` is its limit then, None what the disk has free.
+            Pages are of one format, and on a GPU steps run on plain torch, as a file cannot be
+            pinned.
+        host_resident_bytes: with `host_path`, about how many bytes of the file may be in RAM, those
+            in the system's page cache included: what is beyond is written to the disk and read
+            again when it is needed. An `ArkCache` divides it as it does `host_bytes`. None: 1 GiB
+            of each manager is mapped, and the page cache has more of it for as long as nothing else
+            needs the memory. Without `host_path` it says nothing.
         stream_block_tokens: how many tokens of the past are in the device tier at a time while
             several new tokens attend all of it (chunked prefill, a next turn, drafted tokens). On a
             GPU there are two such blocks, so that one is read while the other is attended. None:
@@ -171,6 +177,7 @@ class CacheConfig:
     device_bytes: int | None = None
     host_bytes: int | None = None
     host_path: str | None = None
+    host_resident_bytes: int | None = None
     stream_block_tokens: int | None = None
 
     def __new__(cls, **settings: Any) -> CacheConfig:
@@ -406,8 +413,9 @@ class CacheConfig:
             "audit_every": 1,
             "device_bytes": 1,
             "host_bytes": 1,
+            "host_resident_bytes": 1,
         }
-        sizes = ("device_bytes", "host_bytes", "stream_block_tokens")
+        sizes = ("device_bytes", "host_bytes", "host_resident_bytes", "stream_block_tokens")
         optional = ("page_size", *sizes, "estimate_pages", "audit_every")
         for name, minimum in minima.items():
             value = getattr(self, name)

@@ -49,7 +49,11 @@ class TransferError(ArkCacheError, RuntimeError):
 
 class SessionError(ArkCacheError, RuntimeError):
     """A session cannot be saved, or what was saved cannot be loaded: damaged, or of another model,
-    version or format. A save that fails leaves the one before it, a load that fails nothing."""
+    version or format. A save that fails leaves the one before it, a load that fails nothing.
+
+    With `host_path` pages are read when they are needed: then a step raises it, that needs a page
+    which is damaged, and other sequences go on.
+    """
 
 
 class UnconsumedStepError(ArkCacheError, RuntimeError):

@@ -33,6 +33,7 @@ from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from arkcache.stats import CacheStats
 from arkcache.tiering.device import DeviceTier, TierPlan
+from arkcache.tiering.file_tier import FileTier
 from arkcache.tiering.host import HostTier
 from arkcache.validate import (
     check_config,
@@ -355,15 +356,22 @@ class KVCacheManager:
 
     @on_own_device
     def crop(self, num_columns: int) -> None:
-        """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry)."""
+        """Forget all columns from `num_columns` on, in every layer (rejected drafts, a retry).
+
+        Raises `InputError` for another number, and `SessionError` where a page that was loaded and
+        is to be read for it is damaged, both before anything has changed.
+        """
         held = self._log.num_columns
         whole = isinstance(num_columns, int) and not isinstance(num_columns, bool)
         if not (whole and 0 <= num_columns <= held):
             raise InputError(f"crop({num_columns!r}): expected 0 to the {held} columns held")
-        for state in self._layers:
-            if state.tokens.columns > num_columns:
-                state.crop(self._log.lengths(num_columns))
-                state.tokens.columns = num_columns
+        shortened = [state for state in self._layers if state.tokens.columns > num_columns]
+        if self._host is not None and self._host.has_unread:
+            for state in shortened:
+                state.ready_to_crop(self._log.lengths(num_columns))
+        for state in shortened:
+            state.crop(self._log.lengths(num_columns))
+            state.tokens.columns = num_columns
         self._log.crop(num_columns)
 
     @torch.no_grad()
@@ -617,9 +625,12 @@ class KVCacheManager:
     def stats(self) -> CacheStats:
         """Counters and sizes, summed over layers. See `CacheStats`."""
         total = CacheStats(
-            device_bytes=0 if self._device_tier is None else self._device_tier.nbytes,
-            host_bytes=0 if self._host is None else self._host.bytes_of(self.held_pieces()),
+            device_bytes=0 if self._device_tier is None else self._device_tier.nbytes
         )
+        if self._host is not None:
+            held = self.held_pieces()
+            resident = self._host.resident_bytes(held)
+            total += CacheStats(host_bytes=self._host.bytes_of(held), host_resident_bytes=resident)
         for state in self._layers:
             total += state.stats()
         return total
@@ -628,7 +639,8 @@ class KVCacheManager:
         """Raise `IntegrityError` unless the metadata agrees with itself and with the tiers.
 
         Every page of a sequence is sealed once and backed up once; no place holds two pages and no
-        page two places; what is resident is bit-equal to its backup.
+        page two places; what is resident is bit-equal to its backup. Pages of a tier in a file are
+        read, all of them, and compared with their checksums: `SessionError` names one that differs.
         """
         for state in self._layers:
             state.check()
@@ -698,8 +710,10 @@ class KVCacheManager:
         """A manager that holds what `save` wrote.
 
         device: where attention runs; settings: fields of `CacheConfig` to replace, but for those
-        that say how tokens are kept. Raises `SessionError` for a folder that is damaged or not of
-        such a manager, `ConfigError` for impossible settings, and `HostTierFullError`.
+        that say how tokens are kept. With a `host_path` on the same disk pages are mapped where
+        they lie, and each is compared with its checksum when it is first read. Raises
+        `SessionError` for a folder that is damaged or not of such a manager, `ConfigError` for
+        impossible settings, and `HostTierFullError`.
         """
         from arkcache.saving.managers import load_manager  # it imports this module
 
@@ -719,6 +733,11 @@ class KVCacheManager:
     def held_pieces(self) -> Ids:
         """Pieces of the host tier that are held here, one entry per sequence and piece."""
         return np.concatenate([layer.held_pieces() for layer in self._layers])
+
+    def name_of(self, handle: int) -> str:
+        """What an error calls a piece of the host tier that is held here."""
+        names = (layer.name_of(handle) for layer in self._layers)
+        return next(filter(None, names), "a page")
 
     def log_state(self) -> State:
         """Which columns hold tokens; see `refill`."""
@@ -784,8 +803,10 @@ class KVCacheManager:
             return None
         sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
         pin_to = self.device if planner.backend == "triton" else None
-        folder = None if config.host_path is None else Path(config.host_path)
-        host = HostTier(sizes, config.host_bytes, pin_to=pin_to, folder=folder)
+        if config.host_path is not None:
+            folder, most = Path(config.host_path), config.host_resident_bytes
+            return FileTier(sizes[0], config.host_bytes, folder, most)
+        host = HostTier(sizes, config.host_bytes, pin_to=pin_to)
         if planner.backend == "triton":
             host.check_room([1])  # whether memory can be pinned is known once some is reserved
         if planner.backend == "triton" and self.device.type == "cuda" and not host.pinned:

@@ -111,6 +111,8 @@ class CacheStats:
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
         host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
+        host_resident_bytes: what of `host_bytes` this process has in RAM at most: all of it, but
+            with `host_path`, where it is in a file on a disk.
         digest_bytes: the page index, on the device, growing with the context; with
             `estimate_pages`, the pages' means as well.
         load_seconds, store_seconds: that copies from and to the host tier took, while they were
@@ -134,6 +136,7 @@ class CacheStats:
     speculative_hits: int = 0
     device_bytes: int = 0
     host_bytes: int = 0
+    host_resident_bytes: int = 0
     digest_bytes: int = 0
     load_seconds: float = field(default=0.0, compare=False)
     store_seconds: float = field(default=0.0, compare=False)

@@ -21,6 +21,7 @@ BAD = [
     ("num_dense_layers", [-1, 0.5, True]),
     ("stream_block_tokens", [0, 3, 1024.0, True]),
     ("host_bytes", [0, -1, 1e9, True, "1GB"]),
+    ("host_resident_bytes", [0, -1, 1e9, True, "1GB"]),
     ("device_pool_factor", [0, 0.99, -1, float("nan"), float("inf"), True, "2"]),
     ("key_bits", [0, 1, 3, 8.5, 16.0, True, "16", None, 32]),
     ("value_bits", [0, 1, 3, 16.0, True, None]),

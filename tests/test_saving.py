@@ -272,7 +272,7 @@ def test_damaged_files(saved: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "of version 2, and this ArkCache reads version 1"),
+        ({"version": 1}, "of version 1, and this ArkCache reads version 2"),
         ({"format": "zip"}, "of the format 'zip'"),
         ({"managers": []}, "checksum is another"),
     ],

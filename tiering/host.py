@@ -20,8 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +30,6 @@ from torch import Tensor
 
 from arkcache.errors import HostTierFullError, InputError, IntegrityError
 from arkcache.tiering.allowance import Allowance
-from arkcache.tiering.mapped_file import MappedFile, free_bytes
 from arkcache.tiering.mapping import map_anonymous
 from arkcache.tiering.pieces import Ids, Side, Stack, copy_pieces, lengthened, put_pieces
 from arkcache.tiering.pinned import PinnedArena
@@ -50,11 +48,14 @@ class HostTier:
         limit_bytes: the most it may hold, whatever the system has. None: it may grow while the
             system has memory to spare (`Allowance`), which it asks as it grows.
         pin_to: a CUDA device that is to reach the pieces by itself; they are of one size then.
-        folder: on a disk: the arena is a file there, mapped, and RAM holds what is in use of it.
-            Pieces are of one size then and have checksums, and stay where they are.
+
+    Attributes:
+        folder: where the arena is a file (`FileTier`); None for one in memory.
 
     Raises `HostTierFullError` from `allocate` before anything has changed.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -62,15 +63,11 @@ class HostTier:
         limit_bytes: int | None,
         *,
         pin_to: torch.device | None = None,
-        folder: Path | None = None,
     ) -> None:
-        self.piece_bytes, self.pin_to, self.folder = tuple(piece_bytes), pin_to, folder
-        assert folder is None or (len(piece_bytes) == 1 and pin_to is None)
-        self._allowance = Allowance() if limit_bytes is None and folder is None else None
+        self.piece_bytes, self.pin_to = tuple(piece_bytes), pin_to
+        self._allowance = Allowance() if limit_bytes is None else None
         self._pinning = self._new_pinning()
-        if limit_bytes is None:
-            limit_bytes = physical_memory_bytes() if folder is None else free_bytes(folder)
-        self.limit_bytes = limit_bytes
+        self.limit_bytes = physical_memory_bytes() if limit_bytes is None else limit_bytes
         self._capacity = tuple(self.limit_bytes // size for size in self.piece_bytes)
         self._starts, self._end = self._lay_out()
         if len(self.piece_bytes) > 1:
@@ -106,8 +103,6 @@ class HostTier:
         if self._allowance is not None:
             self._allowance.give_back(0)
         self._mapping: mmap.mmap | None = None
-        self._file: MappedFile | None = None
-        self._checksums: Ids = np.zeros(0, dtype=np.int64)
         self._kept: Ids = np.zeros(0, dtype=np.int64)
         self._pieces = [torch.empty((0, size), dtype=torch.uint8) for size in self.piece_bytes]
         self._sides = [Side() for _ in self.piece_bytes]
@@ -139,6 +134,10 @@ class HostTier:
         counts = np.bincount(self._kind[np.unique(handles)], minlength=len(self.piece_bytes))
         return int(counts @ np.array(self.piece_bytes))
 
+    def resident_bytes(self, handles: Ids) -> int:
+        """Bytes that the listed pieces take of this process's RAM at most."""
+        return self.bytes_of(handles)
+
     @property
     def _gap(self) -> int:
         """Bytes between the two sides."""
@@ -151,12 +150,7 @@ class HostTier:
         Kinds that are not listed get none. Pins what these pieces will lie in.
         """
         needed = sum(n * size for n, size in zip(counts, self.piece_bytes, strict=False))
-        if self.used_bytes + needed > self.limit_bytes:
-            raise HostTierFullError(
-                f"the host tier holds {self.used_bytes} bytes of at most {self.limit_bytes} and "
-                f"{sum(counts)} more pages need {needed}: raise host_bytes, shorten "
-                "the context, or release another cache with reset()"
-            )
+        self._check_limit(sum(counts), needed)
         if not needed:
             return  # most steps fill no page
         more = (*counts, *(0 for _ in self.piece_bytes[len(counts) :]))
@@ -166,6 +160,14 @@ class HostTier:
                 for side, count, size in zip(self._sides, more, self.piece_bytes, strict=True)
             ]
         )
+
+    def _check_limit(self, count: int, nbytes: int) -> None:
+        if self.used_bytes + nbytes > self.limit_bytes:
+            raise HostTierFullError(
+                f"the host tier holds {self.used_bytes} bytes of at most {self.limit_bytes} and "
+                f"{count} more pages need {nbytes}: raise host_bytes, shorten "
+                "the context, or release another cache with reset()"
+            )
 
     def _back(self, extents: Sequence[int]) -> None:
         """Have memory for so many bytes from the end of each side on, and pin it.
@@ -178,11 +180,13 @@ class HostTier:
             self._allowance.require(needed)
         if needed and self._mapping is None:
             self._reserve()
-        if self._file is not None:
-            self._file.reserve(needed)
+        self._set_aside(needed)
         self._pinning.extend(extents[0])  # pieces of two kinds are not pinned
         if self._allowance is not None:
             self._allowance.touch(self._pinning.nbytes)
+
+    def _set_aside(self, _nbytes: int) -> None:
+        """Have room behind the first bytes of the arena, which are written next."""
 
     def _touch(self) -> None:
         """Count what is allocated as touched: it is written next."""
@@ -251,35 +255,35 @@ class HostTier:
             put_pieces(pieces, self.positions(handles), packed.to(pieces.device))
             self.written(handles)
 
-    def written(self, handles: Ids) -> None:
+    # -- what a tier in a file does beside ---------------------------------------------------------
+
+    def written(self, _handles: Ids) -> None:
         """Note that new pieces have been filled, by whoever knows where they are."""
-        if self._file is None:
-            return
-        if len(self._checksums) < len(self._references):
-            self._checksums = lengthened(self._checksums, len(self._references))
-        pieces = self._pieces[0].numpy()
-        self._checksums[handles] = [zlib.crc32(pieces[at].data) for at in self._position[handles]]
-        self.touch(len(handles))
 
-    def touch(self, num_pieces: int) -> None:
-        """Note that so many pieces, anywhere, were read or written, of a tier in a file."""
-        if self._file is not None:
-            self._file.touch(num_pieces, self.piece_bytes[0])
+    def touch(self, _num_pieces: int) -> None:
+        """Note that so many pieces, anywhere, were read or written."""
 
-    def checksums(self, handles: Ids) -> Ids:
-        """The CRC-32 of pieces as they were written, of a tier in a file."""
-        return self._checksums[handles]
+    @property
+    def has_unread(self) -> bool:
+        """Whether there are pieces that are still to be compared when they are first read."""
+        return False
 
-    def keep_in(self, path: Path, handles: Ids) -> bool:
-        """Give the file of the tier a name, so that it outlives the tier, with these pieces in it:
-        none of them is ever overwritten. Returns False, and nothing has happened, where the tier is
-        no file or the name cannot be given."""
-        if self._file is None or not self._file.link(path):
-            return False
-        new = np.setdiff1d(handles, self._kept)
-        self.retain(new)
-        self._kept = np.concatenate((self._kept, new))
-        return True
+    @property
+    def wants_ready(self) -> bool:
+        """Whether there are pieces for which `ready` has something to do."""
+        return False
+
+    def ready(self, _handles: Ids, _name: Callable[[int], str]) -> None:
+        """Before pieces are read: compare those with their checksums that never were, and have the
+        disk begin to read all that may not be in memory.
+
+        name: what an error calls the piece of a handle. Raises `SessionError`.
+        """
+
+    def compare(self, _handles: Ids, _name: Callable[[int], str]) -> None:
+        """Read pieces, and compare all that have checksums; see `ready`."""
+
+    # -- where pieces are -------------------------------------------------------------------------
 
     def pieces(self, kind: int = 0) -> Tensor:
         """The bytes of a kind's pieces, [places, bytes of a piece]: a view of the arena.
@@ -323,10 +327,14 @@ class HostTier:
         np.add.at(self._references, handles, -1)
         freed = np.unique(handles[self._references[handles] == 0])
         for kind, side in enumerate(self._sides):
-            side.holes.push(self._position[freed[self._kind[freed] == kind]])
+            side.give_back(self._position[freed[self._kind[freed] == kind]])
         self._free.push(freed)
+        self._given_back(freed)
         if len(freed) and self.num_pieces == 0:
             self._forget()
+
+    def _given_back(self, _handles: Ids) -> None:
+        """Note that nobody refers to these pieces any more."""
 
     def references(self, handles: Ids) -> Ids:
         """How many references each piece has."""
@@ -338,10 +346,8 @@ class HostTier:
         """Close all holes and give the memory between the two sides back to the system.
 
         Free space is one run afterwards. Rows change, handles do not. What is pinned stays in
-        memory: the device would go on seeing what was there. A file stays as it is.
+        memory: the device would go on seeing what was there.
         """
-        if self.folder is not None:
-            return
         self._close_holes()
         if self._mapping is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
@@ -381,11 +387,6 @@ class HostTier:
 
         It is pinned by itself, for the same device.
         """
-        if self.folder is not None:
-            raise InputError(
-                f"this cache keeps its pages in a file in {self.folder}, which no pickle can hold: "
-                "use save(folder) and load(folder)"
-            )
         limit = self.limit_bytes if self._allowance is None else None
         tier = HostTier(self.piece_bytes, limit, pin_to=self.pin_to)
         self._pinning.synchronize()
@@ -454,11 +455,12 @@ class HostTier:
         if self.used_bytes > self.limit_bytes:
             raise IntegrityError("the host tier holds more than its limit")
 
+    def _map(self, size: int) -> mmap.mmap:
+        return map_anonymous(size)
+
     def _reserve(self) -> None:
         """Map address space for the limit; the mapping goes when the last view of it does."""
-        if self.folder is not None:
-            self._file = MappedFile(self.folder, max(1, self._end))
-        mapping = map_anonymous(max(1, self._end)) if self._file is None else self._file.mapping
+        mapping = self._map(max(1, self._end))
         places = zip(self._starts, self._capacity, self.piece_bytes, strict=True)
         with torch.inference_mode(False):
             arena = torch.frombuffer(mapping, dtype=torch.uint8)

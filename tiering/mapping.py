@@ -27,6 +27,9 @@ NO_RESERVE = getattr(
 """Where Python has no name for it. Without it, mappings that lie side by side count as one which is
 larger than the memory, and Linux refuses to fork the process."""
 
+MAP_FIXED = 0x10
+"""Of Linux and macOS; Python has no name for it."""
+
 _parents_own: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
@@ -44,6 +47,23 @@ def map_anonymous(size: int) -> mmap.mmap:
             f"the system refused to reserve {size} bytes of address space for the host tier "
             f"({error}): set host_bytes to what this machine may use"
         ) from error
+
+
+def map_over(address: int, nbytes: int, descriptor: int, offset: int) -> None:
+    """Have a file, from `offset` on, in place of what is mapped at an address: to be read only.
+
+    All three in whole pages of the system. It goes with the mapping that it lies in. Raises
+    `OSError`.
+    """
+    library = ctypes.CDLL(None, use_errno=True)
+    library.mmap.restype = ctypes.c_void_p
+    library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+    found = library.mmap(
+        address, nbytes, mmap.PROT_READ, mmap.MAP_PRIVATE | MAP_FIXED, descriptor, offset
+    )
+    if found != address:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
 
 
 def ask_for_huge_pages(address: int, nbytes: int) -> None:

@@ -51,19 +51,33 @@ class Side:
 
     Attributes:
         extent: positions up to the last piece, holes included.
+        fixed: positions below this are others' to write: what is released there is no hole.
         holes: positions below the extent that hold nothing.
         handle_at: the handle of the piece in each position, by which a piece that moves is found.
     """
 
     def __init__(self) -> None:
-        self.extent = 0
+        self.extent = self.fixed = self._num_lost = 0
         self.holes = Stack()
         self.handle_at: Ids = np.zeros(0, dtype=np.int64)
 
     @property
     def count(self) -> int:
         """Pieces held."""
-        return self.extent - len(self.holes)
+        return self.extent - self._num_lost - len(self.holes)
+
+    def begin_with(self, handles: Ids, positions: Ids, fixed: int) -> None:
+        """Hold pieces in some of the first `fixed` positions, of a side that holds none."""
+        self.extent = self.fixed = fixed
+        self._num_lost = fixed - len(positions)
+        self.handle_at = np.full(fixed, -1, dtype=np.int64)
+        self.handle_at[positions] = handles
+
+    def give_back(self, positions: Ids) -> None:
+        """Hold nothing there any more."""
+        own = positions[positions >= self.fixed]
+        self.holes.push(own)
+        self._num_lost += len(positions) - len(own)
 
     def take(self, count: int) -> Ids:
         """Rows for so many pieces, holes first."""
@@ -94,8 +108,8 @@ class Side:
             raise IntegrityError("two pieces of the host tier share a place")
         if not np.array_equal(self.handle_at[positions], handles):
             raise IntegrityError("a place of the host tier names another piece than it holds")
-        every = np.sort(np.concatenate((positions, self.holes.ids)))
-        if not np.array_equal(every, np.arange(self.extent)):
+        every = np.sort(np.concatenate((positions[positions >= self.fixed], self.holes.ids)))
+        if not np.array_equal(every, np.arange(self.fixed, self.extent)):
             raise IntegrityError("the host tier's free places are not those without a piece")
 
 

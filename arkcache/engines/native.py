@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from operator import is_
 from time import perf_counter
 from typing import Any
@@ -190,11 +191,29 @@ class NativeEngine(Engine):
         )
         if host.folder is None:
             return runner.attend(query, host.pieces(), counts, lap)
+        if host.wants_ready:
+            lap = partial(self._ready_selected, lap)
+            self._ready_sinks()
         recalled = self._lists.counters[:, RECALLED]
         before = int(recalled.sum())
         output = runner.attend(query, host.pieces(), counts, lap)
         host.touch((int(recalled.sum()) - before) // heads)
         return output
+
+    def _ready_selected(self, lap: Callable[[int], None] | None, part: int) -> None:
+        """Before pages are attended that were selected; lap: is told then."""
+        if part == SELECT:
+            pages, num_pages, _ = self._lists
+            rows, at = np.nonzero(np.arange(pages.shape[1]) < num_pages[:, None])
+            self.parts.store.ready(rows, pages[rows, at])
+        if lap is not None:
+            lap(part)
+
+    def _ready_sinks(self) -> None:
+        """Before pages are selected: what sinks hold of attention counts there."""
+        parts = self.parts
+        for sequence, sealed in enumerate(parts.tokens.sealed.tolist()):
+            parts.store.ready_run(sequence, 0, min(sealed, parts.config.num_sink_pages))
 
     def _attend_traced(self, trace: LayerTrace, step: Step) -> Tensor:
         """Attend, and tell what that was; what is read for the first time counts to attending."""
@@ -411,6 +430,7 @@ class NativeEngine(Engine):
             return torch.empty((geometry.num_rows, 0))
         runner, none = self._make_step(group), np.full_like(self._budgets, -1)
         self._bind_to(runner, Lists(*(array.copy() for array in self._lists)))
+        self._ready_sinks()
         pieces = parts.store.host.pieces()
         rating = runner.ratings(self._query(step, group), pieces, self._counts(none), count)
         own = torch.from_numpy(np.repeat(selectable, geometry.num_kv_heads))[:, None]

@@ -120,6 +120,7 @@ class Places:
         if rating is not None:
             resident = np.maximum(self.page_of - num_sink_pages, 0)
             keep = np.take_along_axis(rating.float().cpu().numpy(), resident, axis=1)
+        self._ready(selected + num_sink_pages, count)
         num_pages = int(self._parts.tokens.sealed.max())
         moves = self._table.fetch(selected + num_sink_pages, num_pages, count, keep)
         num_wanted = selected.size if count is None else int(count.sum())
@@ -134,6 +135,14 @@ class Places:
         counters.pages_hit += num_wanted - num_recalled
         counters.pages_recalled += num_recalled
         counters.pages_evicted += moves.num_evicted
+
+    def _ready(self, pages: Ids, count: Ids | None) -> None:
+        """Before the page table has them: a page that turns out damaged has changed nothing."""
+        store = self._parts.store
+        if store.host.has_unread:
+            counts = np.full(len(pages), pages.shape[1]) if count is None else count
+            rows, at = np.nonzero(np.arange(pages.shape[1]) < counts[:, None])
+            store.ready(rows, pages[rows, at])
 
     def copy_in(self, rows: Ids, places: Ids, pages: Ids) -> None:
         """Copy pages from the host tier into places, as the page table has it already."""

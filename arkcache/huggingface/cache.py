@@ -439,7 +439,8 @@ class ArkCache(DynamicCache):
         return sum((manager.stats() for manager in managers), CacheStats())
 
     def check_integrity(self) -> None:
-        """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers."""
+        """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers, and
+        `SessionError` unless all pages of a tier in a file are what was written."""
         for manager in self._core.managers.values():
             manager.check_integrity()
 
@@ -478,7 +479,9 @@ class ArkCache(DynamicCache):
         """A cache that holds what `save` wrote: the next token is that which would have come.
 
         Digests are loaded too, where the steps run on the same kernels with the same index, and
-        made anew from the pages elsewhere.
+        made anew from the pages elsewhere. With a `host_path` on the same disk pages are mapped
+        where they lie, and each is compared with its checksum when it is first read: a step that
+        needs a damaged one raises `SessionError`, and other sequences go on.
 
         Args:
             model: the one that was saved with: its config and weights are compared.

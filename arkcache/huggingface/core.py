@@ -193,12 +193,13 @@ class CacheCore:
 
     def _config_of(self, layers: list[int]) -> CacheConfig:
         """The settings of a manager that holds these layers of the model."""
-        share = self._share(layers)
-        device, host = (
+        share, own = self._share(layers), self.config
+        device, host, resident = (
             None if limit is None else max(1, int(limit * share))
-            for limit in (self.config.device_bytes, self.config.host_bytes)
+            for limit in (own.device_bytes, own.host_bytes, own.host_resident_bytes)
         )
-        return replace(self.config, device_bytes=device, host_bytes=host).of_layers(layers)
+        config = replace(own, device_bytes=device, host_bytes=host, host_resident_bytes=resident)
+        return config.of_layers(layers)
 
     def set_budget(self, budget_tokens: Any) -> None:
         """See `ArkCache.set_budget`."""

@@ -97,6 +97,13 @@ class Layer(ABC):
         if self.capturable is not None:
             self.capturable.counted(slice(0, self.geometry.batch))
 
+    def ready_to_crop(self, _lengths: Ids) -> None:  # noqa: B027
+        """Raise `SessionError` where `crop` could not read what it must; nothing changes."""
+
+    def name_of(self, _handle: int) -> str:
+        """What an error calls a piece of the host tier; empty where it is none of this layer's."""
+        return ""
+
     def _crop(self, _lengths: Ids) -> None:  # noqa: B027 - what is counted says what is held
         """Do what shortening every sequence takes, beside counting."""
 

@@ -34,7 +34,7 @@ def make_layers(
             layers.append(_dense(config, tier, planner.packers[0], planner.backend))
             continue
         assert host is not None
-        store = PageStore(host, planner.packers, geometry.batch, geometry.num_kv_heads)
+        store = PageStore(host, planner.packers, geometry.batch, geometry.num_kv_heads, number)
         tokens = LayerTokens(geometry.batch)
         parts = PagedParts(config, tokens, Counters(), store, tier, num_paged)
         selected = planner.selected(number, max_selected)

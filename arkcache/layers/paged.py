@@ -108,6 +108,15 @@ class PagedLayer(SealingLayer):
 
     # -- changes of shape -------------------------------------------------------------------------
 
+    def ready_to_crop(self, lengths: Ids) -> None:
+        """See `Layer`."""
+        for sequence, length in enumerate(lengths.tolist()):
+            self.parts.store.ready_run(sequence, *self._unsealed(sequence, length))
+
+    def name_of(self, handle: int) -> str:
+        """See `Layer`."""
+        return self.parts.store.name_of(handle)
+
     def _unseal(self, sequence: int, first: int, last: int) -> None:
         self.parts.store.forget(sequence, first, last)
         self.engine.unseal(sequence, first)
@@ -173,6 +182,7 @@ class PagedLayer(SealingLayer):
         self._join()
         self._check_sealed(self.tokens.sealed)
         self._check_sealed(self.parts.store.counts())
+        self.parts.store.check()
         self.engine.check()
 
     def stats(self) -> CacheStats:

@@ -145,16 +145,23 @@ class SealingLayer(Layer):
         for sequence, length in enumerate(lengths.tolist()):
             self._crop_sequence(sequence, length)
 
+    def _unsealed(self, sequence: int, length: int) -> tuple[int, int]:
+        """First and last of the sealed pages whose tokens go back to the window when a sequence is
+        shortened to `length`; those from the last on are not among what is left."""
+        page_size, sealed = self.config.page_size, int(self.tokens.sealed[sequence])
+        left = min(sealed_pages(length, self.config.num_recent_tokens, page_size), sealed)
+        return left, min(max(-(-length // page_size), left + 1), sealed)
+
     def _crop_sequence(self, sequence: int, length: int) -> None:
         page_size, sealed = self.config.page_size, int(self.tokens.sealed[sequence])
-        left = sealed_pages(length, self.config.num_recent_tokens, page_size)
+        left, last = self._unsealed(sequence, length)
         if left >= sealed:
             return
         seqs, oldest = slice(sequence, sequence + 1), sealed * page_size
         newest = self.window.read(seqs, oldest, int(self.tokens.lengths[sequence]) - oldest)
         key, value = (
             torch.cat((tokens[None], recent), dim=2)[:, :, : length - left * page_size]
-            for tokens, recent in zip(self._read(sequence, left, sealed), newest, strict=True)
+            for tokens, recent in zip(self._read(sequence, left, last), newest, strict=True)
         )
         self.window.write(seqs, left * page_size, left * page_size, key, value)
         self._unseal(sequence, left, sealed)

@@ -45,12 +45,19 @@ class PageStore:
         host: the host tier.
         packers: of the first format and, if there is one, of the coarse one.
         batch, num_kv_heads: rows.
+        layer: what errors call the layer.
     """
 
     def __init__(
-        self, host: HostTier, packers: list[PagePacker], batch: int, num_kv_heads: int
+        self,
+        host: HostTier,
+        packers: list[PagePacker],
+        batch: int,
+        num_kv_heads: int,
+        layer: int = 0,
     ) -> None:
         self.host, self.packers, self.num_kv_heads = host, packers, num_kv_heads
+        self._layer = layer
         self._per_piece = _heads_per_piece(packers, num_kv_heads)
         self._handles: Ids = np.full(
             (batch, num_kv_heads // self._per_piece, 64), -1, dtype=np.int64
@@ -129,8 +136,32 @@ class PageStore:
         """The host tier with one line of bytes per page and head, for pages of one format."""
         return self.host.pieces().view(-1, self.packers[0].layout.nbytes)
 
+    def ready(self, rows: Ids, pages: Ids) -> None:
+        """Before page `pages[i]` of row `rows[i]` is read: see `HostTier.ready`."""
+        if self.host.wants_ready:
+            self.host.ready(self._handles[rows // self.num_kv_heads, 0, pages], self.name_of)
+
+    def ready_run(self, sequence: int, first: int, last: int) -> None:
+        """The same for pages first..last of a sequence."""
+        if self.host.wants_ready:
+            self.host.ready(self._handles[sequence, 0, first:last], self.name_of)
+
+    def name_of(self, handle: int) -> str:
+        """What an error calls a piece that is held; empty for one that is not."""
+        for sequence, _, page in np.argwhere(self._handles == handle).tolist():
+            return f"page {page} of layer {self._layer} (sequence {sequence})"
+        return ""
+
+    def check(self) -> None:
+        """Raise `SessionError` unless a tier in a file has all pages as they were written."""
+        self.host.compare(np.unique(self.held()), self.name_of)
+
     def read(self, rows: Ids, pages: Ids) -> Iterator[PackedPages]:
-        """The bytes of page `pages[i]` of row `rows[i]`, format by format."""
+        """The bytes of page `pages[i]` of row `rows[i]`, format by format.
+
+        Raises `SessionError` for pages of a saved state that are not what was saved.
+        """
+        self.ready(rows, pages)
         self.host.touch(-(-len(rows) // self.num_kv_heads))
         if len(self.packers) == 1:
             packed = take(self.pieces(), self.locate(rows, pages))

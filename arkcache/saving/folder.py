@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +27,7 @@ from arkcache.errors import ArkCacheError, SessionError
 
 HEADER = "session.json"
 FORMAT = "arkcache-session"
-VERSION = 1
+VERSION = 2
 """Of the format. A change that older code cannot read, or that older folders lack, is a new one."""
 
 OWN_NAMES = re.compile(r"session\.json(\.[0-9a-f]{12})?|.+-[0-9a-f]{12}\.(safetensors|bin)")
@@ -70,14 +70,17 @@ class FolderWriter:
             os.fsync(file.fileno())
         self._files[name] |= {"bytes": path.stat().st_size}
 
-    def add_link(self, name: str, link: Callable[[Path], bool]) -> bool:
-        """A file that is called `name`, by what gives a path to one that is there; False where it
-        could not. It may grow, and has no checksum of its own."""
-        path = self._new_file(name, "bin")
-        if not link(path):
-            del self._files[name]
+    def add_links(self, names: Sequence[str], link: Callable[[list[Path]], bool]) -> bool:
+        """Files that are called so, by what gives paths to such as are there; False where it could
+        not. They may grow, and have no checksums of their own."""
+        paths = [self._new_file(name, "bin") for name in names]
+        if not link(paths):
+            for name, path in zip(names, paths, strict=True):
+                path.unlink(missing_ok=True)
+                del self._files[name]
             return False
-        self._files[name] |= {"bytes": path.stat().st_size, "grows": True}
+        for name, path in zip(names, paths, strict=True):
+            self._files[name] |= {"bytes": path.stat().st_size, "grows": True}
         return True
 
     def _new_file(self, name: str, suffix: str) -> Path:

@@ -79,7 +79,7 @@ def write_manager(
         handles = np.unique(manager.held_pieces())
         kinds = host.kinds(handles)
         order = np.concatenate([handles[kinds == kind] for kind in range(len(host.piece_bytes))])
-        table = write_pages(writer, name, host, handles, progress)
+        table = write_pages(writer, name, host, handles, manager.name_of, progress)
         held["piece_bytes"] = list(host.piece_bytes)
     numbers = np.full(int(order.max(initial=-1)) + 2, -1, dtype=np.int64)
     numbers[order] = np.arange(len(order))  # the last one stays -1, which is that of no piece

@@ -2,56 +2,83 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from functools import partial
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from arkcache.pages.bookkeeping import Ids
 from arkcache.saving.folder import FolderReader, FolderWriter, damaged
+from arkcache.tiering.file_tier import FileTier
 from arkcache.tiering.host import HostTier
 from arkcache.tiering.pieces import take
+from arkcache.tiering.saved_pages import SavedPages, checksums_of
 
 CHUNK_BYTES = 16 << 20
 """Pages are moved in chunks of about this size: so much memory a save or a load takes."""
+
+MAX_FILES = 8
+"""A cache that is loaded in place and saved again has one file more: from here on, all is copied
+into one."""
 
 Progress = Callable[[int, int], None]
 """Told how many bytes of the pages are written or read, and of how many."""
 
 
 def write_pages(
-    writer: FolderWriter, name: str, host: HostTier, handles: Ids, progress: Progress
+    writer: FolderWriter,
+    name: str,
+    host: HostTier,
+    handles: Ids,
+    name_of: Callable[[int], str],
+    progress: Progress,
 ) -> dict[str, Tensor]:
     """Write pieces of a host tier, a file for each kind; returns, kind by kind, their checksums and
     where they are in it.
 
-    The file of a tier on the same disk gets another name, and nothing is copied.
+    The files of a tier on the same disk get another name, and nothing is copied; "starts" says
+    which of them has which positions.
 
-    handles: each once, in ascending order. Those of a kind keep their order.
+    handles: each once, in ascending order. Those of a kind keep their order. name_of: what an error
+    calls a piece.
     """
     table: dict[str, Tensor] = {}
     kinds, done, total = host.kinds(handles), 0, host.bytes_of(handles)
     for kind, size in enumerate(host.piece_bytes):
-        own, file_name = handles[kinds == kind], f"{name}-pages{kind}"
-        if writer.add_link(file_name, partial(host.keep_in, handles=own)):
+        own = handles[kinds == kind]
+        if isinstance(host, FileTier) and _link(writer, name, host, own):
             sums, positions = host.checksums(own), host.positions(own)
+            starts = host.file_starts
         else:
             progress(done, total)
-            with writer.add_bytes(file_name) as file:
+            host.ready(own, name_of)
+            with writer.add_bytes(_file_names(name, kind, 1)[0]) as file:
                 sums = _write(file, host, own, kind, lambda now: progress(now, total), done)
-            positions = np.arange(len(own))
+            positions, starts = np.arange(len(own)), [0]
         done += len(own) * size
         table |= {
             f"checksums{kind}": torch.from_numpy(np.ascontiguousarray(sums)),
             f"positions{kind}": torch.from_numpy(np.ascontiguousarray(positions)),
+            f"starts{kind}": torch.tensor(starts),
         }
     progress(total, total)
     return table
+
+
+def _link(writer: FolderWriter, name: str, host: FileTier, handles: Ids) -> bool:
+    """Give the files of a tier names in the folder; False where they cannot be, or are many."""
+    names = _file_names(name, 0, len(host.file_starts))
+    if not 0 < len(names) <= MAX_FILES:
+        return False
+    return writer.add_links(names, partial(host.keep_in, handles=handles))
+
+
+def _file_names(name: str, kind: int, count: int) -> list[str]:
+    """What the files of a kind are called."""
+    return [f"{name}-pages{kind}" + (f"-{number}" if number else "") for number in range(count)]
 
 
 def _write(
@@ -69,7 +96,7 @@ def _write(
         own = handles[first : first + per_chunk]
         chunk = take(host.pieces(kind), host.positions(own))
         host.touch(len(own))
-        sums += checksums_of(chunk.numpy())
+        sums += checksums_of(chunk.numpy()).tolist()
         file.write(chunk.numpy().data)
         done += chunk.numel()
         progress(done)
@@ -83,49 +110,54 @@ def read_pages(
     table: dict[str, Tensor],
     progress: Progress,
 ) -> Ids:
-    """Read what `write_pages` wrote into an empty host tier; returns the pieces' handles, kind by
+    """Have an empty host tier hold what `write_pages` wrote; returns the pieces' handles, kind by
     kind, each held by one reference.
 
-    Raises `SessionError` for a page that is not what was written, and `HostTierFullError`.
+    A tier in a file on the same disk takes the pages up where they lie, and compares each when it
+    is first read; any other tier reads all. Raises `SessionError` for a page that is not what was
+    written, and `HostTierFullError`.
     """
     counts = [len(table[f"checksums{kind}"]) for kind in range(len(host.piece_bytes))]
-    host.check_room(counts)
-    sizes = zip(counts, host.piece_bytes, strict=True)
-    done, total = 0, sum(count * size for count, size in sizes)
-    every = []
+    total = sum(count * size for count, size in zip(counts, host.piece_bytes, strict=True))
+    done, every = 0, []
     for kind, (count, size) in enumerate(zip(counts, host.piece_bytes, strict=True)):
-        handles, per_chunk = host.allocate(count, kind), max(1, CHUNK_BYTES // size)
         expected = table[f"checksums{kind}"].numpy()
         positions = table[f"positions{kind}"].numpy()
-        path = reader.path(f"{name}-pages{kind}")
-        if path.stat().st_size < (int(positions.max(initial=-1)) + 1) * size:
-            raise damaged(path, "it ends too early")
-        with path.open("rb") as file:
-            for first in range(0, count, per_chunk):
-                progress(done, total)
-                own = slice(first, min(first + per_chunk, count))
-                pieces = _read(file, positions[own], size)
-                wrong = np.flatnonzero(checksums_of(pieces) != expected[own])
-                if len(wrong):
-                    raise damaged(path, f"the checksum of page {first + wrong[0]} is another")
-                host.write(handles[own], torch.from_numpy(pieces))
-                done += pieces.size
+        starts = table[f"starts{kind}"].tolist()
+        paths = [reader.path(one) for one in _file_names(name, kind, len(starts))]
+        saved = SavedPages(paths, starts, positions, size)
+        handles = None
+        if isinstance(host, FileTier):
+            handles = host.take_up(saved, positions, expected)
+        if handles is None:
+            if kind == 0:
+                host.check_room(counts)
+            handles = host.allocate(count, kind)
+            _copy(saved, positions, expected, host, handles, lambda now: progress(now, total), done)
+        done += count * size
         every.append(handles)
     progress(total, total)
     return np.concatenate(every)
 
 
-def _read(file: BinaryIO, positions: Ids, size: int) -> NDArray[np.uint8]:
-    """Pieces of so many bytes at positions of a file, run by run [pieces, size]; zeros behind its
-    end, whose checksum is no page's."""
-    pieces = np.zeros((len(positions), size), dtype=np.uint8)
-    starts = np.flatnonzero(np.diff(positions, prepend=-2) != 1)
-    for start, stop in zip(starts, [*starts[1:], len(positions)], strict=True):
-        file.seek(int(positions[start]) * size)
-        file.readinto(pieces[start:stop].data)  # type: ignore[attr-defined]
-    return pieces
-
-
-def checksums_of(pieces: NDArray[np.uint8]) -> list[int]:
-    """The CRC-32 of every piece [pieces, bytes of a piece]."""
-    return [zlib.crc32(piece.data) for piece in pieces]
+def _copy(
+    saved: SavedPages,
+    positions: Ids,
+    expected: Ids,
+    host: HostTier,
+    handles: Ids,
+    progress: Callable[[int], None],
+    done: int,
+) -> None:
+    """Read saved pages into pieces, comparing each with its checksum."""
+    per_chunk = max(1, CHUNK_BYTES // saved.size)
+    for first in range(0, len(handles), per_chunk):
+        progress(done)
+        own = slice(first, first + per_chunk)
+        pieces = saved.read(positions[own])
+        wrong = np.flatnonzero(checksums_of(pieces) != expected[own])
+        if len(wrong):
+            path = saved.path_of(int(positions[first + wrong[0]]))
+            raise damaged(path, f"the checksum of page {first + wrong[0]} is another")
+        host.write(handles[own], torch.from_numpy(pieces))
+        done += pieces.size

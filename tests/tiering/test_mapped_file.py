@@ -1,6 +1,7 @@
 """The tier on a disk: the same cache in a file, which goes with it unless it is saved."""
 
 import copy
+import ctypes
 import errno
 import mmap
 import os
@@ -10,12 +11,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from arkcache import ConfigError, HostTierFullError, InputError, KVCacheManager
 from arkcache.backend import why_not_settings
+from arkcache.bench.file_pool import FilePool
 from arkcache.tiering import mapped_file
 from arkcache.tiering.mapped_file import MappedFile
 from tests.quantised import config_of
@@ -200,11 +203,19 @@ def test_copies_share_the_file_and_pickles_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is resident")
 @pytest.mark.parametrize("backend", ["torch", "numba"])
+@pytest.mark.parametrize("is_set", [False, True])
 def test_what_is_resident_is_bounded(
-    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_set: bool, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(mapped_file, "RESIDENT_BYTES", 1 << 20)
-    config = small_config(host_path=str(tmp_path), budget_tokens=128, backend=backend)
+    """A bound that is set is one of the page cache too."""
+    most = None
+    if is_set:
+        most = 1 << 20
+    else:
+        monkeypatch.setattr(mapped_file, "RESIDENT_BYTES", 1 << 20)
+    config = small_config(
+        host_path=str(tmp_path), budget_tokens=128, backend=backend, host_resident_bytes=most
+    )
     manager = KVCacheManager(1, 2, 64, config)
     for _ in range(40):
         manager.append(0, *torch.randn(2, 1, 2, 400, 64))
@@ -212,9 +223,31 @@ def test_what_is_resident_is_bounded(
     for _ in range(40):
         manager.append(0, *torch.randn(2, 1, 2, 1, 64))
         manager.attend(0, torch.randn(1, 4, 1, 64))
-    assert manager.stats().host_bytes > 15 << 20
+    stats = manager.stats()
+    assert stats.host_bytes > 15 << 20
+    assert stats.host_resident_bytes <= 1 << 20
     assert resident(tmp_path) < 4 << 20
+    if is_set and can_drop(tmp_path):
+        assert in_page_cache(manager) < 6 << 20
     assert manager.attend(0, query).isfinite().all()
+
+
+def can_drop(folder: Path) -> bool:
+    """Whether files there can be dropped from memory: not those of a file system in memory."""
+    with FilePool(folder, 1 << 20) as pool:
+        return pool.why_never_cold() is None
+
+
+def in_page_cache(manager: KVCacheManager) -> int:
+    """Bytes of the pages that the system has in memory."""
+    assert manager.host is not None
+    pieces = manager.host.pieces()
+    count = -(-manager.stats().host_bytes // mmap.PAGESIZE)
+    found = np.zeros(count, np.uint8)
+    address = ctypes.c_void_p(pieces.data_ptr())
+    size = ctypes.c_size_t(count * mmap.PAGESIZE)
+    assert not ctypes.CDLL(None).mincore(address, size, ctypes.c_void_p(found.ctypes.data))
+    return int((found & 1).sum()) * mmap.PAGESIZE
 
 
 def resident(folder: Path) -> int:

@@ -58,10 +58,9 @@ class SavedPages:
         self.paths, self.starts, self.size = tuple(paths), tuple(starts), size
         self._files = [_OpenFile(path) for path in paths]
         ends = [*starts[1:], int(positions.max(initial=-1)) + 1]
-        self._edges = [
-            *(start * size // BOUNDARY * BOUNDARY for start in starts),
-            -(-ends[-1] * size // BOUNDARY) * BOUNDARY,
-        ]
+        self._edges = [start * size // BOUNDARY * BOUNDARY for start in starts]
+        # Where the last file has none of the pages, what is free begins where it would.
+        self._edges.append(max(self._edges[-1], -(-ends[-1] * size // BOUNDARY) * BOUNDARY))
         for path, file, start, end, edge in zip(
             paths, self._files, starts, ends, self._edges[1:], strict=True
         ):

@@ -245,6 +245,22 @@ def test_saved_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         twins.attend(20)
 
 
+def test_a_last_file_of_which_no_page_is_left(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    twins = saved_twins(saved, columns=80, backend="numba")
+    for _ in range(2):
+        twins.manager = load(saved)
+        twins.append(300)
+        twins.manager.save(saved)
+    twins.crop(60)
+    twins.manager.save(saved)
+    assert len([*saved.glob("*pages0*")]) == 3
+    twins.manager = load(saved)
+    twins.append(300)
+    twins.attend(20)
+    twins.check()
+
+
 def test_what_was_loaded_and_not_touched_is_saved_by_links(
     tmp_path: Path, reads: Counter[int]
 ) -> None:

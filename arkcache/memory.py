@@ -22,6 +22,7 @@ from arkcache.pages.bookkeeping import sealed_pages
 from arkcache.pages.index import PageIndex, make_index
 from arkcache.planning import Planner
 from arkcache.tiering.growing import grown_capacity
+from arkcache.tiering.mapped_file import RESIDENT_BYTES
 
 _PLANNED_ON = {"cpu": torch.device("cpu"), "cuda": torch.device("meta")}
 """Devices that can be planned for. "meta" is what every GPU is to a plan: not a CPU."""
@@ -84,6 +85,9 @@ class MemoryPlan:
             with `target_missed_mass`, the most.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
         host_bytes: the host tier.
+        disk_bytes: what of it is in a file on a disk: all with `host_path`, else nothing.
+        host_resident_bytes: what of it is in RAM: all, or with `host_path` what is mapped at most;
+            the system's page cache may have more, unless the setting of that name says how much.
         coarse_host_bytes: the host tier with every page demoted to the second format, a bound:
             sinks are never demoted; None without a second format.
         tier_bytes: the device tier's one allocation: slots, windows and streaming block. With an
@@ -107,6 +111,8 @@ class MemoryPlan:
     attended_tokens: float
     host_bytes_per_token: float
     host_bytes: int
+    disk_bytes: int
+    host_resident_bytes: int
     coarse_host_bytes: int | None
     tier_bytes: int
     spare_bytes: int
@@ -195,11 +201,13 @@ def plan_memory(
         ),
         host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
         host_bytes=num_pages * page.nbytes,
+        disk_bytes=0 if config.host_path is None else num_pages * page.nbytes,
+        host_resident_bytes=_resident_bytes(config, num_pages * page.nbytes),
         coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
         tier_bytes=tier_bytes,
         spare_bytes=_spare_bytes(planner, batch, max_selected) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
-        digest_bytes=num_pages * _digest_bytes(config, shape, device, index),
+        digest_bytes=num_pages * _digest_bytes(config, shape, device, index, planner.backend),
         full_bytes=full_bytes,
     )
 
@@ -258,6 +266,13 @@ def _storing(config: CacheConfig, shape: CacheShape) -> tuple[CacheConfig, Cache
     return config.of_layers(layers), replace(shape, num_layers=len(layers))
 
 
+def _resident_bytes(config: CacheConfig, host_bytes: int) -> int:
+    """What of a host tier of so many bytes is in RAM at most."""
+    if config.host_path is None:
+        return host_bytes
+    return min(host_bytes, config.host_resident_bytes or RESIDENT_BYTES)
+
+
 def _spare_bytes(planner: Planner, batch: int, max_selected: int) -> int:
     """What an automatic pool factor may add to the device tier of a GPU at most."""
     config = planner.config
@@ -294,13 +309,16 @@ def _dense_bytes(config: CacheConfig, shape: CacheShape, length: int, sealed: in
 
 
 def _digest_bytes(
-    config: CacheConfig, shape: CacheShape, device: str, index: PageIndex | None
+    config: CacheConfig, shape: CacheShape, device: str, index: PageIndex | None, backend: str
 ) -> int:
     """Bytes of the digest of one page of one KV head, and of its means where it is estimated."""
     index = index or make_index(config, shape.head_dim, _PLANNED_ON[device])
     size = (1, 1, 1, config.page_size, shape.head_dim)
     means = (shape.head_dim + shape.value_dim) * shape.dtype.itemsize
-    digest = index.digest(torch.empty(size, dtype=shape.dtype, device="meta")).nbytes
+    # The CPU's kernels keep volumes in 16 bits, whatever the keys have.
+    volumes = backend == "numba" and config.index != "tokens"
+    dtype = torch.bfloat16 if volumes else shape.dtype
+    digest = index.digest(torch.empty(size, dtype=dtype, device="meta")).nbytes
     return digest + (means if config.estimates else 0)
 
 

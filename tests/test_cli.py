@@ -209,6 +209,19 @@ def test_describe_says_when_there_is_no_plan_for_ranks(tmp_path: Path) -> None:
     assert "transformers has no tensor-parallel plan for 'gpt2'" in done.stderr
 
 
+def test_describe_says_that_the_tier_is_on_a_disk() -> None:
+    in_a_file = [*SIZES, "--format", "K4V2", "--set", "host_path=pages"]
+    done = runner.invoke(cli.app, ["describe", *in_a_file])
+    said = " ".join(done.stdout.split())
+    assert "The host tier is a file on a disk, in pages; of it, at most 1.0 GiB are in RAM" in said
+    found = described(*in_a_file, "--set", "host_resident_bytes=256MiB")["formats"]["K4V2"]
+    assert found["host_resident_bytes"] == 256 << 20
+    assert found["disk_bytes"] == found["host_bytes"] > 1 << 30
+    in_memory = described(*SIZES, "--format", "K4V2")["formats"]["K4V2"]
+    assert in_memory["host_resident_bytes"] == in_memory["host_bytes"]
+    assert in_memory["disk_bytes"] == 0
+
+
 def test_describe_takes_two_formats() -> None:
     done = runner.invoke(cli.app, ["describe", *SIZES, "--format", "K8V4+K4V2"])
     assert done.exit_code == 0, done.output

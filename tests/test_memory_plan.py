@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+import mmap
+import os
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +16,10 @@ from arkcache import CacheConfig, ConfigError, InputError, KVCacheManager
 from arkcache.formats import PRESETS
 from arkcache.memory import CacheShape, MemoryPlan, plan_memory, within_bytes
 from arkcache.planning import Planner
+from arkcache.tiering import mapped_file
+from arkcache.tiering.file_tier import FileTier
 from arkcache.tiering.growing import FIRST_ENTRIES, grown_capacity
+from arkcache.tiering.mapping import HUGE_PAGE
 
 SMALL: dict[str, Any] = {
     "page_size": 8,
@@ -312,3 +319,60 @@ def test_bytes_that_hold_nothing_are_refused() -> None:
         within_bytes(config, shape, 4096, everything // 2, "cpu")
     with pytest.raises(ConfigError, match="the device tier of 1 sequences needs"):
         within_bytes(replace(config, num_dense_layers=0), shape, 4096, 350_000, "cpu")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux says what is resident")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"key_bits": 4, "value_bits": 2, "page_size": 32},
+        {"index": "cuboid-mean", "page_size": 32},
+        {"index": "tokens", "index_bits": 2},
+        {"backend": "torch"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["memory", "disk", "bounded"])
+def test_what_is_described_is_what_is_measured(
+    where: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To 5 % for each tier, in RAM to a huge page: by what the system says, not by counters."""
+    monkeypatch.setattr(mapped_file, "STEP_BYTES", mmap.PAGESIZE)  # no room ahead
+    path = None if where == "memory" else str(tmp_path)
+    resident = 1 << 20 if where == "bounded" else None
+    config = CacheConfig(host_path=path, host_resident_bytes=resident, **changes)
+    shape, context = CacheShape(2, 2, 64, 64, torch.float32), 8192
+    plan = plan_memory(config, shape, context, device="cpu")
+    manager = KVCacheManager(2, 2, 64, config)
+    for layer in range(2):
+        states = torch.randn(1, 2, context, 64)
+        manager.append(layer, states, states)
+    tier, host = manager._device_tier, manager.host
+    assert tier is not None
+    assert host is not None
+    assert tier.pool.untyped_storage().nbytes() == pytest.approx(plan.device_bytes, rel=0.05)
+    digests = sum(manager.layer_state(layer)["digests"].nbytes for layer in range(2))
+    assert digests == pytest.approx(plan.digest_bytes, rel=0.05)
+    in_ram = mapped_in_ram(host.pieces())
+    if where == "bounded":
+        # Some pages are written at a time, and the bound is looked at in between.
+        assert plan.host_resident_bytes == resident
+        assert in_ram <= plan.host_resident_bytes * 1.05 + (1 << 20)
+    else:
+        assert in_ram == pytest.approx(plan.host_resident_bytes, rel=0.05, abs=HUGE_PAGE)
+    on_disk = 0
+    if isinstance(host, FileTier) and host._file is not None:
+        on_disk = 512 * os.fstat(host._file._descriptor).st_blocks
+    assert on_disk == pytest.approx(plan.disk_bytes, rel=0.05)
+
+
+def mapped_in_ram(pieces: torch.Tensor) -> int:
+    """Bytes in RAM of the mapping that a tensor lies in."""
+    address, found = pieces.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (span := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            found = int(span[1], 16) <= address < int(span[2], 16)
+        elif found and line.startswith("Rss:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("the tensor lies in no mapping")

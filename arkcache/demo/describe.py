@@ -131,6 +131,14 @@ def render(
         f"{shape.head_dim} and values of {shape.value_dim} in {dtype}; {any_plan.batch} x "
         f"{any_plan.context_tokens:,} tokens. A full cache takes {bytes_text(any_plan.full_bytes)}."
     )
+    if any_plan.disk_bytes:
+        most = max(plan.host_resident_bytes for plan in plans.values())
+        is_bound = settings["host_resident_bytes"][0] is not None
+        lines += (
+            f" The host tier is a file on a disk, in {settings['host_path'][0]}; of it, at most "
+            f"{bytes_text(most)} are in RAM"
+            + ("." if is_bound else ", and what more the system's page cache has.")
+        )
     return Group(
         Padding(Text(lines), (1, 1, 0, 1)),
         _table(plans, _PAGE),

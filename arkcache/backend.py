@@ -27,6 +27,7 @@ SERVED = {
         *("sphere-mean", "sphere-max", "sphere-center", "centroid", "tokens"),
     ),
     "group_reduction": ("softmax-mean", "raw-mean", "share-mean"),
+    "grouping": (None,),
 }
 """Choices that there are kernels for. What is new among them runs on plain torch until it has one,
 and is listed here then."""

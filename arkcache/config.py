@@ -32,6 +32,9 @@ released code."""
 SHARE_MEAN = "share-mean"
 """How they agree by the share of all attention that a page holds."""
 
+GROUPINGS = ("similar",)
+"""Which tokens may share a page, where it is not those that came one after another."""
+
 ROTATIONS = ("none", "keys", "values", "both")
 """What a Hadamard rotation is applied to before it is quantised."""
 
@@ -110,6 +113,14 @@ class CacheConfig:
             by rating, by one pseudo token each: mean key, mean value, ln(page_size) added to the
             logit (RetroInfer). 0 is none, None all. Means are kept on the device, 1/page_size of
             keys and values in the model's dtype.
+        grouping: which tokens share a page. "similar": those of a KV head whose keys are alike,
+            among `segment_tokens` that came one after another (ClusterKV, RetroInfer), so that
+            `estimate_pages`, which it needs beside an index that rates mass, is less far off. None:
+            tokens as they came. Plain torch only, see `backend`; layers that attend everything
+            keep the order. See docs/grouping.md.
+        segment_tokens: with a grouping, tokens that are sealed at a time: `page_size` times 2, 4,
+            8 ... The window grows by so many before they are, in place of a page, and the budget
+            pays for it.
         target_missed_mass: the share of its attention that a step may miss, between 0 and 1
             (Twilight's 1 - p). Each KV head then attends the fewest pages without which the index
             misses no more, the mean over its query heads, and at most those of its budget; pages
@@ -171,6 +182,8 @@ class CacheConfig:
     index_bits: int | None = None
     group_reduction: str = SHARE_MEAN
     estimate_pages: int | None = 0
+    grouping: str | None = None
+    segment_tokens: int = 256
     target_missed_mass: float | None = None
     audit_every: int | None = None
     layer_sources: tuple[int, ...] | None = None
@@ -197,6 +210,7 @@ class CacheConfig:
         self._check_formats()
         self._check_target()
         self._check_sources()
+        self._check_grouping()
         if self.budget_tokens == "auto" and self.device_bytes is None:
             object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
         if self.budget_tokens is None and self.device_bytes is not None:
@@ -319,8 +333,20 @@ class CacheConfig:
 
     @property
     def window_tokens(self) -> int:
-        """Capacity of the recent window: it seals a page when it holds this many tokens."""
-        return self.num_recent_tokens + self._known_page_size
+        """Capacity of the recent window: it seals a page, or a segment of pages that tokens are
+        grouped in, when it holds this many tokens."""
+        return self.num_recent_tokens + self._known_page_size * self.segment_pages
+
+    @property
+    def segment_pages(self) -> int:
+        """Pages behind those of the sinks that are sealed at a time."""
+        return 1 if self.grouping is None else self.segment_tokens // self._known_page_size
+
+    @property
+    def sealing(self) -> tuple[int, int, int, int]:
+        """What `sealed_pages` has to know of the settings."""
+        sizes = (self.num_recent_tokens, self._known_page_size)
+        return *sizes, self.num_sink_pages, self.segment_pages
 
     def orders_by_share(self, group: int) -> bool:
         """Whether pages are chosen by the share of attention that they hold.
@@ -408,6 +434,7 @@ class CacheConfig:
             "num_dense_layers": 0,
             "stream_block_tokens": self.page_size if _is_int(self.page_size) else TINY_PAGE,
             "group_size": 1,
+            "segment_tokens": 1,
             "demote_after": 0,
             "estimate_pages": 0,
             "audit_every": 1,
@@ -438,6 +465,7 @@ class CacheConfig:
             ("coarse_key_bits", (*BITS, None)),
             ("coarse_value_bits", (*BITS, None)),
             ("rotation", ROTATIONS),
+            ("grouping", (*GROUPINGS, None)),
             ("packed_slots", (None, False, True)),
             ("backend", BACKENDS),
             ("speculative_recall", (False, True)),
@@ -520,6 +548,30 @@ class CacheConfig:
                     f"stores nothing; expected what that attends, layer {sources[source]}"
                 )
 
+    def _check_grouping(self) -> None:
+        if self.grouping is None:
+            return
+        named = f"grouping={self.grouping!r}"
+        if not self.estimates:
+            raise ConfigError(
+                f"{named} beside estimate_pages=0: a step would attend the keys most like its "
+                "query and nothing else, which was measured to be worse than no grouping; "
+                "estimate the other pages (estimate_pages=None is all)"
+            )
+        if self.index not in MASS_INDEXES:
+            raise ConfigError(
+                f"{named} beside index={self.index!r}: such pages are found by their tokens; "
+                f"expected an index that rates mass, one of {', '.join(map(repr, MASS_INDEXES))}"
+            )
+        if not self._knows_page_size:
+            return  # checked when the device is known
+        pages, rest = divmod(self.segment_tokens, self.page_size)
+        if rest or pages < 2 or pages & (pages - 1):
+            raise ConfigError(
+                f"segment_tokens={self.segment_tokens} beside page_size={self.page_size}: a "
+                "segment is halved until its parts are pages; expected page_size times 2, 4, 8 ..."
+            )
+
     def _check_budget(self, budget: Any) -> None:
         if budget is None or budget == "auto":
             return
@@ -531,11 +583,14 @@ class CacheConfig:
         # Again when the device is known: its pages may be larger.
         page_size = self.page_size if self._knows_page_size else TINY_PAGE
         sinks = -(-self.num_sink_tokens // page_size) * page_size
-        least = sinks + self.num_recent_tokens + page_size
+        what, sealed = "page", page_size
+        if self.grouping is not None:
+            what, sealed = "segment", self.segment_tokens
+        least = sinks + self.num_recent_tokens + sealed
         if budget < least:
             raise ConfigError(
                 f"budget_tokens={budget}: the {sinks} sink tokens, {self.num_recent_tokens} "
-                f"recent tokens and one page of {page_size} need {least}; "
+                f"recent tokens and one {what} of {sealed} need {least}; "
                 f"raise the budget or lower the other sizes"
             )
 

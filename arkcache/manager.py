@@ -38,6 +38,7 @@ from arkcache.tiering.host import HostTier
 from arkcache.validate import (
     check_config,
     check_index_query,
+    check_latent,
     check_layer,
     check_mask,
     check_new_tokens,
@@ -123,6 +124,7 @@ class KVCacheManager:
         check_no_sources(config)
         config.check_layers(self.num_layers, self.num_kv_heads)
         check_rotation(config, self.head_dim, self.value_dim)
+        check_latent(config, self.latent)
         config = config.on(self.device.type)
         return Planner(
             config,
@@ -521,6 +523,16 @@ class KVCacheManager:
             raise InputError('another page index: expected backend="torch"')
         for state in self._layers:
             state.rate_with(make)
+
+    def page_tokens(self, layer: int) -> Ids | None:
+        """Which tokens the sealed pages of a layer hold, by number, sinks included.
+
+        Returns int64 [batch, num_kv_heads, pages, page_size], undefined where a sequence has no
+        such page; without a grouping, 0, 1, ... for every head. None for a layer that attends
+        everything.
+        """
+        check_layer(layer, self.num_layers)
+        return self._layers[layer].page_tokens() if self._layers else None
 
     @on_own_device
     def ratings(self, layer: int, query: Tensor, *, scale: float | None = None) -> Tensor | None:

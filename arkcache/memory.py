@@ -19,6 +19,7 @@ from arkcache.formats import PageFormat, PageLayout, PartLayout
 from arkcache.layers.packed_dense import CHUNK_PAGES
 from arkcache.manager import KVCacheManager
 from arkcache.pages.bookkeeping import sealed_pages
+from arkcache.pages.grouping import NUMBER_BYTES
 from arkcache.pages.index import PageIndex, make_index
 from arkcache.planning import Planner
 from arkcache.tiering.growing import grown_capacity
@@ -84,7 +85,7 @@ class MemoryPlan:
         attended_tokens: by a decode step, per KV head: the mean over the layers that are not dense;
             with `target_missed_mass`, the most.
         host_bytes_per_token: of one sequence: sealed pages, spread over their tokens.
-        host_bytes: the host tier.
+        host_bytes: the host tier, with the numbers of grouped tokens.
         disk_bytes: what of it is in a file on a disk: all with `host_path`, else nothing.
         host_resident_bytes: what of it is in RAM: all, or with `host_path` what is mapped at most;
             the system's page cache may have more, unless the setting of that name says how much.
@@ -177,12 +178,15 @@ def plan_memory(
     ).planner
     max_selected = planner.pages_that_fit(batch)
     page = _layout(config.format, config, shape)
-    sealed = sealed_pages(context_tokens, config.num_recent_tokens, config.page_size)
+    sealed = sealed_pages(context_tokens, *config.sealing)
     paged = [layer for layer in range(shape.num_layers) if config.budget_of(layer) is not None]
     rows = batch * shape.num_kv_heads
     num_pages = len(paged) * rows * sealed
     dense = _dense_bytes(config, shape, context_tokens, sealed)
     coarse = config.coarse_format
+    coarse_page = _layout(coarse, config, shape) if coarse else None
+    numbers = 0 if config.grouping is None else config.page_size * NUMBER_BYTES
+    per_token = len(paged) * shape.num_kv_heads * (page.nbytes + numbers) / config.page_size
     tier_bytes = planner.plan(batch, max_selected).nbytes
     return MemoryPlan(
         format=config.format.name + (f"+{coarse.name}" if coarse else ""),
@@ -199,11 +203,11 @@ def plan_memory(
             context_tokens,
             sealed,
         ),
-        host_bytes_per_token=len(paged) * shape.num_kv_heads * page.nbytes / config.page_size,
-        host_bytes=num_pages * page.nbytes,
+        host_bytes_per_token=per_token,
+        host_bytes=num_pages * (page.nbytes + numbers),
         disk_bytes=0 if config.host_path is None else num_pages * page.nbytes,
-        host_resident_bytes=_resident_bytes(config, num_pages * page.nbytes),
-        coarse_host_bytes=num_pages * _layout(coarse, config, shape).nbytes if coarse else None,
+        host_resident_bytes=_resident_bytes(config, num_pages * page.nbytes) + num_pages * numbers,
+        coarse_host_bytes=num_pages * (coarse_page.nbytes + numbers) if coarse_page else None,
         tier_bytes=tier_bytes,
         spare_bytes=_spare_bytes(planner, batch, max_selected) if device == "cuda" else 0,
         dense_bytes=(shape.num_layers - len(paged)) * rows * dense,
@@ -229,7 +233,7 @@ def within_bytes(
     """
     free = replace(config.on(device), budget_tokens="auto", device_bytes=None)
     plan = plan_memory(free, shape, context_tokens, device=device, index=index)
-    sealed = sealed_pages(context_tokens, free.num_recent_tokens, free.page_size)
+    sealed = sealed_pages(context_tokens, *free.sealing)
     dense = plan.dense_bytes
     if free.format.is_raw:
         dense = dense * grown_capacity(context_tokens) // context_tokens

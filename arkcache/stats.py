@@ -111,6 +111,7 @@ class CacheStats:
         bytes_backed_up: copied from the device tier to the host tier.
         device_bytes: the device tier: slots, windows, streaming block and dense layers.
         host_bytes: sealed pages in the host tier; a page shared by several sequences counts once.
+            With a grouping, the numbers of their tokens as well.
         host_resident_bytes: what of `host_bytes` this process has in RAM at most: all of it, but
             with `host_path`, where it is in a file on a disk.
         digest_bytes: the page index, on the device, growing with the context; with

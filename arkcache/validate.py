@@ -55,6 +55,15 @@ def check_rotation(config: CacheConfig, head_dim: int, value_dim: int) -> None:
             )
 
 
+def check_latent(config: CacheConfig, latent: bool) -> None:
+    """Raise unless tokens stay as they came where they are latents."""
+    if latent and config.grouping is not None:
+        raise ConfigError(
+            f"grouping={config.grouping!r} of latents, which one KV head stands for all query "
+            "heads of: not supported; leave it at None"
+        )
+
+
 def check_layer(layer: int, num_layers: int) -> None:
     """Raise unless the layer exists."""
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:

@@ -4,6 +4,9 @@ It keeps every key and value of every column, padding included, and derives seal
 window and selection from lengths and from `kernels/reference.py` in fp32. Knows nothing of slots,
 tiers or page tables, and imports nothing from the manager.
 
+Where tokens are grouped it is told which token is in which page (`group`), for each KV head; which
+those should be is for the tests of `pages/grouping.py`.
+
 With `estimate_pages`, pages that are not attended are one pseudo token each: the means of what was
 sealed, ln(page_size) added to its logit.
 
@@ -78,6 +81,7 @@ class Oracle:
             [batch, kv_heads, columns, dim + dim]: what pages are rated and estimated by.
         quantised: per layer, pages of each sequence that went through `_seal`.
         coarse: per layer, the pages (sequence, KV head, number) that were demoted.
+        groups: per layer the tokens of sealed pages [batch, kv_heads, pages, page_size], if told.
         latent: pages are rated by key and value side by side.
         backend: of the manager: numba's kernels keep boxes in bf16.
     """
@@ -93,6 +97,7 @@ class Oracle:
     stored: list[Tensor] = field(default_factory=list)
     quantised: list[list[int]] = field(default_factory=list)
     coarse: list[set[tuple[int, int, int]]] = field(default_factory=list)
+    groups: dict[int, Tensor] = field(default_factory=dict)
 
     # -- the same verbs as the manager's ------------------------------------------------------
 
@@ -118,6 +123,10 @@ class Oracle:
         for sequence in range(self.batch):
             self._seal(layer, sequence)
 
+    def group(self, layer: int, numbers: Tensor) -> None:
+        """The tokens of pages [batch, kv_heads, pages, page_size]: before they are sealed here."""
+        self.groups[layer] = numbers
+
     def demote(self, layer: int, pages: set[tuple[int, int, int]]) -> None:
         """These pages (sequence, KV head, number) are coarse now; those that were stay so."""
         assert self.coarse[layer] <= pages, "a page was promoted"
@@ -130,7 +139,7 @@ class Oracle:
             assert coarse is not None
             tokens = torch.tensor(own)[:, None] * self.config.page_size
             tokens = (tokens + torch.arange(self.config.page_size)).flatten()
-            columns = self.columns(layer, sequence)[tokens]
+            columns = self.row_columns(layer, sequence, head)[tokens]
             self._quantise(layer, sequence, slice(head, head + 1), columns, coarse)
         self.coarse[layer] = set(pages)
 
@@ -161,7 +170,7 @@ class Oracle:
 
     def reset(self) -> None:
         self.real, self.keys, self.values, self.stored = None, [], [], []
-        self.quantised, self.coarse = [], []
+        self.quantised, self.coarse, self.groups = [], [], {}
 
     # -- what sealing does ----------------------------------------------------------------------
 
@@ -174,8 +183,10 @@ class Oracle:
         if len(columns):
             states = [plane[layer][sequence, :, columns] for plane in (self.keys, self.values)]
             self.stored[layer][sequence, :, columns] = torch.cat(states, dim=-1)
-            everyone = slice(0, self.num_kv_heads)
-            self._quantise(layer, sequence, everyone, columns, self.config.format)
+            for head in range(self.num_kv_heads):
+                own = self.row_columns(layer, sequence, head)[first * page_size : last * page_size]
+                only = slice(head, head + 1)
+                self._quantise(layer, sequence, only, own, self.config.format)
 
     def _quantise(
         self, layer: int, sequence: int, heads: slice, columns: Tensor, page_format: PageFormat
@@ -219,10 +230,24 @@ class Oracle:
         assert self.real is not None
         return self.real[sequence, : self.keys[layer].shape[2]].nonzero()[:, 0]
 
+    def row_columns(self, layer: int, sequence: int, head: int) -> Tensor:
+        """The same, page by page as this KV head has them."""
+        columns, end = self.columns(layer, sequence), self.sealed(layer, sequence)
+        if layer not in self.groups:
+            return columns
+        tokens = self.groups[layer][sequence, head, :end].flatten()
+        return torch.cat((columns[tokens], columns[len(tokens) :]))
+
     def sealed(self, layer: int, sequence: int) -> int:
-        """Pages that are full and older than the recent window."""
-        length = len(self.columns(layer, sequence))
-        return max(0, (length - self.config.num_recent_tokens) // self.config.page_size)
+        """Pages that are full and older than the recent window; grouped ones by whole segments,
+        which begin behind the sinks."""
+        config, length = self.config, len(self.columns(layer, sequence))
+        pages = max(0, (length - config.num_recent_tokens) // config.page_size)
+        sinks = math.ceil(config.num_sink_tokens / config.page_size)
+        if config.grouping is None or pages < sinks:
+            return pages
+        segment = config.segment_tokens // config.page_size
+        return pages - (pages - sinks) % segment
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values, zeros for padding."""
@@ -311,7 +336,8 @@ class Oracle:
         config, budget = self.config, self.config.budget_of(layer, head)
         assert budget is not None
         sinks = math.ceil(config.num_sink_tokens / config.page_size) * config.page_size
-        window = config.num_recent_tokens + config.page_size - 1
+        waiting = config.page_size if config.grouping is None else config.segment_tokens
+        window = config.num_recent_tokens + waiting - 1
         return max(0, (budget - sinks - window) // config.page_size)
 
     def _hidden_pages(
@@ -321,7 +347,7 @@ class Oracle:
         if mask is None or self.config.budget_of(layer, 0) is None:
             return []
         page_size = self.config.page_size
-        columns = self.columns(layer, sequence)
+        columns = self.row_columns(layer, sequence, heads.start // (heads.stop - heads.start))
         sinks = math.ceil(self.config.num_sink_tokens / page_size) * page_size
         columns = columns[sinks : self.sealed(layer, sequence) * page_size]
         own = _as_additive(mask).expand(self.batch, -1, -1, -1)[sequence, :, 0]
@@ -409,7 +435,8 @@ class Oracle:
         """
         layer, sequence, head = row
         page_size, group = self.config.page_size, query.shape[0]
-        columns, end = self.columns(layer, sequence), self.sealed(layer, sequence) * page_size
+        columns = self.row_columns(layer, sequence, head)
+        end = self.sealed(layer, sequence) * page_size
         start = min(end, math.ceil(self.config.num_sink_tokens / page_size) * page_size)
         stored = self.stored[layer][sequence, head, columns[start:end]]
         pages = self._as_made(*stored.split(self._dims, dim=-1)).float()
@@ -462,7 +489,7 @@ class Oracle:
 
         The second number is their rounding error. Shares of probability have a relative one only.
         """
-        columns = self.columns(layer, sequence)
+        columns = self.row_columns(layer, sequence, head)
         page_size = self.config.page_size
         sinks = math.ceil(self.config.num_sink_tokens / page_size) * page_size
         columns = columns[sinks : self.sealed(layer, sequence) * page_size]
@@ -487,7 +514,7 @@ class Oracle:
     ) -> tuple[Tensor, Tensor]:
         """Mean key and mean value [pages, dim] of sealed pages, as they are attended."""
         page_size = self.config.page_size
-        columns = self.columns(layer, sequence)
+        columns = self.row_columns(layer, sequence, head)
         tokens = torch.tensor(pages, dtype=torch.long)[:, None] * page_size
         columns = columns[tokens + torch.arange(page_size)]
         stored = self.stored[layer][sequence, head][columns]
@@ -508,7 +535,7 @@ class Oracle:
         states: keys and values of all columns; query [batch, group, 1, dim].
         """
         layer, sequence, head = row
-        columns = self.columns(layer, sequence)
+        columns = self.row_columns(layer, sequence, head)
         means = self._summaries(layer, sequence, head, choice.estimated)
         key, value = (
             torch.cat((plane[sequence, head, columns[choice.tokens]], mean))[None, None]

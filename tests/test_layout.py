@@ -61,6 +61,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Pure: integers and small tensors, testable anywhere.
 PURE = {
     "arkcache.pages.bookkeeping",
+    "arkcache.pages.grouping",
     "arkcache.pages.importance",
     "arkcache.pages.policy",
     "arkcache.pages.windows",

@@ -42,6 +42,13 @@ def follow_demotions(manager: KVCacheManager, oracle: Oracle) -> None:
             oracle.demote(number, {(s, h, p) for s, h, p in pages if p < sealed[s]})
 
 
+def follow_groups(manager: KVCacheManager, oracle: Oracle, layer: int) -> None:
+    """Tell the oracle which tokens share a page, before it seals them itself."""
+    numbers = manager.page_tokens(layer) if manager.config.grouping is not None else None
+    if numbers is not None:
+        oracle.group(layer, torch.from_numpy(numbers))
+
+
 def check_references(managers: Sequence[KVCacheManager]) -> None:
     """Fail unless these hold all there is in their host tiers, and no piece's free place is lost.
 
@@ -137,6 +144,7 @@ class Twins:
         shape = (self.batch, self.num_kv_heads, new_tokens)
         key, value = self.randn(*shape, self.head_dim), self.randn(*shape, self.value_dim)
         self.manager.append(layer, *self.on_device(key, value, mask))
+        follow_groups(self.manager, self.oracle, layer)
         self.oracle.append(layer, key, value, mask)
         follow_demotions(self.manager, self.oracle)
 
@@ -178,6 +186,8 @@ class Twins:
     def keep_sequences(self, index: list[int]) -> None:
         self.manager.keep_sequences(torch.tensor(index))
         self.oracle.keep_sequences(torch.tensor(index))
+        for layer in range(self.num_layers):
+            follow_groups(self.manager, self.oracle, layer)
 
     def reset(self) -> None:
         self.manager.reset()
@@ -235,7 +245,10 @@ class Twins:
     def held_bytes(self) -> int:
         """What the host pieces that the layers refer to must take."""
         formats = (self.config.format, self.config.coarse_format)
-        return sum(
+        numbers = 0  # int32, of every token that is grouped
+        if self.config.grouping is not None:
+            numbers = 4 * self.oracle.host_pages() * self.num_kv_heads * self.config.page_size
+        return numbers + sum(
             len(pieces) * self.heads_per_piece * self.page_bytes(page_format)
             for pieces, page_format in zip(self.held, formats, strict=False)
             if page_format is not None
@@ -260,7 +273,8 @@ class Twins:
     def pool_bytes(self) -> int:
         """What the configuration implies for slots, windows and the streaming block."""
         config = self.config
-        page_size, window = config.page_size, config.num_recent_tokens + config.page_size
+        waiting = config.page_size if config.grouping is None else config.segment_tokens
+        page_size, window = config.page_size, config.num_recent_tokens + waiting
         window = math.ceil(window / page_size) * page_size
         total, paged = 0, 0
         for layer in range(self.num_layers):

@@ -22,6 +22,7 @@ from arkcache.engines.step import Step
 from arkcache.kernels.torch_pages import PagePacker
 from arkcache.pages.bookkeeping import Ids
 from arkcache.pages.counts import Counters, LayerTokens
+from arkcache.pages.grouping import PageTokens
 from arkcache.pages.index import PageIndex
 from arkcache.pages.store import PageStore
 from arkcache.pages.windows import Window
@@ -51,6 +52,7 @@ class PagedParts:
         store: its sealed pages in the host tier.
         device_tier: the device tier.
         number: which of its working sets is this layer's.
+        page_tokens: which tokens its pages hold, where they are grouped; None: as they came.
     """
 
     config: CacheConfig
@@ -59,6 +61,7 @@ class PagedParts:
     store: PageStore
     device_tier: DeviceTier
     number: int
+    page_tokens: PageTokens | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -135,7 +138,8 @@ class Engine(ABC):
 
     @abstractmethod
     def read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens of pages first..last as they were sealed: key, value [kv_heads, tokens, dim]."""
+        """Tokens of pages first..last as they were sealed, page by page: key, value [kv_heads,
+        tokens, dim]."""
 
     @abstractmethod
     def unseal(self, sequence: int, first: int) -> None:

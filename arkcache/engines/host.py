@@ -46,8 +46,10 @@ class HostEngine(Engine):
         super().__init__(parts)
         config, geometry = parts.config, parts.geometry
         self.places = Places(parts, num_selected)
-        self._ratings = PageRatings(config, geometry, latent)
-        self._summaries = PageSummaries(config, geometry) if config.estimates else None
+        self._ratings = PageRatings(config, geometry, latent, parts.page_tokens)
+        self._summaries = None
+        if config.estimates:
+            self._summaries = PageSummaries(config, geometry, parts.page_tokens)
         two_formats = len(parts.store.packers) > 1
         self._importance = Importance(geometry.num_rows) if two_formats else None
         self._may_demote = False
@@ -245,7 +247,8 @@ class HostEngine(Engine):
         if step.bias is None:
             return mask
         page_of, sealed = self.places.page_of, self.parts.tokens.sealed
-        tokens = view_tokens(config, geometry, page_of, sealed, recent, num_pages)
+        listed = self.parts.page_tokens
+        tokens = view_tokens(config, geometry, page_of, sealed, recent, num_pages, listed)
         bias = step.bias(tokens)[:, :, :, 0]
         return bias if mask is None else mask + bias
 
@@ -343,8 +346,17 @@ class HostEngine(Engine):
         if are_mass:
             share = self._shares(step, left_out.shape[1]).double().cpu().numpy()
             estimate = np.where(left_out, share, 0).sum(axis=1)
-        truth = true_missed_mass(step, everything(), left_out, self.parts.config, geometry)
+        truth = true_missed_mass(
+            step, everything(), left_out, self.parts.config, geometry, self._pages_of
+        )
         self._missed.audit(truth, estimate)
+
+    def _pages_of(self, numbers: Ids) -> Ids:
+        """The pages of token numbers [batch, tokens]: [batch, kv_heads or 1, tokens]."""
+        listed = self.parts.page_tokens
+        if listed is None:
+            return numbers[:, None] // self.parts.config.page_size
+        return listed.pages_of(numbers, self.parts.tokens.sealed)
 
     # -- several new tokens, and changes of shape -------------------------------------------------
 

@@ -6,7 +6,7 @@ does not attend, the mean over the head's query heads.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -112,11 +112,13 @@ def true_missed_mass(
     left_out: Held,
     config: CacheConfig,
     geometry: Geometry,
+    page_of: Callable[[Ids], Ids],
 ) -> Mass:
     """The share of a step's attention that pages hold which it does not attend [rows].
 
     blocks: all tokens of the layer; left_out: which selectable pages are not attended
-    [rows, pages].
+    [rows, pages]; page_of: the pages of token numbers [batch, tokens], by KV head or for all
+    [batch, kv_heads or 1, tokens].
     """
     batch, num_kv_heads = geometry.batch, geometry.num_kv_heads
     # One more, for tokens that are on no selectable page.
@@ -124,9 +126,10 @@ def true_missed_mass(
     total, outside = [], []
     for key, value, numbers in blocks:
         logits = view_logits(step, expanded(step, key, value)[0], _mask(step, numbers))
-        page = numbers // config.page_size - config.num_sink_pages
+        page = page_of(numbers) - config.num_sink_pages
         page = np.where((page < 0) | (page >= left_out.shape[1]), left_out.shape[1], page)
-        is_out = np.take_along_axis(missed, page[:, None].repeat(num_kv_heads, axis=1), axis=2)
+        by_head = np.broadcast_to(page, (batch, num_kv_heads, page.shape[2]))
+        is_out = np.take_along_axis(missed, by_head, axis=2)
         hidden = torch.from_numpy(~is_out).to(logits.device)[:, :, None]
         total.append(logits.logsumexp(dim=-1, keepdim=True))
         outside.append(logits.masked_fill(hidden, float("-inf")).logsumexp(dim=-1, keepdim=True))

@@ -11,6 +11,7 @@ from arkcache.engines.step import Step
 from arkcache.engines.views import hidden_pages, token_bias
 from arkcache.kernels.torch_hadamard import rotate
 from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.grouping import PageTokens
 from arkcache.pages.index import PageIndex, make_index, mass_index
 from arkcache.pages.policy import aggregate, page_shares
 from arkcache.tiering.device import Geometry
@@ -24,13 +25,21 @@ class PageRatings:
         config: the cache's settings.
         geometry: sizes.
         latent: rate pages by key and value side by side (multi-head latent attention).
+        listed: the tokens of grouped pages.
 
     Attributes:
         digests: of all pages, sinks included; None before the first is sealed.
     """
 
-    def __init__(self, config: CacheConfig, geometry: Geometry, latent: bool) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        geometry: Geometry,
+        latent: bool,
+        listed: PageTokens | None = None,
+    ) -> None:
         self._config, self._geometry, self._latent = config, geometry, latent
+        self._listed = listed
         index_dim = geometry.head_dim + (geometry.value_dim if latent else 0)
         self._index: PageIndex = make_index(config, index_dim, geometry.device)
         self.digests: GrowingTensor | None = None
@@ -97,7 +106,8 @@ class PageRatings:
         if uniform and step.bias is None:
             return aggregate(score, self._config.score_reduction)
         outside = self._outside(sealed, max_selectable, score.device)
-        hidden = hidden_pages(step, self._config, self._geometry, max_selectable) | outside
+        hidden = hidden_pages(step, self._config, self._geometry, max_selectable, self._listed)
+        hidden = hidden | outside
         score = score.masked_fill(hidden[:, None], torch.finfo(score.dtype).min)
         rating = aggregate(score, self._config.score_reduction)
         # Again, because a share of a page that exists may underflow to 0 too; pages that do not
@@ -113,7 +123,7 @@ class PageRatings:
         fixed [rows, group]: log mass of what the step attends anyhow.
         """
         query, digests = self._inputs(step, max_selectable)
-        bias = token_bias(step, self._config, self._geometry, max_selectable)
+        bias = token_bias(step, self._config, self._geometry, max_selectable, self._listed)
         index = mass_index(self._index)
         score = index.log_mass(query.float() * step.scale, digests, step.softcap, bias)
         if not uniform:

@@ -22,6 +22,7 @@ from arkcache.config import CacheConfig
 from arkcache.engines.step import Step
 from arkcache.engines.views import Held, page_bias
 from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.grouping import PageTokens
 from arkcache.tiering.device import Geometry
 from arkcache.tiering.growing import FIRST_ENTRIES, GrowingTensor
 
@@ -66,10 +67,13 @@ class PageSummaries:
     Args:
         config: the cache's settings; `estimate_pages` is not 0.
         geometry: sizes.
+        listed: the tokens of grouped pages.
     """
 
-    def __init__(self, config: CacheConfig, geometry: Geometry) -> None:
-        self._config, self._geometry = config, geometry
+    def __init__(
+        self, config: CacheConfig, geometry: Geometry, listed: PageTokens | None = None
+    ) -> None:
+        self._config, self._geometry, self._listed = config, geometry, listed
         shape = (geometry.batch, geometry.num_kv_heads, FIRST_ENTRIES)
         self._key, self._value = (
             GrowingTensor((*shape, dim), 2, geometry.dtype, geometry.device)
@@ -143,4 +147,4 @@ class PageSummaries:
             numbers = np.broadcast_to(np.arange(left_out.shape[1]), (rows[0], 1, left_out.shape[1]))
         else:
             numbers = pages.reshape(*rows, -1)
-        return mask + page_bias(step, config, numbers + config.num_sink_pages)
+        return mask + page_bias(step, config, numbers + config.num_sink_pages, self._listed)

@@ -7,6 +7,7 @@ import torch
 
 from arkcache.engines.engine import PagedParts
 from arkcache.engines.step import Step, additive, page_mass
+from arkcache.pages.grouping import tokens_of
 from arkcache.pages.windows import Window
 from arkcache.tracing.recorder import Counted, Floats, Ids, LayerTrace, Told
 
@@ -64,7 +65,8 @@ def attended_mass(parts: PagedParts, window: Window, step: Step, pages: Ids) -> 
         where = torch.from_numpy(row[part.which]), torch.from_numpy(at[part.which])
         key.unflatten(1, (room, size))[*(index.to(geometry.device) for index in where)] = own
     numbers = np.full((rows, room * size), -1, np.int64)
-    of_pages = listed[:, :, None] * size + np.arange(size)
+    by_head = np.maximum(listed, 0).reshape(geometry.batch, heads, width)
+    of_pages = tokens_of(by_head, size, parts.page_tokens).reshape(rows, width, size)
     numbers[:, : width * size] = np.where(listed[:, :, None] >= 0, of_pages, -1).reshape(rows, -1)
     recent = np.repeat(first, heads)[:, None] + np.arange(longest)
     is_token = recent < np.repeat(tokens.lengths, heads)[:, None]

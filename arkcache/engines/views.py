@@ -14,6 +14,7 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.engines.step import Step, additive
 from arkcache.pages.bookkeeping import Ids
+from arkcache.pages.grouping import PageTokens, tokens_of
 from arkcache.tiering.device import Geometry
 
 Held = NDArray[np.bool_]
@@ -51,52 +52,57 @@ def view_tokens(
     sealed: Ids,
     recent: Ids,
     num_pages: int,
+    listed: PageTokens | None = None,
 ) -> Ids:
-    """Token numbers of a view [batch, kv_heads, tokens]; 0 for empty places.
+    """Token numbers of a view [batch, kv_heads, tokens]; those of page 0 for empty places.
 
-    page_of: the page in each place [rows, places]; sealed: sealed pages of each sequence.
+    page_of: the page in each place [rows, places]; sealed: sealed pages of each sequence; listed:
+    the tokens of grouped pages.
     """
     batch, heads, page_size = geometry.batch, geometry.num_kv_heads, config.page_size
     num_sink_pages = config.num_sink_pages
     pages = np.zeros((batch, heads, num_sink_pages + page_of.shape[1]), dtype=np.int64)
     pages[:, :, :num_sink_pages] = np.arange(num_sink_pages)
     pages[:, :, num_sink_pages:] = np.maximum(page_of, 0).reshape(batch, heads, -1)
-    tokens = pages[:, :, :num_pages][:, :, ::-1, None] * page_size + np.arange(page_size)
+    tokens = tokens_of(pages[:, :, :num_pages][:, :, ::-1], page_size, listed)
     window = sealed[:, None] * page_size + np.arange(int(recent.max()))
     window = np.broadcast_to(window[:, None], (batch, heads, window.shape[1]))
     return np.concatenate((tokens.reshape(batch, heads, -1), window), axis=2)
 
 
 def hidden_pages(
-    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+    step: Step,
+    config: CacheConfig,
+    geometry: Geometry,
+    max_selectable: int,
+    listed: PageTokens | None = None,
 ) -> Tensor | bool:
     """Which of the first `max_selectable` pages the user's mask hides whole [rows, pages].
 
     Pages are counted from the first behind the sinks. Returns False for none."""
     if step.bias is None:
         return False
-    num_sink_pages, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
-    bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))
+    bias = step.bias(_selectable_tokens(config, geometry, max_selectable, listed))
     # Some models hide with the most negative number rather than with -inf.
     seen = (bias[:, :, :, 0] > torch.finfo(bias.dtype).min / 2).any(dim=2)
-    seen = seen.unflatten(2, (max_selectable, page_size)).any(dim=3)
+    seen = seen.unflatten(2, (max_selectable, config.page_size)).any(dim=3)
     if seen.shape[1] > geometry.num_kv_heads:  # expanded latents share their pages
         seen = seen.any(dim=1, keepdim=True)
     hidden: Tensor = ~seen.expand(-1, geometry.num_kv_heads, -1).flatten(0, 1)
     return hidden
 
 
-def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
+def page_bias(
+    step: Step, config: CacheConfig, pages: Ids, listed: PageTokens | None = None
+) -> Tensor:
     """The user's mask over pages: the mean over each page's tokens, -inf where it hides any.
 
     pages: numbers [batch, kv_heads or 1, count]. Returns [batch, kv_heads or 1, group or 1, count].
     """
     assert step.bias is not None
-    page_size = config.page_size
-    tokens = pages[..., None] * page_size + np.arange(page_size)
-    bias = step.bias(tokens.reshape(*pages.shape[:2], -1))[:, :, :, 0]
-    bias = bias.unflatten(3, (-1, page_size))
+    tokens = tokens_of(pages, config.page_size, listed)
+    bias = step.bias(tokens.reshape(*tokens.shape[:2], -1))[:, :, :, 0]
+    bias = bias.unflatten(3, (-1, config.page_size))
     # Some models hide with the most negative number rather than with -inf.
     hidden = (bias <= torch.finfo(bias.dtype).min / 2).any(dim=4)
     mean: Tensor = bias.mean(dim=4).masked_fill(hidden, float("-inf"))
@@ -104,7 +110,11 @@ def page_bias(step: Step, config: CacheConfig, pages: Ids) -> Tensor:
 
 
 def token_bias(
-    step: Step, config: CacheConfig, geometry: Geometry, max_selectable: int
+    step: Step,
+    config: CacheConfig,
+    geometry: Geometry,
+    max_selectable: int,
+    listed: PageTokens | None = None,
 ) -> Tensor | None:
     """The user's mask over the tokens of the first `max_selectable` pages, for every row.
 
@@ -113,16 +123,25 @@ def token_bias(
     """
     if step.bias is None:
         return None
-    num_sink_pages, page_size = config.num_sink_pages, config.page_size
-    tokens = np.arange(num_sink_pages * page_size, (num_sink_pages + max_selectable) * page_size)
-    bias = step.bias(np.broadcast_to(tokens, (geometry.batch, 1, len(tokens))))[:, :, :, 0]
+    tokens = _selectable_tokens(config, geometry, max_selectable, listed)
+    bias = step.bias(tokens)[:, :, :, 0]
     heads = geometry.num_kv_heads
     if bias.shape[1] > heads:  # expanded latents share their pages
-        bias = bias.reshape(geometry.batch, heads, -1, len(tokens))
-    own: Tensor = (
-        bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, (max_selectable, page_size))
-    )
+        bias = bias.reshape(geometry.batch, heads, -1, tokens.shape[2])
+    pages = (max_selectable, config.page_size)
+    own: Tensor = bias.expand(-1, heads, -1, -1).flatten(0, 1).unflatten(2, pages)
     return own
+
+
+def _selectable_tokens(
+    config: CacheConfig, geometry: Geometry, max_selectable: int, listed: PageTokens | None
+) -> Ids:
+    """Token numbers of the first pages behind the sinks [batch, kv_heads or 1, tokens]."""
+    pages = config.num_sink_pages + np.arange(max_selectable)
+    tokens = tokens_of(
+        np.broadcast_to(pages, (geometry.batch, 1, max_selectable)), config.page_size, listed
+    )
+    return tokens.reshape(*tokens.shape[:2], -1)
 
 
 def pages_left_out(page_of: Ids, held: Held, selectable: Ids, num_sink_pages: int) -> Held:

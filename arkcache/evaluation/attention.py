@@ -36,14 +36,15 @@ class Truth:
     log_mass: Tensor
     output: Tensor
 
-    def pages(self, first: int, num_pages: int, page_size: int) -> Tensor:
+    def pages(self, tokens: Tensor) -> Tensor:
         """The log-probabilities by page [num_kv_heads, group, pages, page_size].
 
-        first: the page to begin with.
+        tokens: those of the pages of each KV head [num_kv_heads, pages, page_size].
         """
-        tokens = self.logits[:, :, first * page_size : (first + num_pages) * page_size]
-        shares: Tensor = (tokens - self.log_mass).unflatten(2, (num_pages, page_size))
-        return shares
+        every = tokens.flatten(1)[:, None].expand(-1, self.logits.shape[1], -1)
+        shares = self.logits.gather(2, every) - self.log_mass
+        by_page: Tensor = shares.unflatten(2, tokens.shape[1:])
+        return by_page
 
 
 @dataclass(frozen=True)

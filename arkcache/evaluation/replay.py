@@ -107,7 +107,9 @@ class PagedView:
             return None
         self.num_pages = self.num_pages or rating.shape[1]
         ladder, config = ladder_of(self.num_pages), self._manager.config
-        pages = truth.pages(config.num_sink_pages, rating.shape[1], config.page_size)
+        tokens = self._manager.page_tokens(self._index)
+        assert tokens is not None
+        pages = truth.pages(torch.from_numpy(tokens[0, :, config.num_sink_pages :]))
         mass, peak = pages.logsumexp(dim=3), pages.amax(dim=3)
         group = mass.shape[1]
         alone, highest = [], []

@@ -188,6 +188,11 @@ class Layer(ABC):
     def rate_with(self, _make: Callable[[], PageIndex]) -> None:  # noqa: B027
         """Rate pages by another index from now on, if the layer selects any."""
 
+    def page_tokens(self) -> Ids | None:
+        """The token numbers of all sealed pages [batch, kv_heads, pages, page_size], undefined
+        where a sequence has no such page; None where nothing is selected."""
+        return None
+
     def ratings(self, _step: Step) -> Tensor | None:
         """What selects for a step: all selectable pages [rows, pages], the best the highest; None
         where nothing is selected, or where it cannot be looked at."""

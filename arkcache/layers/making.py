@@ -15,6 +15,7 @@ from arkcache.layers.packed_dense import PackedDenseLayer
 from arkcache.layers.paged import PagedLayer
 from arkcache.pages.bookkeeping import Ids
 from arkcache.pages.counts import Counters, LayerTokens
+from arkcache.pages.grouping import PageTokens
 from arkcache.pages.store import PageStore
 from arkcache.planning import Planner
 from arkcache.tiering.device import DeviceTier
@@ -37,6 +38,9 @@ def make_layers(
         store = PageStore(host, planner.packers, geometry.batch, geometry.num_kv_heads, number)
         tokens = LayerTokens(geometry.batch)
         parts = PagedParts(config, tokens, Counters(), store, tier, num_paged)
+        if config.grouping is not None:
+            heads = geometry.num_kv_heads
+            parts.page_tokens = PageTokens(geometry.batch, heads, config.page_size)
         selected = planner.selected(number, max_selected)
         layers.append(PagedLayer(parts, make_engine(parts, selected)))
         num_paged += 1

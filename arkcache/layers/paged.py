@@ -17,8 +17,10 @@ from arkcache.engines.capture import Capturable
 from arkcache.engines.engine import Engine, PagedParts, State
 from arkcache.engines.missed import MissedLog
 from arkcache.engines.step import Step
+from arkcache.errors import IntegrityError
 from arkcache.layers.sealing import SealingLayer
-from arkcache.pages.bookkeeping import Ids, sealed_counts
+from arkcache.pages.bookkeeping import Ids, page_runs, sealed_counts
+from arkcache.pages.grouping import PageTokens, each_once, grouped_order, tokens_of
 from arkcache.pages.index import PageIndex
 from arkcache.pages.windows import Window
 from arkcache.stats import CacheStats
@@ -76,7 +78,23 @@ class PagedLayer(SealingLayer):
         self.engine.demote()
 
     def _seal(self, seqs: slice, first: int, key: Tensor, value: Tensor) -> None:
+        if self.parts.page_tokens is not None:
+            key, value = self._grouped(self.parts.page_tokens, seqs, first, key, value)
         self.engine.seal(seqs, first, key, value)
+
+    def _grouped(
+        self, listed: PageTokens, seqs: slice, first: int, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The same tokens in pages of similar ones, the sinks apart; notes which are where."""
+        page_size = self.config.page_size
+        sinks = min(max(self.config.num_sink_pages - first, 0), key.shape[2]) * page_size
+        tokens = key.flatten(2, 3)
+        order = grouped_order(tokens, sinks, self.config.segment_tokens, page_size)
+        pages = (key.shape[2], page_size)
+        numbers = order.unflatten(2, pages) + first * page_size
+        listed.write(seqs, first, numbers.cpu().numpy())
+        key, value = (_in_order(states, order) for states in (tokens, value.flatten(2, 3)))
+        return key.unflatten(2, pages), value.unflatten(2, pages)
 
     # -- several new tokens: everything, streamed -------------------------------------------------
 
@@ -86,7 +104,7 @@ class PagedLayer(SealingLayer):
         page_size, total = self.config.page_size, int(self.tokens.sealed.max())
         blocks = self.parts.device_tier.stream_blocks
         per_block = blocks[0][0].shape[2] // page_size
-        runs = [(first, min(first + per_block, total)) for first in range(0, total, per_block)]
+        runs = page_runs(0, total, per_block, *self.config.sealing[2:])
         loads = [partial(self._load, first, last) for first, last in runs]
         streams = streams_of(self.geometry.device)
         for (first, last), block in zip(runs, read_ahead(streams, blocks, loads), strict=True):
@@ -104,7 +122,25 @@ class PagedLayer(SealingLayer):
                     plane[sequence, :, :tokens] = part
 
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        return self.engine.read(sequence, first, last)
+        listed = self.parts.page_tokens
+        if listed is None:
+            return self.engine.read(sequence, first, last)
+        start, stop = self._whole_segments(first, last)
+        page_size = self.config.page_size
+        tokens = slice((first - start) * page_size, (last - start) * page_size)
+        order = torch.from_numpy(listed.in_order(sequence, start, stop)[:, tokens])
+        on_device = order.to(self.geometry.device)
+        key, value = self.engine.read(sequence, start, stop)
+        return _in_order(key, on_device), _in_order(value, on_device)
+
+    def _whole_segments(self, first: int, last: int) -> tuple[int, int]:
+        """The pages of all segments that pages first..last are of."""
+        _, _, sinks, segment = self.config.sealing
+        if first > sinks:
+            first = sinks + (first - sinks) // segment * segment
+        if last > sinks:
+            last = sinks - (sinks - last) // segment * segment
+        return first, last
 
     # -- changes of shape -------------------------------------------------------------------------
 
@@ -125,6 +161,8 @@ class PagedLayer(SealingLayer):
         """See `Layer`; pages are shared, not copied."""
         self._join()
         self.parts.store.keep_sequences(index)
+        if self.parts.page_tokens is not None:
+            self.parts.page_tokens.keep_sequences(index)
         self.tokens.keep_sequences(index)
         self.tokens.until_seal = 0
         self.engine.keep_sequences(index, device_tier, num_selected)
@@ -138,14 +176,19 @@ class PagedLayer(SealingLayer):
         return self.engine.digest_kind
 
     def _page_state(self) -> State:
-        """See `SealingLayer`; "pieces" are handles of the host tier, by sequence and page."""
+        """See `SealingLayer`; "pieces" are handles of the host tier, by sequence and page,
+        "page_tokens" the numbers of grouped tokens [batch, kv_heads, pages, page_size]."""
         most = int(self.tokens.sealed.max())
-        pieces = torch.from_numpy(self.parts.store.handles[:, :, :most].copy())
-        return {"pieces": pieces, **self.engine.state()}
+        state = {"pieces": torch.from_numpy(self.parts.store.handles[:, :, :most].copy())}
+        if self.parts.page_tokens is not None:
+            state["page_tokens"] = torch.from_numpy(self.parts.page_tokens.first(most)).long()
+        return state | self.engine.state()
 
     def _restore_pages(self, state: State) -> None:
         """See `SealingLayer`."""
         self.parts.store.adopt(state["pieces"].numpy())
+        if self.parts.page_tokens is not None:
+            self.parts.page_tokens.write(slice(None), 0, state["page_tokens"].numpy())
         self.engine.restore(state)
 
     # -- pieces of the host tier ------------------------------------------------------------------
@@ -156,8 +199,7 @@ class PagedLayer(SealingLayer):
 
     def pieces_needed(self, new_lengths: Ids) -> int:
         """See `Layer`."""
-        config = self.config
-        sealed = sealed_counts(new_lengths, config.num_recent_tokens, config.page_size)
+        sealed = sealed_counts(new_lengths, *self.config.sealing)
         more = int(np.maximum(sealed - self.tokens.sealed, 0).sum())
         return more * self.parts.store.pieces_per_page
 
@@ -183,12 +225,29 @@ class PagedLayer(SealingLayer):
         self._check_sealed(self.tokens.sealed)
         self._check_sealed(self.parts.store.counts())
         self.parts.store.check()
+        listed, sealed = self.parts.page_tokens, self.tokens.sealed
+        if listed is not None:
+            numbers = listed.first(int(sealed.max()))
+            if not each_once(numbers, sealed, *self.config.sealing[2:]):
+                raise IntegrityError("a token is on two pages, or on none of its segment")
         self.engine.check()
 
     def stats(self) -> CacheStats:
         """See `Layer`."""
-        host_tokens = int(self.tokens.sealed.sum()) * self.config.page_size
-        return self.engine.stats() + CacheStats(host_tokens=host_tokens)
+        pages, listed = int(self.tokens.sealed.sum()), self.parts.page_tokens
+        listed_bytes = 0 if listed is None else pages * listed.page_bytes
+        return self.engine.stats() + CacheStats(
+            host_tokens=pages * self.config.page_size,
+            host_bytes=listed_bytes,
+            host_resident_bytes=listed_bytes,
+        )
+
+    def page_tokens(self) -> Ids | None:
+        """See `Layer`."""
+        pages = np.arange(int(self.tokens.sealed.max()))[None, None]
+        shape = (self.geometry.batch, self.geometry.num_kv_heads, pages.shape[2])
+        pages = np.broadcast_to(pages, shape)
+        return tokens_of(pages, self.config.page_size, self.parts.page_tokens)
 
     def rate_with(self, make: Callable[[], PageIndex]) -> None:
         """See `Layer`; what is sealed is digested anew."""
@@ -209,3 +268,8 @@ class PagedLayer(SealingLayer):
     def trace(self, trace: LayerTrace | None) -> None:
         """See `Layer`."""
         self.engine.trace(trace)
+
+
+def _in_order(states: Tensor, order: Tensor) -> Tensor:
+    """Tokens [..., tokens, dim] in the order [..., count] that their row asks for."""
+    return states.gather(-2, order[..., None].expand(*order.shape, states.shape[-1]))

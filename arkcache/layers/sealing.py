@@ -15,7 +15,7 @@ from torch import Tensor
 from arkcache.config import CacheConfig
 from arkcache.engines.engine import Blocks, State
 from arkcache.layers.layer import Layer
-from arkcache.pages.bookkeeping import Ids, check_sealed, sealed_pages
+from arkcache.pages.bookkeeping import Ids, check_sealed, page_runs, sealed_pages
 from arkcache.pages.windows import Window
 from arkcache.tiering.device import Geometry
 
@@ -46,7 +46,8 @@ class SealingLayer(Layer):
 
     @abstractmethod
     def _read(self, sequence: int, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """Tokens of pages first..last as they were kept: key, value [kv_heads, tokens, dim]."""
+        """Tokens of pages first..last as they were kept, in the order in which they came: key,
+        value [kv_heads, tokens, dim]."""
 
     @abstractmethod
     def _unseal(self, sequence: int, first: int, last: int) -> None:
@@ -62,7 +63,7 @@ class SealingLayer(Layer):
         length, first = int(self.tokens.lengths[seqs.start]), int(self.tokens.sealed[seqs.start])
         page_size = self.config.page_size
         oldest, new_tokens = first * page_size, key.shape[2]
-        last = sealed_pages(length + new_tokens, self.config.num_recent_tokens, page_size)
+        last = sealed_pages(length + new_tokens, *self.config.sealing)
         if last == first:
             self.window.write(seqs, oldest, length, key, value)
         else:
@@ -71,8 +72,7 @@ class SealingLayer(Layer):
                 key = torch.cat((before[0], key), dim=2)
                 value = torch.cat((before[1], value), dim=2)
             cut = (last - first) * page_size
-            for start in range(first, last, SEAL_PAGES):
-                stop = min(start + SEAL_PAGES, last)
+            for start, stop in self._runs(first, last):
                 tokens = slice((start - first) * page_size, (stop - first) * page_size)
                 pages = (
                     states[:, :, tokens].unflatten(2, (-1, page_size)) for states in (key, value)
@@ -86,16 +86,27 @@ class SealingLayer(Layer):
         if self.tokens.until_seal <= 0:
             self._foresee()
 
+    def _runs(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Pages first..last as they are sealed together: no segment is cut."""
+        sinks, segment = self.config.num_sink_pages, self.config.segment_pages
+        most = SEAL_PAGES if segment == 1 else max(SEAL_PAGES, sinks + segment)
+        return page_runs(first, last, most, sinks, segment)
+
     def _foresee(self) -> None:
         """Count how many columns may come before the next page is full."""
-        tokens, page_size = self.tokens, self.config.page_size
-        full = (tokens.sealed + 1) * page_size + self.config.num_recent_tokens
+        tokens, config = self.tokens, self.config
+        more = 1 if config.grouping is None else self._next_pages()
+        full = (tokens.sealed + more) * config.page_size + config.num_recent_tokens
         tokens.until_seal = int((full - tokens.lengths).min())
+
+    def _next_pages(self) -> Ids:
+        """Pages that each sequence seals next: one of the sinks, then segments [batch]."""
+        in_sinks = self.tokens.sealed < self.config.num_sink_pages
+        return np.where(in_sinks, 1, self.config.segment_pages)
 
     def _check_sealed(self, counts: Ids) -> None:
         """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
-        config, lengths = self.config, self.tokens.lengths
-        check_sealed(counts, lengths, config.num_recent_tokens, config.page_size)
+        check_sealed(counts, self.tokens.lengths, self.config.sealing)
 
     def blocks(self) -> Blocks:
         """See `Layer`."""
@@ -149,7 +160,9 @@ class SealingLayer(Layer):
         """First and last of the sealed pages whose tokens go back to the window when a sequence is
         shortened to `length`; those from the last on are not among what is left."""
         page_size, sealed = self.config.page_size, int(self.tokens.sealed[sequence])
-        left = min(sealed_pages(length, self.config.num_recent_tokens, page_size), sealed)
+        left = min(sealed_pages(length, *self.config.sealing), sealed)
+        if self.config.grouping is not None:  # any of its pages may have a segment's oldest tokens
+            return left, sealed
         return left, min(max(-(-length // page_size), left + 1), sealed)
 
     def _crop_sequence(self, sequence: int, length: int) -> None:

@@ -6,12 +6,14 @@ Of a sequence of L tokens
     [0, sealed * page_size)      sealed pages, immutable, in the host tier
     [sealed * page_size, L)      the window: `recent` tokens to less than `recent + page_size`
 
-so everything follows from L alone, however the tokens arrived.
+so everything follows from L alone, however the tokens arrived. Where tokens are grouped, pages
+behind those of the sinks are sealed by segments, and so many tokens more may wait in the window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,21 +29,55 @@ def is_in_order(index: Ids, batch: int) -> bool:
     return np.array_equal(index, np.arange(batch))
 
 
-def sealed_pages(length: int, recent: int, page_size: int) -> int:
-    """Pages of a sequence that are sealed once it holds `length` tokens."""
-    return max(0, (length - recent) // page_size)
+def sealed_pages(
+    length: int, recent: int, page_size: int, sink_pages: int = 0, segment_pages: int = 1
+) -> int:
+    """Pages of a sequence that are sealed once it holds `length` tokens.
+
+    From `sink_pages` on, so many at a time as a segment has.
+    """
+    pages = max(0, (length - recent) // page_size)
+    if segment_pages == 1 or pages <= sink_pages:
+        return pages
+    return sink_pages + (pages - sink_pages) // segment_pages * segment_pages
 
 
-def sealed_counts(lengths: Ids, recent: int | Ids, page_size: int | Ids) -> Ids:
+def sealed_counts(
+    lengths: Ids,
+    recent: int | Ids,
+    page_size: int | Ids,
+    sink_pages: int = 0,
+    segment_pages: int = 1,
+) -> Ids:
     """`sealed_pages` of many sequences, or of several layers with settings of their own."""
     counts: Ids = np.maximum((lengths - recent) // page_size, 0)
-    return counts
+    if segment_pages == 1:
+        return counts
+    whole = np.maximum(counts - sink_pages, 0) // segment_pages * segment_pages
+    grouped: Ids = np.minimum(counts, sink_pages) + whole
+    return grouped
 
 
-def check_sealed(counts: Ids, lengths: Ids, recent: int, page_size: int) -> None:
-    """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed."""
+def page_runs(
+    first: int, last: int, most: int, sink_pages: int = 0, segment_pages: int = 1
+) -> list[tuple[int, int]]:
+    """Pages first..last in runs of at most `most`: of whole segments, where one goes into a run
+    that begins with the sinks."""
+    start, step = first, most
+    if segment_pages > 1 and most >= sink_pages + segment_pages:
+        start = max(first, sink_pages)
+        step = (most - sink_pages) // segment_pages * segment_pages
+    edges = [first, *range(start + step, last, step), last]
+    return [run for run in pairwise(edges) if run[0] < run[1]]
+
+
+def check_sealed(counts: Ids, lengths: Ids, sealing: tuple[int, int, int, int]) -> None:
+    """Raise `IntegrityError` unless `counts` are the pages that the lengths say are sealed.
+
+    sealing: what `sealed_pages` is told beside a length.
+    """
     for sequence, length in enumerate(lengths.tolist()):
-        expected = sealed_pages(length, recent, page_size)
+        expected = sealed_pages(length, *sealing)
         if counts[sequence] != expected:
             raise IntegrityError(
                 f"sequence {sequence} of {length} tokens should have {expected} sealed pages"

@@ -14,14 +14,18 @@ from arkcache.engines.engine import State
 from arkcache.errors import ArkCacheError, SessionError
 from arkcache.manager import KVCacheManager
 from arkcache.pages.bookkeeping import Ids, sealed_counts
+from arkcache.pages.grouping import each_once
 from arkcache.saving.folder import FolderReader, FolderWriter, reading, writing
 from arkcache.saving.pages import Progress, read_pages, write_pages
 
 STORED = (
     *("page_size", "num_recent_tokens", "key_bits", "value_bits", "group_size", "rotation"),
-    *("coarse_key_bits", "coarse_value_bits"),
+    *("coarse_key_bits", "coarse_value_bits", "grouping"),
 )
 """Settings that say how tokens are kept: a state can be loaded with these alone as they were."""
+
+STORED_WITH_GROUPING = ("num_sink_tokens", "segment_tokens")
+"""Those beside them that say where segments of grouped tokens begin and end."""
 
 NAME = "manager0"
 """What the files of a manager begin with that is the only one."""
@@ -162,7 +166,7 @@ def _check_counts(
     fits = np.array_equal(state["lengths"].numpy(), lengths)
     if "sealed" in state:
         config, sealed = manager.config, state["sealed"].numpy()
-        expected = sealed_counts(lengths, config.num_recent_tokens, config.page_size)
+        expected = sealed_counts(lengths, *config.sealing)
         fits &= np.array_equal(sealed, expected)
     if fits and "pieces" in state:
         numbers = state["pieces"].numpy()
@@ -170,8 +174,19 @@ def _check_counts(
         fits = numbers.shape[2] == int(sealed.max()) and numbers.shape[0] == manager.batch
         fits &= bool(((numbers[held] >= 0) & (numbers[held] < num_pieces)).all())
         fits &= bool((numbers[~held] == -1).all())
+        if config.grouping is not None:
+            fits &= _lists_tokens(manager, state, sealed)
     if not fits:
         raise SessionError(f"{reader.folder}: the counts of layer {layer} contradict each other")
+
+
+def _lists_tokens(manager: KVCacheManager, state: State, sealed: Ids) -> bool:
+    """Whether grouped pages hold every token of their segment once."""
+    config, most = manager.config, int(sealed.max())
+    shape = (manager.batch, manager.num_kv_heads, most, config.page_size)
+    if "page_tokens" not in state or state["page_tokens"].shape != shape:
+        return False
+    return each_once(state["page_tokens"].numpy(), sealed, *config.sealing[2:])
 
 
 def _named(numbers: Ids, handles: Ids) -> Ids:
@@ -196,10 +211,12 @@ def _check_alike(reader: FolderReader, held: dict[str, Any], manager: KVCacheMan
             "num_dense_layers as they were"
         )
     settings = config_to_dict(manager.config)
-    for what in STORED:
-        if settings[what] != held["config"][what]:
+    grouped = settings["grouping"] is not None
+    for what in (*STORED, *(STORED_WITH_GROUPING if grouped else ())):
+        before = held["config"].get(what)
+        if settings[what] != before:
             raise SessionError(
-                f"{reader.folder} was saved with {what}={held['config'][what]!r}: its pages cannot "
+                f"{reader.folder} was saved with {what}={before!r}: its pages cannot "
                 f"be read with {what}={settings[what]!r}; leave that setting out"
             )
 

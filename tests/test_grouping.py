@@ -152,6 +152,7 @@ def test_a_token_on_two_pages_is_noticed() -> None:
     for wrong in (([0, 1], [1, 0]), ([5], [6]), ([19, 20], [20, 19])):
         assert not each_once(with_tokens(*wrong), sealed, 1, 4)
     assert each_once(with_tokens([30], [31]), np.array([5]), 1, 4)  # not sealed
+    assert each_once(numbers[:, :, :0], np.array([0]), 0, 4)
 
 
 # -- what is attended -----------------------------------------------------------------------------

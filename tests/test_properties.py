@@ -62,7 +62,11 @@ def configs(
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
     sinks = draw(st.integers(0, 2 * page_size))
     recent = draw(st.integers(1, 2 * page_size + 2))
-    least = -(-sinks // page_size) * page_size + recent + page_size
+    segment = page_size * draw(st.sampled_from([2, 4]))
+    may_group = backend != "triton" and index in MASS_INDEXES
+    grouping = draw(st.sampled_from([None, None, "similar"])) if may_group else None
+    sealed = page_size if grouping is None else segment
+    least = -(-sinks // page_size) * page_size + recent + sealed
     budget = st.integers(least, least + 4 * page_size)
     limited = budget | st.none()
     per_head = st.tuples(*[budget] * NUM_KV_HEADS)
@@ -75,6 +79,9 @@ def configs(
         target = draw(st.sampled_from([None, 0.01, 0.2, 0.7]))
     if "coarse_value_bits" not in page_format and target is None:
         whole |= st.none()
+    estimates = st.just(0) if backend == "triton" else st.sampled_from([0, 0, None, 1, 3])
+    if grouping is not None:
+        estimates = st.sampled_from([None, 1, 3])
     may_lie_there = backend != "triton" and "coarse_value_bits" not in page_format
     return CacheConfig(
         page_size=page_size,
@@ -86,7 +93,9 @@ def configs(
         index=index,
         index_bits=draw(st.sampled_from([None, None, 2, 4, 8])),
         group_reduction=draw(st.sampled_from((SHARE_MEAN, *GROUP_REDUCTIONS))),
-        estimate_pages=0 if backend == "triton" else draw(st.sampled_from([0, 0, None, 1, 3])),
+        estimate_pages=draw(estimates),
+        grouping=grouping,
+        segment_tokens=segment,
         target_missed_mass=target,
         audit_every=None if backend == "triton" else draw(st.sampled_from([None, None, 1, 2])),
         stream_block_tokens=page_size * draw(st.sampled_from([1, 3, 8])),

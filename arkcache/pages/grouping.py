@@ -147,14 +147,15 @@ def each_once(
     numbers: of the tokens [batch, kv_heads, pages, page_size]; sealed: pages of each sequence that
     count [batch].
     """
+    page_size = numbers.shape[3]
     for own, count in zip(numbers, sealed.tolist(), strict=True):
         fixed = min(count, sink_pages)
-        expected = np.arange(count * own.shape[2]).reshape(count, -1)
-        segments = (len(own), -1, segment_pages * own.shape[2])
-        ordered = np.sort(own[:, fixed:count].reshape(segments), axis=2)
-        if (own[:, :fixed] != expected[:fixed]).any():
+        expected = np.arange(count * page_size)
+        segments = ((count - fixed) // segment_pages, segment_pages * page_size)
+        grouped = np.sort(own[:, fixed:count].reshape(len(own), *segments), axis=2)
+        if (grouped != expected[fixed * page_size :].reshape(segments)).any():
             return False
-        if (ordered != expected[fixed:].reshape(segments[1:])).any():
+        if (own[:, :fixed] != expected[: fixed * page_size].reshape(fixed, page_size)).any():
             return False
     return True
 

@@ -28,6 +28,7 @@ SERVED = {
     ),
     "group_reduction": ("softmax-mean", "raw-mean", "share-mean"),
     "grouping": (None,),
+    "retention": (None,),
 }
 """Choices that there are kernels for. What is new among them runs on plain torch until it has one,
 and is listed here then."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from arkcache.errors import ConfigError
 from arkcache.formats import BITS, PRESETS, PageFormat
+
+if TYPE_CHECKING:
+    from arkcache.methods import Retention
 
 INDEXES = (
     "cuboid-mean",
@@ -135,6 +138,11 @@ class CacheConfig:
             (0, 0, 2, 2) has layer 1 attend what layer 0 stores, and layer 3 what layer 2 does. Such
             a layer stores nothing and has its source's budget. None: each attends its own. Of an
             `ArkCache`; a `KVCacheManager` keeps the layers that store (docs/sharing.md).
+        retention: which pages are kept for good; the others are lost, and their host memory is
+            freed (docs/methods.md): an object of `arkcache.methods` such as `SnapKV(window=32)`, or
+            its name in lower case. As many pages of each KV head are kept as the budget lets a step
+            attend. Of a prompt everything is kept until the first step of one token after it; every
+            step attends what is left then. Plain torch only. None: nothing is ever lost.
         device_bytes: bytes that the device tier may take: slots, windows and streaming block, for
             the batch at hand; budgets that need more are cut to what fits. Dense layers and the
             index grow with the context and are not part of it. None is no limit.
@@ -187,6 +195,7 @@ class CacheConfig:
     target_missed_mass: float | None = None
     audit_every: int | None = None
     layer_sources: tuple[int, ...] | None = None
+    retention: str | Retention | None = None
     device_bytes: int | None = None
     host_bytes: int | None = None
     host_path: str | None = None
@@ -211,6 +220,7 @@ class CacheConfig:
         self._check_target()
         self._check_sources()
         self._check_grouping()
+        self._check_retention()
         if self.budget_tokens == "auto" and self.device_bytes is None:
             object.__setattr__(self, "budget_tokens", DEFAULT_BUDGET)
         if self.budget_tokens is None and self.device_bytes is not None:
@@ -330,6 +340,31 @@ class CacheConfig:
     def packed_index_bits(self) -> int:
         """Bits per key element of the token index where its codes are packed."""
         return PACKED_INDEX_BITS if self.index_bits is None else self.index_bits
+
+    @property
+    def keeper(self) -> Retention | None:
+        """What decides which pages are kept; None where all are. Raises `ConfigError`."""
+        from arkcache.methods import RETENTIONS, Retention  # it imports numpy
+
+        given = self.retention
+        if given is None or isinstance(given, Retention):
+            return given
+        if given not in RETENTIONS:
+            raise ConfigError(
+                f"retention={given!r}: expected one of {', '.join(map(repr, RETENTIONS))}, an "
+                "object of arkcache.methods, or None"
+            )
+        return RETENTIONS[given]()
+
+    def for_layers(self, num_layers: int) -> CacheConfig:
+        """The settings with a budget for every layer, where a retention shares budgets out."""
+        budget = self.budget_tokens
+        keeper = None if self.retention is None else self.keeper
+        if keeper is None or not isinstance(budget, int):
+            return self
+        least = self.num_sink_pages * self.page_size + self.num_recent_tokens + self.page_size
+        budgets = keeper.budgets(budget, num_layers, least)
+        return self if {*budgets} == {budget} else replace(self, budget_tokens=budgets)
 
     @property
     def window_tokens(self) -> int:
@@ -570,6 +605,34 @@ class CacheConfig:
             raise ConfigError(
                 f"segment_tokens={self.segment_tokens} beside page_size={self.page_size}: a "
                 "segment is halved until its parts are pages; expected page_size times 2, 4, 8 ..."
+            )
+
+    def _check_retention(self) -> None:
+        if self.retention is None:
+            return
+        keeper = self.keeper
+        assert keeper is not None
+        what = f"retention={self.retention!r}"
+        if self.budget_tokens is None:
+            raise ConfigError(
+                f"{what} beside budget_tokens=None: layers that attend everything lose nothing; "
+                "give a budget, which is what is kept"
+            )
+        for name, why in (
+            ("grouping", "the tokens of a page differ from head to head"),
+            ("layer_sources", "what layers that share received is not added up"),
+            ("host_path", "a file has all heads of a page in one piece"),
+            ("target_missed_mass", "what is lost is not there any more to say what a step misses"),
+            ("audit_every", "what is lost is not there any more to say what a step misses"),
+        ):
+            if getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{what} beside {name}={getattr(self, name)!r}: {why}; leave one of the two out"
+                )
+        if self.packed_slots and keeper.observes:
+            raise ConfigError(
+                f"{what} beside packed_slots=True: attention received is counted on unpacked "
+                "slots; leave it at None"
             )
 
     def _check_budget(self, budget: Any) -> None:

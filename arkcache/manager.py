@@ -125,7 +125,7 @@ class KVCacheManager:
         config.check_layers(self.num_layers, self.num_kv_heads)
         check_rotation(config, self.head_dim, self.value_dim)
         check_latent(config, self.latent)
-        config = config.on(self.device.type)
+        config = config.on(self.device.type).for_layers(self.num_layers)
         return Planner(
             config,
             self.num_layers,
@@ -276,9 +276,43 @@ class KVCacheManager:
             if self._recorder is not None:
                 self._recorder.end_run()
             last_visible = self._log.last_visible(state.tokens.columns, new_tokens)
+            step = state.prompt_step(step, self._only_real(last_visible, state.tokens.columns))
             output = attend_blocks(step, state.blocks(), self.num_kv_heads, last_visible)
         # The rotation is its own inverse.
         return rotate(output) if expand is None and self.config.rotates_values else output
+
+    @property
+    def observes_prompts(self) -> bool:
+        """Whether `observe_prompt` is to be told of queries that are attended elsewhere."""
+        keeper = self.config.keeper if self.config.retention is not None else None
+        return keeper is not None and keeper.num_queries != 0
+
+    @on_own_device
+    def observe_prompt(
+        self,
+        layer: int,
+        query: Tensor,
+        *,
+        scale: float | None = None,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> None:
+        """Look at the queries of a prompt that is attended elsewhere; `attend` looks by itself.
+
+        For a `retention` that decides by them. Masks beyond causality and padding are not applied.
+        query, scale, softcap, sinks: as in `attend`, the queries of the newest columns, which were
+        appended. Raises `InputError` for what does not fit.
+        """
+        self._check_attend(layer, query, expanded=False)
+        step = self._plain_step(query, scale)._replace(softcap=softcap, sink_logits=sinks)
+        state = self._layers[layer]
+        last_visible = self._log.last_visible(state.tokens.columns, query.shape[2])
+        state.prompt_step(step, self._only_real(last_visible, state.tokens.columns))
+
+    def _only_real(self, last_visible: Ids, columns: int) -> Ids:
+        """The tokens that the newest columns attend last [batch, new], -1 for padding."""
+        real = self._log.real(columns - last_visible.shape[1], columns)
+        return last_visible if real is None else np.where(real, last_visible, -1)
 
     def _rotated(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values into the basis in which they are stored, or back from it."""
@@ -307,7 +341,8 @@ class KVCacheManager:
 
     @on_own_device
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding."""
+        """All keys and values of a layer [batch, num_kv_heads, columns, dim], zeros for padding and
+        for what is lost."""
         state = self._layers[layer]
         shape = (self.batch, self.num_kv_heads, state.tokens.columns)
         key = torch.zeros((*shape, self.head_dim), dtype=self.dtype, device=self.device)
@@ -367,12 +402,22 @@ class KVCacheManager:
         whole = isinstance(num_columns, int) and not isinstance(num_columns, bool)
         if not (whole and 0 <= num_columns <= held):
             raise InputError(f"crop({num_columns!r}): expected 0 to the {held} columns held")
-        shortened = [state for state in self._layers if state.tokens.columns > num_columns]
+        lengths = self._log.lengths(num_columns)
+        shortened = [one for one in enumerate(self._layers) if one[1].tokens.columns > num_columns]
+        for number, state in shortened:
+            lost = state.lost_pages(lengths)
+            if len(lost):
+                raise InputError(
+                    f"crop({num_columns}): tokens of {len(lost)} pages from page {lost[0]} on of "
+                    f"layer {number} would be recent ones again, and are lost: "
+                    f"retention={self.config.retention!r} gave them up; reset() and read the text "
+                    "again, or crop less"
+                )
         if self._host is not None and self._host.has_unread:
-            for state in shortened:
-                state.ready_to_crop(self._log.lengths(num_columns))
-        for state in shortened:
-            state.crop(self._log.lengths(num_columns))
+            for _, state in shortened:
+                state.ready_to_crop(lengths)
+        for _, state in shortened:
+            state.crop(lengths)
             state.tokens.columns = num_columns
         self._log.crop(num_columns)
 
@@ -419,6 +464,7 @@ class KVCacheManager:
         or cease to: they keep them in different ways.
         """
         before, config = self._config, replace(self._config, budget_tokens=budget_tokens)
+        config = config.for_layers(self.num_layers)
         config.check_layers(self.num_layers, self.num_kv_heads)
         planner = replace(self.planner, config=config)
         if self._layers:
@@ -647,6 +693,11 @@ class KVCacheManager:
             total += state.stats()
         return total
 
+    @property
+    def lossless(self) -> bool:
+        """Whether all that was appended is there: no page was given up by a `retention`."""
+        return self.stats().pages_lost == 0
+
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the metadata agrees with itself and with the tiers.
 
@@ -813,7 +864,8 @@ class KVCacheManager:
         config, planner = self.config, self.planner
         if all(config.budget_of(layer) is None for layer in range(self.num_layers)):
             return None
-        sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads)
+        gives_up = config.retention is not None
+        sizes = PageStore.piece_bytes(self._packers, self.num_kv_heads, gives_up=gives_up)
         pin_to = self.device if planner.backend == "triton" else None
         if config.host_path is not None:
             folder, most = Path(config.host_path), config.host_resident_bytes

@@ -118,7 +118,8 @@ class Planner:
         )
         packed = config.packed_slots
         if packed is None:
-            packed = self.device.type != "cpu" and config.coarse_format is None
+            unpacks = config.coarse_format is not None or config.retention is not None
+            packed = self.device.type != "cpu" and not unpacks
         packed = (packed and not config.format.is_raw) or self.backend == "triton"
         packed = packed and self.backend != "numba"
         return TierPlan(

@@ -118,6 +118,8 @@ class CacheStats:
             `estimate_pages`, the pages' means as well.
         load_seconds, store_seconds: that copies from and to the host tier took, while they were
             timed (`time_copies`), on a CPU; two stats that differ in them alone are equal.
+        pages_lost: pages of one KV head that `retention` gave up for good; they count neither as
+            `total_tokens` nor as `host_tokens`.
         missed_by_layer: with `target_missed_mass` or `audit_every`, for each layer that is not
             dense and each of its KV heads what its steps missed; sums list all layers, in order.
     """
@@ -142,6 +144,7 @@ class CacheStats:
     load_seconds: float = field(default=0.0, compare=False)
     store_seconds: float = field(default=0.0, compare=False)
     missed_by_layer: tuple[tuple[MissedMass, ...], ...] = ()
+    pages_lost: int = 0
 
     @property
     def missed(self) -> MissedMass:

@@ -56,11 +56,16 @@ def check_rotation(config: CacheConfig, head_dim: int, value_dim: int) -> None:
 
 
 def check_latent(config: CacheConfig, latent: bool) -> None:
-    """Raise unless tokens stay as they came where they are latents."""
+    """Raise for settings that latents cannot have."""
     if latent and config.grouping is not None:
         raise ConfigError(
             f"grouping={config.grouping!r} of latents, which one KV head stands for all query "
             "heads of: not supported; leave it at None"
+        )
+    if latent and config.retention is not None:
+        raise ConfigError(
+            f"retention={config.retention!r} of a latent cache (multi-head latent attention): "
+            "what latents received cannot be told head by head; leave it at None"
         )
 
 

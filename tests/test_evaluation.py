@@ -30,6 +30,7 @@ from arkcache.evaluation.snapkv import WINDOW_TOKENS, pyramid_budgets
 from arkcache.evaluation.table import render
 from arkcache.huggingface import ArkCache
 from arkcache.kernels.torch_token_rows import TokenRows
+from arkcache.layers.paged import PagedLayer
 
 METHODS = ("ark:num_dense_layers=0,index=tokens", "oracle:num_dense_layers=0", "random", "sinks")
 SMALL = Settings(
@@ -372,6 +373,8 @@ SPECS = (
     "snapkv",
     "pyramidkv",
     "ark:index=cuboid-max,page_size=8",
+    "ark:retention=h2o,page_size=1",
+    "ark:retention=snapkv",
 )
 
 
@@ -417,6 +420,7 @@ def test_unlimited_is_the_full_cache(model: PreTrainedModel, reading: Reading) -
         "h2o",
         "pyramidkv",
         "scissorhands",
+        "ark:retention=snapkv",
     ):
         with parse_method(spec).cache(model, reading, 16384, seed=0) as cache:
             outputs.append(Decoder(model, cache).feed([5, 6, 7]))
@@ -435,6 +439,31 @@ def test_what_the_last_queries_attend_is_observed(model: PreTrainedModel, readin
         torch.testing.assert_close(
             per_head, torch.full_like(per_head, group * WINDOW_TOKENS), rtol=1e-3, atol=0
         )
+
+
+@torch.inference_mode()
+def test_a_retention_keeps_what_the_evicting_layer_keeps(
+    model: PreTrainedModel, reading: Reading
+) -> None:
+    """SnapKV in an `ArkCache` that reads the text itself, but for the token that has come since."""
+    spec = "ark:retention=snapkv,page_size=1,num_sink_tokens=0,num_recent_tokens=8"
+    with parse_method("snapkv").cache(model, reading, 256, seed=0) as evicting:
+        kept = [held(layer)[0][0] for layer in evicting.layers]
+    with parse_method(spec).cache(model, reading, 256, seed=0) as cache:
+        assert isinstance(cache, ArkCache)
+        Decoder(model, cache).feed([5])
+        # The first layer gives hundreds of tokens exactly nothing: which of them stay is open.
+        for number in range(1, len(kept)):
+            layer, full = cache.layers[number], reading.cache.layers[number]
+            assert isinstance(full, FullLayer)
+            assert isinstance(layer.manager._layers[layer.index], PagedLayer)
+            gone = layer.manager._layers[layer.index].parts.store.gone(693)
+            for head, own in enumerate(kept[number]):
+                alike = (own[:, None] == held(full)[0][0, head]).all(dim=-1)
+                expected = {*alike.nonzero()[:, 1].tolist()}
+                mine = {*range(700)} - {*np.flatnonzero(gone[head]).tolist()}
+                assert (len(mine), len(expected)) == (255, 256)
+                assert mine < expected
 
 
 @torch.inference_mode()

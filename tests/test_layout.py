@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "errors": set(),
     "files": {"errors"},
     "formats": {"errors"},
-    "config": {"errors", "formats"},
+    "methods": {"errors", "methods"},
+    "config": {"errors", "formats", "methods"},
     "settings": {"config", "errors", "sizes"},
     "sizes": {"errors"},
     "stats": set(),
@@ -61,6 +62,7 @@ MAY_IMPORT["__main__"] = {"cli"}
 # Pure: integers and small tensors, testable anywhere.
 PURE = {
     "arkcache.pages.bookkeeping",
+    "arkcache.pages.evidence",
     "arkcache.pages.grouping",
     "arkcache.pages.importance",
     "arkcache.pages.policy",
@@ -95,6 +97,7 @@ LAZILY = {
     ("arkcache", "arkcache.manager"),
     ("arkcache", "torch"),
     ("arkcache.tiering", "cupy"),
+    ("arkcache.config", "arkcache.methods"),  # they import numpy
     ("arkcache.manager", "arkcache.saving"),  # it imports the manager
     ("arkcache.layers.making", "arkcache.engines.device"),  # they import Triton
     ("arkcache.layers.making", "arkcache.layers.device_dense"),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -177,12 +178,31 @@ def open_arkcache(
     model: PreTrainedModel, full: DynamicCache, config: CacheConfig, index: str
 ) -> DynamicCache:
     """An `ArkCache` of the text. Raises `UnsupportedModelError` where the model is not paged."""
-    with warnings.catch_warnings(record=True):  # compat mode skips the row, which says why
-        cache = ArkCache(model, replace(config, index=index))
-    if cache.reason is not None:
-        raise UnsupportedModelError(cache.reason)
+    cache = _arkcache(model, replace(config, index=index))
     _filled(cache, full)
     cache.end_prompt()  # every token from here on is a decode step
+    return cache
+
+
+def read_arkcache(
+    model: PreTrainedModel, ids: Sequence[int], config: CacheConfig, chunk_tokens: int
+) -> ArkCache:
+    """An `ArkCache` that has read a text itself, in chunks of so many tokens.
+
+    Raises `UnsupportedModelError` where the model is not paged.
+    """
+    cache = _arkcache(model, config)
+    for chunk in torch.tensor([list(ids)], device=model.device).split(chunk_tokens, dim=1):
+        model(chunk, past_key_values=cache, logits_to_keep=1)
+    cache.end_prompt()
+    return cache
+
+
+def _arkcache(model: PreTrainedModel, config: CacheConfig) -> ArkCache:
+    with warnings.catch_warnings(record=True):  # compat mode skips the row, which says why
+        cache = ArkCache(model, config)
+    if cache.reason is not None:
+        raise UnsupportedModelError(cache.reason)
     return cache
 
 

@@ -199,6 +199,17 @@ class Engine(ABC):
     def moved(self) -> None:  # noqa: B027
         """The store has followed its pages into another host tier."""
 
+    def prompt_step(self, step: Step, _visible: Ids, _everything: Callable[[], Blocks]) -> Step:
+        """Several new tokens, or one that is attended exactly, are about to attend everything, or
+        did so elsewhere; the step as it is to be attended here.
+
+        visible: the number of the last token that each attends [batch, new], -1 for padding.
+        """
+        return step
+
+    def crop(self, lengths: Ids) -> None:  # noqa: B027
+        """Sequences are shortened to `lengths`; pages go back to the window by `unseal`."""
+
     # -- what not every engine can do ------------------------------------------------------------
 
     def demote(self) -> None:  # noqa: B027

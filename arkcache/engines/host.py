@@ -16,6 +16,7 @@ from arkcache.engines.engine import Blocks, Engine, PagedParts, State
 from arkcache.engines.missed import MissedLog, log_mass, true_missed_mass
 from arkcache.engines.places import Places
 from arkcache.engines.rating import PageRatings
+from arkcache.engines.retained import Retained
 from arkcache.engines.step import Step, attend_parts, attend_view, page_mass
 from arkcache.engines.summaries import PageSummaries, PseudoTokens
 from arkcache.engines.traced import attended_mass, note
@@ -53,6 +54,8 @@ class HostEngine(Engine):
         two_formats = len(parts.store.packers) > 1
         self._importance = Importance(geometry.num_rows) if two_formats else None
         self._may_demote = False
+        keeper = config.keeper if config.retention is not None else None
+        self._retained = None if keeper is None else Retained(keeper, parts, self.places)
         self._missed: MissedLog | None = None
         self._is_audit = False
         self._chosen: Held | None = None
@@ -84,7 +87,7 @@ class HostEngine(Engine):
 
     def demote(self) -> None:
         """See `Engine`; done on the device as well, when a page was sealed since the last time."""
-        config, importance, places = self.parts.config, self._importance, self.places
+        config, importance = self.parts.config, self._importance
         num_sink_pages, sealed = config.num_sink_pages, int(self.parts.tokens.sealed.max())
         if importance is None or not self._may_demote or sealed <= num_sink_pages:
             return
@@ -94,8 +97,14 @@ class HostEngine(Engine):
             num_sink_pages, fine, config.demote_below, config.demote_after
         )
         rows, pages = np.nonzero(demoted)
+        self._demote(rows, pages, sealed - num_sink_pages)
+
+    def _demote(self, rows: Ids, pages: Ids, num_selectable: int) -> None:
+        """Keep these selectable pages in the coarse format from now on."""
+        places, num_sink_pages = self.places, self.parts.config.num_sink_pages
         if not len(rows):
             return
+        demoted = np.zeros((self.parts.geometry.num_rows, num_selectable), dtype=np.bool_)
         demoted[rows, pages] = self.parts.store.demote(rows, pages + num_sink_pages)
         self.parts.counters.pages_demoted += int(np.count_nonzero(demoted))
         self.parts.store.host.compact()
@@ -116,6 +125,8 @@ class HostEngine(Engine):
         target, places = self.parts.config.target_missed_mass, self.places
         if self._missed is not None:
             self._is_audit = self._missed.begin_step()
+        if self._retained is not None:
+            return self._attend_kept(self._retained, step, everything)
         if places.plain and self.parts.tokens.uniform and step.bias is None:
             return self._attend_alike(step, everything)
         selectable = np.maximum(self.parts.tokens.sealed - self.parts.config.num_sink_pages, 0)
@@ -156,6 +167,30 @@ class HostEngine(Engine):
         attended = num_pages * config.page_size + recent
         self.parts.counters.attended_tokens = attended * geometry.batch
         return self._attend_places(step, num_pages, recent, None, held, estimated)
+
+    def _attend_kept(
+        self, retained: Retained, step: Step, everything: Callable[[], Blocks]
+    ) -> Tensor:
+        """`attend` where pages may be lost: those that are kept are chosen from."""
+        sealed, first = int(self.parts.tokens.sealed.max()), self.parts.config.num_sink_pages
+        rows, pages = retained.settle(everything)
+        self._demote(rows, pages - first, sealed - first)
+        step, places = retained.hide(step), self.places
+        if sealed <= first:
+            return self._attend_rows(step, None, None, everything)
+        kept = retained.kept(sealed - first)
+        num_kept = kept.sum(axis=1)
+        rating = torch.from_numpy(kept.astype(np.float32))
+        if (num_kept > places.num_selected).any():
+            hidden = torch.from_numpy(~kept).to(self.parts.geometry.device)
+            rating = self._score(step, sealed - first).masked_fill(hidden, float("-inf"))
+        self._lap(SCORE)
+        count = np.minimum(places.num_selected, num_kept)
+        selected = ranked_pages(rating, int(count.max()))
+        self._lap(SELECT)
+        places.recall(selected, count, rating)
+        self._lap(RECALL)
+        return self._attend_rows(step, places.chosen(selected, count), rating, everything)
 
     def _score(self, step: Step, max_selectable: int) -> Tensor:
         """What pages are chosen by, sinks apart: ratings [rows, pages], or shares of attention."""
@@ -275,6 +310,8 @@ class HostEngine(Engine):
         key, value = working_set.view(num_pages, recent)
         if estimated is not None:
             key, value, mask = estimated.after(key, value, mask)
+        if self._retained is not None and self._retained.observes:
+            self._retained.observe(step, key, value, mask, num_pages)
         if self._importance is not None and num_pages > config.num_sink_pages:
             assert held is not None
             num_tokens = num_pages * config.page_size
@@ -364,6 +401,18 @@ class HostEngine(Engine):
         """See `Engine`."""
         return self.parts.read(sequence, first, last)
 
+    def prompt_step(self, step: Step, visible: Ids, everything: Callable[[], Blocks]) -> Step:
+        """See `Engine`."""
+        if self._retained is None:
+            return step
+        self._retained.ask(step, visible, everything)
+        return self._retained.hide(step)
+
+    def crop(self, lengths: Ids) -> None:
+        """See `Engine`."""
+        if self._retained is not None:
+            self._retained.crop(lengths)
+
     def unseal(self, sequence: int, first: int) -> None:
         """See `Engine`."""
         rows = self.parts.geometry.rows_of(slice(sequence, sequence + 1))
@@ -380,6 +429,8 @@ class HostEngine(Engine):
                 self._summaries.keep_sequences(on_device, device_tier.geometry)
             if self._importance is not None:
                 self._importance.keep_rows(self.parts.rows_from(index))
+            if self._retained is not None:
+                self._retained.keep_sequences(index)
         self.places.keep_sequences(index, device_tier, num_selected)
 
     # -- what is written down, and read again -----------------------------------------------------
@@ -453,6 +504,7 @@ class HostEngine(Engine):
         max_selectable = int(np.maximum(parts.tokens.sealed - parts.config.num_sink_pages, 0).max())
         if max_selectable == 0:
             return torch.empty((parts.geometry.num_rows, 0), device=parts.geometry.device)
+        step = step if self._retained is None else self._retained.hide(step)
         return self._score(step, max_selectable)
 
     def log_missed(self, log: MissedLog) -> None:

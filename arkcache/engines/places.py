@@ -58,7 +58,7 @@ class Places:
         self._may_hold = np.minimum(
             np.ceil(self.num_selected * self._parts.device_tier.plan.pool_factor), self.num_places
         ).astype(np.int64)
-        varies = config.target_missed_mass is not None
+        varies = config.target_missed_mass is not None or config.retention is not None
         # Where places are spare, a page that is not selected now may stay for a later step: who
         # gives way is decided by rating then. A selection of varying size leaves places, too.
         self.spare = varies or self.num_places > int(num_selected.max())
@@ -187,6 +187,12 @@ class Places:
         num_left = max(0, first - self._parts.config.num_sink_pages)
         self._table.drop_from(rows, first, num_left)
         self._complete = False
+
+    def give_up(self, lost: Held) -> None:
+        """Forget pages that are lost [rows, pages]."""
+        page_of = self._table.page_of
+        stale = np.take_along_axis(lost, np.maximum(page_of, 0), axis=1)
+        page_of[stale & (page_of >= 0)] = -1
 
     def keep_sequences(self, index: Ids, device_tier: DeviceTier, num_selected: Ids) -> None:
         """See `Engine.keep_sequences`."""

@@ -73,13 +73,26 @@ def page_mass(
     head's query heads, in fp32.
     """
     batch, num_kv_heads = key.shape[:2]
-    logits = view_logits(step, expanded(step, key, value)[0], mask)
-    mass = with_sink_logits(step, logits.logsumexp(dim=-1, keepdim=True))
-    share = (logits[..., :num_tokens] - mass).exp_().nan_to_num_()
+    share = _shares(step, key, value, mask, num_tokens)
     share = share.unflatten(-1, (-1, page_size)).sum(dim=-1)
     # Expanded latents have a KV head for every query head, and share their pages.
     per_page: Tensor = share.reshape(batch, num_kv_heads, -1, share.shape[-1]).mean(dim=2)
     return per_page
+
+
+def token_mass(
+    step: Step, key: Tensor, value: Tensor, mask: Tensor | None, num_tokens: int
+) -> Tensor:
+    """`page_mass` token by token [batch, kv_heads, num_tokens]; not for latents."""
+    return _shares(step, key, value, mask, num_tokens).mean(dim=2)
+
+
+def _shares(step: Step, key: Tensor, value: Tensor, mask: Tensor | None, num_tokens: int) -> Tensor:
+    """The share of a step's attention of the first tokens of a view, for each query head."""
+    logits = view_logits(step, expanded(step, key, value)[0], mask)
+    mass = with_sink_logits(step, logits.logsumexp(dim=-1, keepdim=True))
+    share: Tensor = (logits[..., :num_tokens] - mass).exp_().nan_to_num_()
+    return share
 
 
 def view_logits(step: Step, key: Tensor, mask: Tensor | None) -> Tensor:

@@ -76,17 +76,22 @@ class Decoder:
 class Bookmark:
     """Where a cache is now; `restore` brings it back there after more tokens.
 
-    An `ArkCache` is cropped, as its users would; layers that evict cannot be, and are kept as they
-    are: their tensors are replaced by a step, never written to.
+    An `ArkCache` is cropped, as its users would, but for one that gives pages up: a copy is taken.
+    Layers that evict cannot be cropped either, and are kept as they are: their tensors are replaced
+    by a step, never written to.
     """
 
     def __init__(self, cache: DynamicCache) -> None:
         self._cache, self._length = cache, cache.get_seq_length()
         self._layers = [copy.copy(layer) for layer in cache.layers]
+        loses = isinstance(cache, ArkCache) and cache.config.retention is not None
+        self._copy = copy.deepcopy(cache) if loses else None
 
     def restore(self) -> None:
         """Forget what came after."""
-        if isinstance(self._cache, ArkCache):
+        if self._copy is not None:
+            vars(self._cache).update(vars(copy.deepcopy(self._copy)))
+        elif isinstance(self._cache, ArkCache):
             self._cache.crop(self._length)
         else:
             self._cache.layers = [copy.copy(layer) for layer in self._layers]

@@ -26,7 +26,8 @@ from arkcache.demo.baselines import (
     SinkWindowLayer,
     observing,
 )
-from arkcache.demo.methods import device_of, open_arkcache, open_full, shape_of
+from arkcache.demo.methods import device_of, open_arkcache, open_full, read_arkcache, shape_of
+from arkcache.demo.run import CHUNK_TOKENS
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
 from arkcache.evaluation.ratings import OracleIndex, RandomIndex
 from arkcache.evaluation.scissorhands import ScissorhandsLayer
@@ -51,10 +52,12 @@ class Reading:
         cache: its keys and values, in full layers.
         observed: of each full layer, the attention received from the last queries
             [num_kv_heads, tokens], by layer number; empty where nobody needs it.
+        ids: its tokens, for those who have to read it themselves.
     """
 
     cache: DynamicCache
     observed: dict[int, Tensor]
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,6 +154,10 @@ class Method:
         if self.kind in EVICTING:
             return _open_evicting(self.kind, model, reading, budget)
         config = self.config(budget)
+        if config.retention is not None:  # it decides by queries, which are not in what was read
+            own = read_arkcache(model, reading.ids, config, CHUNK_TOKENS)
+            _rate(own, self.kind, seed)
+            return own
         cache = open_arkcache(model, reading.cache, config, config.index)
         assert isinstance(cache, ArkCache)
         _rate(cache, self.kind, seed)

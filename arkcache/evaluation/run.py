@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from arkcache.demo import run as demo
 from arkcache.demo.baselines import FullLayer, observing
 from arkcache.demo.machine import describe_machine, versions
-from arkcache.demo.methods import reading_cache, usage
+from arkcache.demo.methods import Usage, reading_cache, usage
 from arkcache.demo.models import load_model, pick_device
 from arkcache.demo.run import CHUNK_TOKENS, Progress
 from arkcache.errors import ConfigError, InputError, UnsupportedModelError
@@ -178,16 +178,16 @@ class Bench:
         decoder.seconds.clear()
         mark = Bookmark(cache)
         asked: list[Asked] = []
-        attended: list[float] = []
+        used: list[Usage] = []
         for question in passage.questions:
             self._tell(case, len(asked), len(passage.questions))
             ids, most = self._speaker.ask(question), self._speaker.longest_answer(question)
             answer = decoder.answer(self._tokenizer, ids, question, most)
-            attended.append(usage(cache).attended_tokens)
+            used.append(usage(cache))
             asked.append(asked_of(case, number, passage, question, answer))
             mark.restore()
         self._result.asked += asked
-        self._note_cost(case, number, cache, decoder.seconds, attended)
+        self._note_cost(case, number, cache, decoder.seconds, used)
 
     # -- real texts -------------------------------------------------------------------------------
 
@@ -228,8 +228,7 @@ class Bench:
         rows = [decoder.feed([token]) for token in passage.following[:-1]]
         own = torch.stack(rows).float().log_softmax(dim=-1)
         found = language.compare(own, own if expected is None else expected, passage.following[1:])
-        attended = [usage(cache).attended_tokens]
-        self._note_cost(case, number, cache, decoder.seconds, attended)
+        self._note_cost(case, number, cache, decoder.seconds, [usage(cache)])
         mark.restore()
         said = decoder.greedy(passage.following[0], len(own))
         record = Predicted(case, number, passage.source, **vars(found), said=said)
@@ -320,7 +319,7 @@ class Bench:
                 chunk = torch.tensor([ids[first:last]], device=self._model.device)
                 self._model(chunk, past_key_values=cache, logits_to_keep=1)
         observed = {number: _more(full[number], earlier) for number, earlier in before.items()}
-        return Reading(cache, observed)
+        return Reading(cache, observed, tuple(ids))
 
     def _note_cost(
         self,
@@ -328,16 +327,16 @@ class Bench:
         number: int,
         cache: DynamicCache,
         seconds: list[float],
-        attended: list[float],
+        used: list[Usage],
     ) -> None:
-        used = usage(cache)
+        """used: after each answer, when a retention has given up what it will."""
         self._result.costs.append(
             Cost(
                 case,
                 number,
-                statistics.fmean(attended),
-                used.device_bytes,
-                used.host_bytes,
+                statistics.fmean(one.attended_tokens for one in used),
+                usage(cache).device_bytes,
+                used[-1].host_bytes,
                 1000 * statistics.median(seconds),
             )
         )

@@ -16,6 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from arkcache.huggingface.attachment import NAME, attachment_in
 
 TAG = "_arkcache_layer"
+WATCHED = "_arkcache_watched"
+"""On the keys of a prompt that the base implementation attends: the layer that is to see it."""
 PLAIN = "_arkcache_plain"
 """Marks a mask that says no more than causality and padding, which the cache knows itself."""
 
@@ -40,6 +42,15 @@ def attention_forward(
         layer, expand = attachment.pending, module.expand_kv
         attachment.latent_layers.add(layer.layer)
     if layer is None:
+        watching = getattr(key, WATCHED, None)
+        if watching is not None:
+            watching.manager.observe_prompt(
+                watching.index,
+                query,
+                scale=kwargs.get("scaling"),
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
         base = _base_attention(module, attachment.base)
         return base(module, query, key, value, attention_mask, **kwargs)
     attachment.pending = None

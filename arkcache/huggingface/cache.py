@@ -26,7 +26,7 @@ from arkcache.huggingface.attachment import (
     detach,
     device_of,
 )
-from arkcache.huggingface.attention import TAG
+from arkcache.huggingface.attention import TAG, WATCHED
 from arkcache.huggingface.core import CacheCore, last_readers
 from arkcache.huggingface.probe import PROBE_CONFIG, attach_and_probe
 from arkcache.manager import KVCacheManager
@@ -112,6 +112,8 @@ class PagedCacheLayer(CacheLayerMixin):
         if self.layer in self.core.last_readers:
             self.core.handed[self.layer] = key_states, value_states
         if past == 0:
+            if self.manager.observes_prompts:
+                setattr(key_states, WATCHED, self)
             return key_states, value_states
         if self.core.reason is not None:
             return self.manager.gather(self.index)
@@ -202,7 +204,8 @@ class ArkCache(DynamicCache):
         super().__init__(config=model.config)
         self._check_layers(model, config)
         device_type = device_of(model).type
-        self._core = CacheCore(config.on(device_type), model.config, device_type)
+        config = config.on(device_type).for_layers(len(self.layers))
+        self._core = CacheCore(config, model.config, device_type)
         self._make_layers()
         self._core.reason = self._reason_not_paged()
         self._core.mask_is_read = any(
@@ -246,7 +249,7 @@ class ArkCache(DynamicCache):
         if not isinstance(config, CacheConfig):
             raise ConfigError(f"config is a {type(config).__name__}: expected a CacheConfig")
         core.loans.check_none("other settings")
-        config = config.on(core.device_type)
+        config = config.on(core.device_type).for_layers(len(self.layers))
         self._check_budgets(config)
         self._check_sources(config)
         if core.attachment is not None:
@@ -351,8 +354,10 @@ class ArkCache(DynamicCache):
         Raises `ConfigError`, before anything has changed, for an impossible budget and where a
         layer that holds tokens would begin or cease to attend everything.
         """
-        self._check_budgets(replace(self._core.config, budget_tokens=budget_tokens))
-        self._core.set_budget(budget_tokens)
+        config = replace(self._core.config, budget_tokens=budget_tokens)
+        config = config.for_layers(len(self.layers))
+        self._check_budgets(config)
+        self._core.set_budget(config.budget_tokens)
 
     def resize(self, device_bytes: int | None) -> None:
         """Have device tiers of at most so many bytes from now on (docs/lending.md).
@@ -437,6 +442,11 @@ class ArkCache(DynamicCache):
         """Counters and sizes of the paged layers, summed. See `CacheStats`."""
         managers = tuple(self._core.managers.values())  # another thread may ask, while one is made
         return sum((manager.stats() for manager in managers), CacheStats())
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all that was read is there: no page was given up by a `retention`."""
+        return self.stats().pages_lost == 0
 
     def check_integrity(self) -> None:
         """Raise `IntegrityError` unless the metadata of every layer agrees with its tiers, and

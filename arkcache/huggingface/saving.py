@@ -17,6 +17,7 @@ from arkcache.huggingface.sharing import SharingCacheLayer
 from arkcache.manager import KVCacheManager
 from arkcache.saving.folder import FolderReader, FolderWriter, reading, writing
 from arkcache.saving.managers import (
+    check_savable,
     config_from_dict,
     config_to_dict,
     manager_bytes,
@@ -33,6 +34,7 @@ def save_cache(
     cache: ArkCache, model: PreTrainedModel, folder: Path, note: Any, progress: Progress
 ) -> None:
     """See `ArkCache.save`. note: what JSON can say, given back by `load_cache`."""
+    check_savable(cache.config)
     if model.config.model_type in STATE_ELSEWHERE:
         raise InputError(f"{type(model).__name__} keeps a part of its state in its own modules")
     paged = [

@@ -88,6 +88,15 @@ class Layer(ABC):
     def blocks(self) -> Blocks:
         """All tokens. A block may be overwritten when the next one is asked for."""
 
+    def prompt_step(self, step: Step, _visible: Ids) -> Step:
+        """See `Engine.prompt_step`."""
+        return step
+
+    def lost_pages(self, _lengths: Ids) -> Ids:
+        """Pages that shortening every sequence to these lengths would have to bring back, and that
+        are lost."""
+        return np.zeros(0, dtype=np.int64)
+
     def crop(self, lengths: Ids) -> None:
         """Shorten every sequence to `lengths`; unsealed pages go back to the window, as they were
         kept: quantised pages do not regain what quantising took."""

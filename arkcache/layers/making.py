@@ -35,7 +35,8 @@ def make_layers(
             layers.append(_dense(config, tier, planner.packers[0], planner.backend))
             continue
         assert host is not None
-        store = PageStore(host, planner.packers, geometry.batch, geometry.num_kv_heads, number)
+        rows, gives_up = (geometry.batch, geometry.num_kv_heads), config.retention is not None
+        store = PageStore(host, planner.packers, *rows, number, gives_up=gives_up)
         tokens = LayerTokens(geometry.batch)
         parts = PagedParts(config, tokens, Counters(), store, tier, num_paged)
         if config.grouping is not None:

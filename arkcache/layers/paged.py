@@ -73,6 +73,10 @@ class PagedLayer(SealingLayer):
         """Attend one new token over the sinks, the selected pages and the recent window."""
         return self.engine.attend(step, self.blocks)
 
+    def prompt_step(self, step: Step, visible: Ids) -> Step:
+        """See `Layer`."""
+        return self.engine.prompt_step(step, visible, self.blocks)
+
     def demote(self) -> None:
         """See `Layer`."""
         self.engine.demote()
@@ -152,6 +156,24 @@ class PagedLayer(SealingLayer):
     def name_of(self, handle: int) -> str:
         """See `Layer`."""
         return self.parts.store.name_of(handle)
+
+    def lost_pages(self, lengths: Ids) -> Ids:
+        """See `Layer`."""
+        if self.config.retention is None:
+            return super().lost_pages(lengths)
+        config, sealed = self.config, self.tokens.sealed
+        first = sealed_counts(lengths, config.num_recent_tokens, config.page_size)
+        last = np.minimum(-(-lengths // config.page_size), sealed)
+        gone = self.parts.store.gone(int(sealed.max())).reshape(len(sealed), -1, int(sealed.max()))
+        page = np.arange(gone.shape[2])
+        back = (page >= first[:, None]) & (page < last[:, None])
+        lost: Ids = np.flatnonzero((gone.any(axis=1) & back).any(axis=0))
+        return lost
+
+    def _crop(self, lengths: Ids) -> None:
+        """See `Layer`."""
+        super()._crop(lengths)
+        self.engine.crop(lengths)
 
     def _unseal(self, sequence: int, first: int, last: int) -> None:
         self.parts.store.forget(sequence, first, last)
@@ -236,8 +258,12 @@ class PagedLayer(SealingLayer):
         """See `Layer`."""
         pages, listed = int(self.tokens.sealed.sum()), self.parts.page_tokens
         listed_bytes = 0 if listed is None else pages * listed.page_bytes
+        num_lost, page_size = self.parts.store.num_gone, self.config.page_size
+        lost_tokens = num_lost * page_size // self.geometry.num_kv_heads
         return self.engine.stats() + CacheStats(
-            host_tokens=pages * self.config.page_size,
+            host_tokens=pages * page_size - lost_tokens,
+            total_tokens=-lost_tokens,
+            pages_lost=num_lost,
             host_bytes=listed_bytes,
             host_resident_bytes=listed_bytes,
         )

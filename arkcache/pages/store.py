@@ -1,7 +1,7 @@
 """The sealed pages of one layer in the host tier: packed when sealed, unpacked when read.
 
-A page of all KV heads is one piece of the host tier. Where pages may be of two formats, each head's
-part is a piece of its own, because each head demotes by itself.
+A page of all KV heads is one piece of the host tier. Where pages may be of two formats, or be given
+up, each head's part is a piece of its own, because each head demotes and gives up by itself.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from arkcache.tiering.pieces import take
 
 DEMOTED_PAGES = 256
 """Pages demoted at a time: bounds the temporaries, and what is free before it is used again."""
+
+
+NONE, GONE = -1, -2
+"""In place of a handle: there is no such page; it was given up."""
 
 
 class PackedPages(NamedTuple):
@@ -46,6 +50,7 @@ class PageStore:
         packers: of the first format and, if there is one, of the coarse one.
         batch, num_kv_heads: rows.
         layer: what errors call the layer.
+        gives_up: whether pages may be given up.
     """
 
     def __init__(
@@ -55,18 +60,21 @@ class PageStore:
         batch: int,
         num_kv_heads: int,
         layer: int = 0,
+        *,
+        gives_up: bool = False,
     ) -> None:
         self.host, self.packers, self.num_kv_heads = host, packers, num_kv_heads
         self._layer = layer
-        self._per_piece = _heads_per_piece(packers, num_kv_heads)
-        self._handles: Ids = np.full(
-            (batch, num_kv_heads // self._per_piece, 64), -1, dtype=np.int64
-        )
+        per_piece = _heads_per_piece(packers, num_kv_heads, gives_up)
+        self._by_head = gives_up or len(packers) > 1
+        self._handles: Ids = np.full((batch, num_kv_heads // per_piece, 64), NONE, dtype=np.int64)
 
     @staticmethod
-    def piece_bytes(packers: list[PagePacker], num_kv_heads: int) -> list[int]:
+    def piece_bytes(
+        packers: list[PagePacker], num_kv_heads: int, *, gives_up: bool = False
+    ) -> list[int]:
         """Sizes of the pieces that a host tier for such pages holds."""
-        per_piece = _heads_per_piece(packers, num_kv_heads)
+        per_piece = _heads_per_piece(packers, num_kv_heads, gives_up)
         return [packer.layout.nbytes * per_piece for packer in packers]
 
     @property
@@ -111,7 +119,7 @@ class PageStore:
         width = self._handles.shape[2]
         if width < num_pages:
             more = max(num_pages, 2 * width) - width
-            self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+            self._handles = np.pad(self._handles, ((0, 0), (0, 0), (0, more)), constant_values=NONE)
 
     @property
     def handles(self) -> Ids:
@@ -163,7 +171,7 @@ class PageStore:
         """
         self.ready(rows, pages)
         self.host.touch(-(-len(rows) // self.num_kv_heads))
-        if len(self.packers) == 1:
+        if not self._by_head:
             packed = take(self.pieces(), self.locate(rows, pages))
             yield PackedPages(slice(None), packed, self.packers[0])
             return
@@ -179,10 +187,13 @@ class PageStore:
         self, sequence: int, first: int, last: int, device: torch.device
     ) -> tuple[Tensor, Tensor, int]:
         """Pages first..last of a sequence, unpacked on a device: key, value [kv_heads, tokens,
-        dim], and the bytes that were moved there."""
+        dim], zeros for those that were given up, and the bytes that were moved there."""
         heads, count = self.num_kv_heads, last - first
         rows = np.repeat(sequence * heads + np.arange(heads), count)
-        parts = list(self.read(rows, np.tile(np.arange(first, last), heads)))
+        pages = np.tile(np.arange(first, last), heads)
+        if self._by_head and (gone := self.gone(last)[rows, pages]).any():
+            return self._read_held(rows, pages, ~gone, device)
+        parts = list(self.read(rows, pages))
         unpacked = [part.packer.unpack(part.packed.to(device)) for part in parts]
         planes = []
         for plane in zip(*unpacked, strict=True):
@@ -193,6 +204,42 @@ class PageStore:
                     pages[part.which] = states
             planes.append(pages.unflatten(0, (heads, count)).flatten(1, 2))
         return planes[0], planes[1], sum(part.nbytes for part in parts)
+
+    def _read_held(
+        self, rows: Ids, pages: Ids, held: NDArray[np.bool_], device: torch.device
+    ) -> tuple[Tensor, Tensor, int]:
+        """`read_run` of pages that are listed, of which some are `held`."""
+        size, moved = self.packers[0].layout.nbytes, 0
+        nothing = torch.zeros((len(rows), size), dtype=torch.uint8, device=device)
+        key, value = self.packers[0].unpack(nothing)
+        at = np.flatnonzero(held)
+        for part in self.read(rows[at], pages[at]):
+            where = torch.from_numpy(at[part.which]).to(device)
+            key[where], value[where] = part.packer.unpack(part.packed.to(device))
+            moved += part.nbytes
+        by_head = (self.num_kv_heads, -1)
+        key, value = (plane.unflatten(0, by_head).flatten(1, 2) for plane in (key, value))
+        return key, value, moved
+
+    # -- pages that are given up ------------------------------------------------------------------
+
+    def give_up(self, rows: Ids, pages: Ids) -> None:
+        """Give pages back to the host tier for good: what they held is lost, their numbers stay."""
+        index = (*np.divmod(rows, self.num_kv_heads), pages)
+        self.host.release(self._handles[index])
+        self._handles[index] = GONE
+
+    def gone(self, num_pages: int) -> NDArray[np.bool_]:
+        """Which of the first pages were given up [rows, num_pages], where any may be."""
+        gone: NDArray[np.bool_] = self._handles[:, :, :num_pages] == GONE
+        return gone.reshape(len(self._handles) * self.num_kv_heads, -1)
+
+    @property
+    def num_gone(self) -> int:
+        """Pages of one KV head that were given up."""
+        return int(np.count_nonzero(self._handles == GONE))
+
+    # -- two formats ------------------------------------------------------------------------------
 
     def is_fine(self, num_pages: int) -> NDArray[np.bool_]:
         """Which of the first pages are in the first format [rows, num_pages]."""
@@ -230,14 +277,15 @@ class PageStore:
 
     def forget(self, sequence: int, first: int, last: int) -> None:
         """Give pages first..last of a sequence back to the host tier."""
-        self.host.release(self._handles[sequence, :, first:last].reshape(-1))
-        self._handles[sequence, :, first:last] = -1
+        handles = self._handles[sequence, :, first:last]
+        self.host.release(handles[handles >= 0])
+        handles[:] = NONE
 
     def forget_from(self, sequence: int, first: int) -> None:
         """Give the pages that are held of a sequence from `first` on back to the host tier."""
         handles = self._handles[sequence, :, first:]
         self.host.release(handles[handles >= 0])
-        handles[:] = -1
+        handles[:] = NONE
 
     def keep_sequences(self, index: Ids) -> None:
         """Make sequence i what sequence `index[i]` was; pages are shared, not copied."""
@@ -249,14 +297,14 @@ class PageStore:
     def release(self) -> None:
         """Give everything back to the host tier."""
         self.host.release(self.held())
-        self._handles[:] = -1
+        self._handles[:] = NONE
 
     def move(self, host: HostTier) -> None:
         """Follow the pages into a tier that was extracted from the present one."""
         held = self._handles >= 0
-        moved = host.extracted(self._handles[held])
-        self.release()
-        self._handles[held] = moved
+        before = self._handles[held]
+        self._handles[held] = host.extracted(before)
+        self.host.release(before)
         self.host = host
 
     def held(self) -> Ids:
@@ -265,11 +313,11 @@ class PageStore:
         return held
 
     def counts(self) -> Ids:
-        """Pages held of each sequence."""
-        counts: Ids = (self._handles >= 0).all(axis=1).sum(axis=1)
+        """Pages of each sequence that are held, or were given up."""
+        counts: Ids = (self._handles != NONE).all(axis=1).sum(axis=1)
         return counts
 
 
-def _heads_per_piece(packers: list[PagePacker], num_kv_heads: int) -> int:
-    """KV heads whose page is one piece: all where no head demotes by itself."""
-    return num_kv_heads if len(packers) == 1 else 1
+def _heads_per_piece(packers: list[PagePacker], num_kv_heads: int, gives_up: bool) -> int:
+    """KV heads whose page is one piece: all where no head demotes or gives up by itself."""
+    return num_kv_heads if len(packers) == 1 and not gives_up else 1

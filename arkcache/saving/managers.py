@@ -33,6 +33,7 @@ NAME = "manager0"
 
 def save_manager(manager: KVCacheManager, folder: Path) -> None:
     """See `KVCacheManager.save`."""
+    check_savable(manager.config)
     with writing(folder, manager_bytes(manager)) as writer:
         held = write_manager(writer, NAME, manager, lambda *_: None)
         writer.commit({"managers": [held]})
@@ -60,6 +61,15 @@ def manager_bytes(manager: KVCacheManager) -> int:
     stats, host = manager.stats(), manager.host
     host_bytes = 0 if host is None or host.folder is not None else stats.host_bytes
     return host_bytes + stats.digest_bytes + stats.device_bytes
+
+
+def check_savable(config: CacheConfig) -> None:
+    """Raise `SessionError` for settings whose state cannot be written down."""
+    if config.retention is not None:
+        raise SessionError(
+            f"retention={config.retention!r}: a cache that gives pages up for good cannot be "
+            "saved; keep the text and read it again"
+        )
 
 
 def write_manager(

@@ -213,7 +213,7 @@ def test_describe_says_that_the_tier_is_on_a_disk() -> None:
     in_a_file = [*SIZES, "--format", "K4V2", "--set", "host_path=pages"]
     done = runner.invoke(cli.app, ["describe", *in_a_file])
     said = " ".join(done.stdout.split())
-    assert "The host tier is a file on a disk, in pages; of it, at most 1.0 GiB are in RAM" in said
+    assert "The host tier is a file on a disk, in pages; of it, at most 1 GiB are in RAM" in said
     found = described(*in_a_file, "--set", "host_resident_bytes=256MiB")["formats"]["K4V2"]
     assert found["host_resident_bytes"] == 256 << 20
     assert found["disk_bytes"] == found["host_bytes"] > 1 << 30

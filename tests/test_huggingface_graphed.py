@@ -141,6 +141,7 @@ def test_beams_run_as_ever(model: LlamaForCausalLM) -> None:
     assert torch.equal(graphed(model, ids, cache, **given), full)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was(model: LlamaForCausalLM) -> None:
     graphed(model, prompt(20), ArkCache(model, **ON_KERNELS))
     assert "forward" not in vars(model)
@@ -227,6 +228,7 @@ def test_a_mask_that_hides_what_the_cache_holds_runs_as_ever(model: LlamaForCaus
     assert torch.equal(*outputs)
 
 
+@pytest.mark.slow
 def test_masks_of_the_model_are_not_recorded(model: LlamaForCausalLM) -> None:
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
     text = graphed(model, prompt(20), cache, max_new_tokens=3)
@@ -325,6 +327,7 @@ def grown(model: LlamaForCausalLM, text: Tensor, cache: ArkCache) -> Tensor:
     return graphed(model, torch.cat((text, prompt(2)), 1), cache, max_new_tokens=7)
 
 
+@pytest.mark.slow
 def test_a_conversation_is_recorded_once(
     model: LlamaForCausalLM, recorded: list[Any], steps: list[Any]
 ) -> None:
@@ -344,6 +347,7 @@ def test_a_conversation_is_recorded_once(
     )
 
 
+@pytest.mark.slow
 def test_what_is_recorded_goes_with_the_cache(model: LlamaForCausalLM, recorded: list[Any]) -> None:
     cache = ArkCache(model, **ON_KERNELS, budget_tokens=64)
     graphed(model, prompt(26), cache, max_new_tokens=8)

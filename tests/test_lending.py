@@ -340,6 +340,7 @@ def test_numba_changes_budgets_only() -> None:
 
 
 @needs_interpreter
+@pytest.mark.slow
 def test_kernels_go_on_in_another_size() -> None:
     """Nothing that was recorded is replayed: it would read what is gone."""
     settings: dict[str, Any] = {

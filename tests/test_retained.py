@@ -463,18 +463,15 @@ def test_pages_that_are_lost_are_not_estimated() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_a_tier_in_a_file_gives_pages_up(tmp_path: Any) -> None:
-    manager = after_some("h2o", 20, page_size=4, host_path=str(tmp_path))
-    assert manager.stats().pages_lost > 0
-    manager.check_integrity()
-
-
 @pytest.mark.parametrize(
     ("how", "why"),
     [
         ({"budget_tokens": None}, "budget_tokens=None"),
         ({"target_missed_mass": 0.1}, "target_missed_mass"),
         ({"audit_every": 4}, "audit_every"),
+        ({"grouping": "similar", "estimate_pages": None}, "grouping"),
+        ({"layer_sources": (0, 0)}, "layer_sources"),
+        ({"host_path": "."}, "host_path"),
         ({"packed_slots": True, "key_bits": 4}, "packed_slots"),
         ({"retention": "snap"}, "'snapkv'"),
         ({"retention": 3}, "arkcache.methods"),

@@ -128,6 +128,7 @@ def test_a_sweep_survives_json_and_is_rendered(result: sweep.Result) -> None:
     assert "…" not in text
 
 
+@pytest.mark.slow
 def test_stages_are_told() -> None:
     stages = []
     settings = dataclasses.replace(TINY, num_draws=2)

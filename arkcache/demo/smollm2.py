@@ -35,7 +35,7 @@ def locate() -> str:
     then on neither the wheel nor what reads it is needed. Raises `InputError` where the wheel is
     installed and what reads it is not.
     """
-    gguf = _gguf_of_wheel()
+    gguf = gguf_of_wheel()
     if gguf is None:
         kept = sorted(_cache_folder().glob(f"{HUB_ID.rpartition('/')[2]}*/config.json"))
         return str(kept[-1].parent) if kept else HUB_ID
@@ -51,7 +51,7 @@ def locate() -> str:
     return str(folder)
 
 
-def _gguf_of_wheel() -> Path | None:
+def gguf_of_wheel() -> Path | None:
     """The file in the wheel, whose package is not imported: it needs what it is a plugin of."""
     spec = find_spec(WHEEL)
     places = [] if spec is None else spec.submodule_search_locations or []

@@ -363,8 +363,11 @@ class CacheConfig:
         if keeper is None or not isinstance(budget, int):
             return self
         least = self.num_sink_pages * self.page_size + self.num_recent_tokens + self.page_size
-        budgets = keeper.budgets(budget, num_layers, least)
-        return self if {*budgets} == {budget} else replace(self, budget_tokens=budgets)
+        dense = self.num_dense_layers
+        if not keeper.shares_out or dense >= num_layers:
+            return self
+        budgets = (budget,) * dense + keeper.budgets(budget, num_layers - dense, least)
+        return replace(self, budget_tokens=budgets)
 
     @property
     def window_tokens(self) -> int:
@@ -617,6 +620,11 @@ class CacheConfig:
             raise ConfigError(
                 f"{what} beside budget_tokens=None: layers that attend everything lose nothing; "
                 "give a budget, which is what is kept"
+            )
+        if self.budget_tokens == "auto" and self.device_bytes is not None and keeper.shares_out:
+            raise ConfigError(
+                f"{what} beside device_bytes={self.device_bytes} and no budget: layers share a "
+                "number of tokens among themselves; give budget_tokens as well"
             )
         for name, why in (
             ("grouping", "the tokens of a page differ from head to head"),

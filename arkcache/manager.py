@@ -526,6 +526,7 @@ class KVCacheManager:
         else:
             if self.steps is not None and self.steps.running is not None:
                 raise InputError(f"resize({device_bytes!r}) in the middle of a step: wait")
+            self._planned(replace(self._config, device_bytes=device_bytes))  # refuses what it would
             planner = self.planner.within(device_bytes)
             self._rebuild(planner, self._device_tier.plan, planner.pages_that_fit(self.batch))
         self.planner, self._config = planner, planner.config

@@ -27,13 +27,6 @@ from pathlib import Path
 import torch
 from bench_common import RESULTS
 from bench_real_model import read
-from llama_cpp import (
-    Llama,
-    llama_log_callback,
-    llama_log_set,
-    llama_model_quantize,
-    llama_model_quantize_default_params,
-)
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from arkcache import ArkCache
@@ -66,17 +59,16 @@ class Row:
     added_ms: float
 
 
-@llama_log_callback
-def unsaid(_level: int, _text: bytes, _data: object) -> None:
-    """Takes the place of llama.cpp's log, which says a line per tensor."""
-
-
 def unpacked(gguf: Path, folder: Path) -> Path:
     """The file's weights in 32 bits."""
-    params = llama_model_quantize_default_params()
+    import llama_cpp
+
+    params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize = ALL_F32, True
     file = folder / "f32.gguf"
-    failed = llama_model_quantize(str(gguf).encode(), str(file).encode(), ctypes.byref(params))
+    failed = llama_cpp.llama_model_quantize(
+        str(gguf).encode(), str(file).encode(), ctypes.byref(params)
+    )
     if failed:
         raise RuntimeError(f"llama.cpp could not unpack {gguf}: code {failed}")
     return file
@@ -84,6 +76,8 @@ def unpacked(gguf: Path, folder: Path) -> Path:
 
 def of_llama_cpp(file: Path, ids: list[int], room: int, threads: int) -> Step:
     """A step of llama.cpp after it has read a text."""
+    from llama_cpp import Llama
+
     model = Llama(str(file), n_ctx=len(ids) + room, n_threads=threads, verbose=False)
     model.eval(ids)
     return lambda token: model.eval([token])
@@ -128,8 +122,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", action="store_true", help=f"append to {LEDGER.name}")
     options = parser.parse_args()
+    import llama_cpp
+
+    @llama_cpp.llama_log_callback
+    def unsaid(_level: int, _text: bytes, _data: object) -> None:
+        """In place of llama.cpp's log, which has a line for each tensor."""
+
     torch.set_num_threads(options.threads)
-    llama_log_set(unsaid, None)
+    llama_cpp.llama_log_set(unsaid, None)
     gguf = smollm2.gguf_of_wheel()
     if gguf is None:
         parser.error(f"no GGUF file of SmolLM2: {smollm2.ADVICE}")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 import arkcache.manager
-from arkcache import ArkCache, ConfigError, InputError, KVCacheManager
+from arkcache import ArkCache, CacheConfig, ConfigError, InputError, KVCacheManager
 from arkcache.tiering.device import DeviceTier, TierPlan
 from tests.marks import needs_interpreter
 from tests.quantised import bits_of
@@ -482,3 +482,14 @@ def test_a_cache_that_refuses_is_unchanged() -> None:
     with pytest.raises(ConfigError, match="device_bytes="):
         empty.resize(25_000)
     assert empty.config.device_bytes is None
+
+
+def test_what_insists_on_the_kernels_of_a_cpu_has_no_limit_of_a_tier() -> None:
+    """Held or empty: a save of it could not be loaded otherwise."""
+    pytest.importorskip("numba")
+    manager = KVCacheManager(1, 2, 16, CacheConfig(backend="numba", budget_tokens=128))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="device_bytes=600000"):
+            manager.resize(600_000)
+        assert manager.config.device_bytes is None
+        manager.append(0, *torch.randn(2, 1, 2, 60, 16))

@@ -472,6 +472,7 @@ def test_pages_that_are_lost_are_not_estimated() -> None:
         ({"grouping": "similar", "estimate_pages": None}, "grouping"),
         ({"layer_sources": (0, 0)}, "layer_sources"),
         ({"host_path": "."}, "host_path"),
+        ({"retention": "pyramidkv", "device_bytes": 1 << 20}, "give budget_tokens"),
         ({"packed_slots": True, "key_bits": 4}, "packed_slots"),
         ({"retention": "snap"}, "'snapkv'"),
         ({"retention": 3}, "arkcache.methods"),
@@ -504,3 +505,28 @@ def test_saving_is_refused_before_anything_is_written(tmp_path: Any) -> None:
 
 def test_every_method_is_tested() -> None:
     assert {*METHODS} == {*RETENTIONS}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_text_without_a_sealed_page_is_kept(name: str) -> None:
+    """Steps and crops right after a prompt that fits the window."""
+    manager = KVCacheManager(2, HEADS, DIM, settings(name, page_size=4))
+    for layer in range(2):
+        manager.append(layer, *torch.randn(2, 1, HEADS, 6, DIM))
+        manager.attend(layer, torch.randn(1, 2 * HEADS, 6, DIM))
+    manager.crop(5)
+    for layer in range(2):
+        manager.append(layer, *torch.randn(2, 1, HEADS, 1, DIM))
+        assert manager.attend(layer, torch.randn(1, 2 * HEADS, 1, DIM)).isfinite().all()
+    assert manager.num_columns == 6
+    assert manager.lossless
+
+
+def test_layers_that_attend_everything_take_no_share() -> None:
+    config = CacheConfig(retention="pyramidkv", budget_tokens=512, num_dense_layers=1, page_size=4)
+    _, *shared = config.for_layers(4).budget_tokens
+    assert shared == [
+        *CacheConfig(retention="pyramidkv", budget_tokens=512, page_size=4)
+        .for_layers(3)
+        .budget_tokens
+    ]

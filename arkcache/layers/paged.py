@@ -164,8 +164,9 @@ class PagedLayer(SealingLayer):
         config, sealed = self.config, self.tokens.sealed
         first = sealed_counts(lengths, config.num_recent_tokens, config.page_size)
         last = np.minimum(-(-lengths // config.page_size), sealed)
-        gone = self.parts.store.gone(int(sealed.max())).reshape(len(sealed), -1, int(sealed.max()))
-        page = np.arange(gone.shape[2])
+        rows, num_pages = (len(sealed), self.geometry.num_kv_heads), int(sealed.max())
+        gone = self.parts.store.gone(num_pages).reshape(*rows, num_pages)
+        page = np.arange(num_pages)
         back = (page >= first[:, None]) & (page < last[:, None])
         lost: Ids = np.flatnonzero((gone.any(axis=1) & back).any(axis=0))
         return lost

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import ClassVar
 
 from arkcache.errors import ConfigError
 from arkcache.methods.retention import check_positive
@@ -25,6 +26,8 @@ class PyramidKV(SnapKV):
     Args:
         steepness: how much less than the mean the last layer gets.
     """
+
+    shares_out: ClassVar[bool] = True
 
     steepness: int = STEEPNESS
 

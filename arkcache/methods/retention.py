@@ -71,6 +71,9 @@ class Retention(ABC):
     observes: ClassVar[bool] = False
     """Whether the queries of decode steps are looked at."""
 
+    shares_out: ClassVar[bool] = False
+    """Whether layers get budgets of their own."""
+
     @property
     def num_queries(self) -> int | None:
         """Of the last queries of a prompt that are looked at; None is all."""

@@ -49,7 +49,7 @@ class SnapKV(Retention):
         before = np.arange(seen.probe.shape[1]) < begin[:, None]
         pooled = np.where(before, pooled_mass(np.where(before, seen.probe, 0), self.pool), 0)
         num_pages, size = fates.shape[1], seen.page_size
-        pages = pooled[:, : num_pages * size].reshape(-1, num_pages, size).mean(axis=2)
+        pages = pooled[:, : num_pages * size].reshape(len(fates), num_pages, size).mean(axis=2)
         in_window = (np.arange(num_pages) + 1) * size > begin[:, None]
         return keep_best(seen, fates, np.where(in_window, np.inf, pages))
 

@@ -344,10 +344,12 @@ class CacheConfig:
     @property
     def keeper(self) -> Retention | None:
         """What decides which pages are kept; None where all are. Raises `ConfigError`."""
+        given = self.retention
+        if given is None:
+            return None
         from arkcache.methods import RETENTIONS, Retention  # it imports numpy
 
-        given = self.retention
-        if given is None or isinstance(given, Retention):
+        if isinstance(given, Retention):
             return given
         if given not in RETENTIONS:
             raise ConfigError(
@@ -358,14 +360,12 @@ class CacheConfig:
 
     def for_layers(self, num_layers: int) -> CacheConfig:
         """The settings with a budget for every layer, where a retention shares budgets out."""
-        budget = self.budget_tokens
-        keeper = None if self.retention is None else self.keeper
-        if keeper is None or not isinstance(budget, int):
+        budget, keeper, dense = self.budget_tokens, self.keeper, self.num_dense_layers
+        if keeper is None or not keeper.shares_out:
+            return self
+        if not isinstance(budget, int) or dense >= num_layers:
             return self
         least = self.num_sink_pages * self.page_size + self.num_recent_tokens + self.page_size
-        dense = self.num_dense_layers
-        if not keeper.shares_out or dense >= num_layers:
-            return self
         budgets = (budget,) * dense + keeper.budgets(budget, num_layers - dense, least)
         return replace(self, budget_tokens=budgets)
 

@@ -284,7 +284,7 @@ class KVCacheManager:
     @property
     def observes_prompts(self) -> bool:
         """Whether `observe_prompt` is to be told of queries that are attended elsewhere."""
-        keeper = self.config.keeper if self.config.retention is not None else None
+        keeper = self.config.keeper
         return keeper is not None and keeper.num_queries != 0
 
     @on_own_device

@@ -151,7 +151,8 @@ class PagedLayer(SealingLayer):
     def ready_to_crop(self, lengths: Ids) -> None:
         """See `Layer`."""
         for sequence, length in enumerate(lengths.tolist()):
-            self.parts.store.ready_run(sequence, *self._unsealed(sequence, length))
+            pages = self._whole_segments(*self._unsealed(sequence, length))
+            self.parts.store.ready_run(sequence, *pages)
 
     def name_of(self, handle: int) -> str:
         """See `Layer`."""

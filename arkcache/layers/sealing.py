@@ -161,8 +161,6 @@ class SealingLayer(Layer):
         shortened to `length`; those from the last on are not among what is left."""
         page_size, sealed = self.config.page_size, int(self.tokens.sealed[sequence])
         left = min(sealed_pages(length, *self.config.sealing), sealed)
-        if self.config.grouping is not None:  # any of its pages may have a segment's oldest tokens
-            return left, sealed
         return left, min(max(-(-length // page_size), left + 1), sealed)
 
     def _crop_sequence(self, sequence: int, length: int) -> None:
